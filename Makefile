@@ -1,0 +1,37 @@
+# Every target works on a fresh Debian machine that has Rust, Python 3 and a C++ compiler.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup build demo demo-images test bench fmt lint
+
+export PATH := $(CURDIR)/.bin:$(PATH)
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+
+setup: ## Install what is missing (Debian packages, PyTorch 2.11.0 in a shared cache) and link it here.
+	@deploy/setup.sh
+
+build: setup ## Build the binaries thaw and thaw-worker.
+	cargo build --workspace
+
+demo: build ## Fine-tune a pretrained MiniLM on Debian's package descriptions, two workers.
+	@deploy/demo/sections.sh
+
+demo-images: build ## Train a small residual network on digits 0-4, then transfer it to 5-9 with few labels.
+	@.venv/bin/python deploy/demo/images.py
+
+test: build ## Run all tests and print their count.
+	@tests/run.sh
+
+bench: build ## Run the benchmarks.
+	cargo bench -p thaw-tests
+
+fmt: setup ## Format the Rust code.
+	cargo fmt --all
+
+lint: setup ## Check formatting, lints and docs; warnings are errors.
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps

@@ -1,0 +1,112 @@
+//! Who is in the next gang.
+//!
+//! - GANG-1: all or nothing: between `min` and `max` trainers, or none.
+//! - GANG-2: the choice depends on the set of free slots only, not on their order.
+//! - GANG-3: trainers are spread over workers, and ranks of one worker are neighbours, so that the lower levels of the
+//!   reduction stay on one machine.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use thaw_proto::ids::{Slot, WorkerName};
+
+/// A device that no trainer holds and no run has been promised.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FreeSlot {
+    pub worker: WorkerName,
+    pub slot: Slot,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// In rank order.
+    Form(Vec<FreeSlot>),
+    Wait(WaitReason),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitReason {
+    TooFewSlots { free: usize, needed: usize },
+}
+
+/// Chooses up to `max` of the free slots, one per worker in turn by name, or waits for `min`.
+#[must_use]
+pub fn choose(free: &[FreeSlot], min: u32, max: u32) -> Decision {
+    let mut by_worker: BTreeMap<&WorkerName, Vec<&FreeSlot>> = BTreeMap::new();
+    for slot in free {
+        by_worker.entry(&slot.worker).or_default().push(slot);
+    }
+    let mut in_turn = Vec::new();
+    for slots in by_worker.values_mut() {
+        slots.sort();
+        slots.dedup();
+        in_turn.extend(slots.iter().enumerate().map(|(turn, slot)| (turn, *slot)));
+    }
+    let needed = min.max(1) as usize;
+    if in_turn.len() < needed {
+        return Decision::Wait(WaitReason::TooFewSlots {
+            free: in_turn.len(),
+            needed,
+        });
+    }
+    in_turn.sort();
+    let mut chosen: Vec<FreeSlot> = in_turn
+        .into_iter()
+        .take(max.max(1) as usize)
+        .map(|(_, slot)| slot.clone())
+        .collect();
+    chosen.sort();
+    Decision::Form(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn slots(given: &[(&str, u32)]) -> Vec<FreeSlot> {
+        given
+            .iter()
+            .map(|(worker, slot)| FreeSlot {
+                worker: (*worker).into(),
+                slot: Slot(*slot),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn gang_3_workers_take_turns_and_ranks_are_neighbours() {
+        let free = slots(&[("b", 0), ("a", 1), ("a", 0), ("a", 2), ("b", 1)]);
+        assert_eq!(
+            choose(&free, 1, 3),
+            Decision::Form(slots(&[("a", 0), ("a", 1), ("b", 0)]))
+        );
+        assert_eq!(
+            choose(&free, 1, 2),
+            Decision::Form(slots(&[("a", 0), ("b", 0)]))
+        );
+    }
+
+    #[test]
+    fn gang_1_waits_for_the_minimum() {
+        let reason = WaitReason::TooFewSlots { free: 1, needed: 2 };
+        assert_eq!(choose(&slots(&[("a", 0)]), 2, 4), Decision::Wait(reason));
+    }
+
+    proptest! {
+        #[test]
+        fn gang_1_gang_2_hold(given in prop::collection::btree_set((0_u32..5, 0_u32..4), 0..20), min in 1_u32..8, extra in 0_u32..8) {
+            let free: Vec<FreeSlot> = given.iter().map(|(worker, slot)| FreeSlot { worker: WorkerName(format!("w{worker}")), slot: Slot(*slot) }).collect();
+            let mut reversed = free.clone();
+            reversed.reverse();
+            let decision = choose(&free, min, min + extra);
+            prop_assert_eq!(&decision, &choose(&reversed, min, min + extra));
+            match decision {
+                Decision::Form(chosen) => {
+                    prop_assert_eq!(chosen.len(), free.len().min((min + extra) as usize));
+                    prop_assert!(chosen.len() >= min as usize && chosen.is_sorted());
+                }
+                Decision::Wait(_) => prop_assert!(free.len() < min as usize),
+            }
+        }
+    }
+}

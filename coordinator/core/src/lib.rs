@@ -1,0 +1,15 @@
+//! The decisions of Thaw, as pure functions: what a run will do, at which rates, in which sample order, when a stage ends,
+//! who is in a gang, and what happens to a run. No I/O, clock, randomness or hash map; every caller (server, trainer, client,
+//! simulation) gets the same answer from the same arguments.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
+
+pub mod gang;
+pub mod manifest;
+pub mod planner;
+pub mod run_machine;
+pub mod sampler;
+pub mod schedule;
+pub mod stage_end;
+
+#[cfg(test)]
+mod test_support;

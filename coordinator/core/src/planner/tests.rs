@@ -1,0 +1,314 @@
+//! Plans of one small graph, one strategy at a time.
+
+use super::*;
+use crate::test_support::{data, graph, plan_of, spec};
+use proptest::prelude::*;
+use serde_json::json;
+
+fn groups(plan: &Plan, stage: usize) -> Vec<&str> {
+    plan.stages[stage]
+        .trainable_groups
+        .iter()
+        .map(|group| plan.groups[group.0 as usize].name.as_str())
+        .collect()
+}
+
+fn mistakes(changes: serde_json::Value) -> Vec<String> {
+    plan(&spec(changes), &graph(), &data())
+        .unwrap_err()
+        .0
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+#[test]
+fn plan_3_gradual_unfreezing_adds_units_from_the_top() {
+    let plan = plan_of(&spec(json!({})));
+    let stages: Vec<(&str, Vec<&str>)> = (0..plan.stages.len())
+        .map(|stage| (plan.stages[stage].name.as_str(), groups(&plan, stage)))
+        .collect();
+    let layers = |from: usize| -> Vec<String> {
+        (from..6)
+            .map(|layer| format!("encoder.layer.{layer}"))
+            .chain(["head".to_owned()])
+            .collect()
+    };
+    let expected = [
+        ("head", layers(6)),
+        ("thaw-1", layers(5)),
+        ("thaw-2", layers(4)),
+        ("thaw-3", layers(2)),
+        ("thaw-4", layers(0)),
+    ];
+    assert_eq!(stages.len(), expected.len());
+    for ((name, groups), (expected_name, expected_groups)) in stages.iter().zip(&expected) {
+        assert_eq!(
+            (name, groups),
+            (
+                expected_name,
+                &expected_groups
+                    .iter()
+                    .map(String::as_str)
+                    .collect::<Vec<_>>()
+            )
+        );
+    }
+    assert_eq!(plan.steps_per_epoch, 10);
+    assert_eq!(plan.stages[1].max_steps, 30);
+    assert_eq!(plan.stages[1].warmup_steps, 10);
+    assert_eq!(plan.stages[1].thawed_groups, [GroupIndex(6)]);
+    assert_eq!(plan.stages[1].schedule, LrSchedulerType::Linear);
+    assert_eq!(
+        [plan.stages[0].on_enter, plan.stages[1].on_enter],
+        [OnEnter::Keep, OnEnter::RestoreBest]
+    );
+    assert!(
+        plan.notes
+            .iter()
+            .any(|note| note.contains("embeddings") && note.contains("5000")),
+        "{:?}",
+        plan.notes
+    );
+}
+
+#[test]
+fn rates_fall_by_thaw_unit_and_the_heads_halves() {
+    let plan = plan_of(&spec(json!({})));
+    let level = |d: f64| 1e-3 * 40_f64.powf(-d / 4.0);
+    assert_eq!(plan.stages[0].learning_rates, [1e-3]);
+    assert_eq!(plan.stages[1].learning_rates, [level(1.0), 5e-4]);
+    assert_eq!(
+        plan.stages[4].learning_rates,
+        [
+            level(4.0),
+            level(4.0),
+            level(3.0),
+            level(3.0),
+            level(2.0),
+            level(1.0),
+            5e-4
+        ]
+    );
+    assert_eq!(plan.stages[4].learning_rates[0], 1e-3 / 40.0);
+}
+
+#[test]
+fn layer_decay_is_a_factor_per_level() {
+    let plan = plan_of(&spec(
+        json!({"rate_decay": {"per_level": 0.5}, "strategy": "full_fine_tuning", "head_rate_after_thaw": 1.0}),
+    ));
+    let rates = &plan.stages[0].learning_rates;
+    assert_eq!(rates.len(), 7);
+    assert_eq!((rates[0], rates[6]), (1e-3 / 64.0, 1e-3));
+}
+
+#[test]
+fn convolution_nets_spread_wider() {
+    let facts = GraphFacts {
+        convolutional: true,
+        ..graph()
+    };
+    let plan = plan(&spec(json!({})), &facts, &data()).unwrap();
+    assert!((plan.stages[4].learning_rates[0] / 1e-5 - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn one_stage_strategies() {
+    let plan = plan_of(&spec(json!({"strategy": "feature_extraction"})));
+    assert_eq!((plan.stages.len(), groups(&plan, 0)), (1, vec!["head"]));
+    assert_eq!(plan.stages[0].boundary_bytes_per_sample, 512);
+    let scratch = plan_of(&spec(
+        json!({"strategy": "from_scratch", "thaw_embeddings": true, "head_rate_after_thaw": 1.0}),
+    ));
+    assert_eq!(groups(&scratch, 0).len(), 8);
+    assert!(
+        scratch.stages[0]
+            .learning_rates
+            .iter()
+            .all(|rate| *rate == 1e-3)
+    );
+    assert_eq!(scratch.stages[0].boundary_bytes_per_sample, 0);
+    assert_eq!(scratch.stages[0].trainable_parameters, 11_036);
+}
+
+/// PLAN-4
+#[test]
+fn plan_4_embeddings_thaw_only_when_asked() {
+    let frozen = plan_of(&spec(json!({"strategy": "full_fine_tuning"})));
+    assert!(!groups(&frozen, 0).contains(&"embeddings"));
+    let asked = plan_of(&spec(json!({"thaw_embeddings": true, "thaw_units": 7})));
+    assert_eq!(asked.stages.len(), 8);
+    assert_eq!(groups(&asked, 7)[0], "embeddings");
+}
+
+#[test]
+fn costs_follow_format_and_optimizer() {
+    let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
+    let single = stage(json!({}));
+    assert_eq!(
+        (single.trainable_parameters, single.all_reduce_bytes),
+        (1036, 4144)
+    );
+    assert_eq!(single.memory_bytes, 4 * 11_036 + 3 * 4144);
+    assert_eq!(stage(json!({"precision": "fp64"})).all_reduce_bytes, 8288);
+    assert_eq!(
+        stage(json!({"precision": "bf16"})).memory_bytes,
+        4 * 11_036 + 3 * 4144 + 2 * 11_036
+    );
+    let sgd = stage(
+        json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}),
+    );
+    assert_eq!(sgd.memory_bytes, 4 * 11_036 + 4144);
+}
+
+#[test]
+fn length_and_schedule_follow_until() {
+    let early = json!({"metric": "eval_loss", "patience": 2, "min_delta": 0.001});
+    let only_early = plan_of(&spec(
+        json!({"until": {"max_epochs": null, "max_steps": null, "early_stopping": early}}),
+    ));
+    assert_eq!(
+        (
+            only_early.stages[0].max_steps,
+            only_early.stages[0].schedule
+        ),
+        (1000, LrSchedulerType::Constant)
+    );
+    let shorter = plan_of(&spec(
+        json!({"until": {"max_epochs": 3, "max_steps": 4, "early_stopping": null}}),
+    ));
+    assert_eq!(
+        (shorter.stages[0].max_steps, shorter.stages[0].warmup_steps),
+        (4, 4)
+    );
+}
+
+fn stage_json(name: &str, thaw: &[&str]) -> serde_json::Value {
+    json!({"name": name, "thaw": thaw, "learning_rate": null, "learning_rate_spread": null, "until": null, "on_enter": "restore_best", "lr_scheduler": null})
+}
+
+#[test]
+fn custom_stages_name_groups() {
+    let mut second = stage_json("b", &["/layer\\.[45]$/", "encoder.layer.5"]);
+    second["learning_rate"] = json!(2e-4);
+    let plan = plan_of(&spec(
+        json!({"strategy": "custom", "rate_decay": {"spread": 16.0}, "stages": [stage_json("a", &["head"]), second]}),
+    ));
+    assert_eq!(groups(&plan, 1), ["encoder.layer.4", "encoder.layer.5"]);
+    // Of two levels: the stage's highest group has its rate, the one below it a quarter.
+    assert_eq!(plan.stages[1].learning_rates, [2e-4 / 4.0, 2e-4]);
+    assert_eq!(plan.stages[1].thawed_groups, [GroupIndex(5), GroupIndex(6)]);
+}
+
+/// PLAN-1: several mistakes at once, each with its path.
+#[test]
+fn plan_1_every_mistake_is_reported() {
+    let stages = json!([
+        stage_json("a", &["encoder.layr.3", "head"]),
+        stage_json("a", &["pooling", "/nothing/"])
+    ]);
+    let found = mistakes(json!({"strategy": "custom", "stages": stages, "global_batch_size": 1}));
+    let expected = [
+        "global_batch_size: is 1, smaller than the 2 logical shards it is cut into",
+        "stages[0].thaw[0]: `encoder.layr.3` names no layer group; did you mean `encoder.layer.3`?",
+        "stages[1].name: `a` is the name of an earlier stage",
+        "stages[1].thaw[0]: `pooling` names only layer groups without parameters",
+    ];
+    for (line, expected) in found.iter().zip(expected) {
+        assert_eq!(line, expected);
+    }
+    assert!(
+        found[4].starts_with("stages[1].thaw[1]: `/nothing/` names no layer group"),
+        "{}",
+        found[4]
+    );
+    assert_eq!(found.len(), 5);
+}
+
+#[test]
+fn rates_out_of_range_are_refused() {
+    assert!(
+        mistakes(json!({"rate_decay": {"spread": 20_000.0}}))[0]
+            .starts_with("learning_rate_spread: is 20000")
+    );
+    assert!(
+        mistakes(json!({"rate_decay": {"per_level": 0.01}}))[0]
+            .starts_with("layer_decay: is 0.01, so over 4 levels")
+    );
+    let mut stage = stage_json("a", &["head"]);
+    stage["learning_rate_spread"] = json!(1e5);
+    assert!(
+        mistakes(json!({"strategy": "custom", "stages": [stage]}))[0]
+            .starts_with("stages[0].learning_rate_spread")
+    );
+}
+
+#[test]
+fn a_schedule_of_known_length_needs_one() {
+    let early = json!({"metric": "eval_loss", "patience": 2, "min_delta": 0.001});
+    let until = json!({"max_epochs": null, "max_steps": null, "early_stopping": early});
+    let found =
+        mistakes(json!({"until": until, "lr_scheduler": {"kind": "cosine", "warmup_steps": null}}));
+    assert!(
+        found
+            .iter()
+            .all(|line| line.starts_with("lr_scheduler.type: needs a stage of known length")),
+        "{found:?}"
+    );
+    assert_eq!(found.len(), 1);
+}
+
+#[test]
+fn data_that_cannot_be_trained_on_is_refused() {
+    let mut facts = data();
+    facts.classes.truncate(1);
+    facts.summary.class_counts = vec![0];
+    facts.summary.eval_samples = 0;
+    facts.shard_sizes[1] = 0;
+    let found: Vec<String> = plan(&spec(json!({})), &graph(), &facts)
+        .unwrap_err()
+        .0
+        .iter()
+        .map(|mistake| mistake.path.clone())
+        .collect();
+    assert_eq!(
+        found,
+        ["data.train", "data.train", "data.eval", "logical_shards"]
+    );
+    let empty = GraphFacts {
+        groups: Vec::new(),
+        feature_size: 0,
+        convolutional: false,
+    };
+    assert_eq!(
+        plan(&spec(json!({})), &empty, &data()).unwrap_err().0.len(),
+        2
+    );
+}
+
+proptest! {
+    /// PLAN-2, PLAN-3 over random graphs.
+    #[test]
+    fn plan_2_plan_3_hold(costs in prop::collection::vec((0_u64..1_000_000, prop::bool::weighted(0.9)), 1..20), units in 1_u32..12) {
+        let mut facts = graph();
+        let head = facts.groups.pop().unwrap();
+        let block = facts.groups[1].clone();
+        facts.groups.truncate(1);
+        for (index, (cost, trainable)) in costs.iter().enumerate() {
+            facts.groups.push(GroupFacts { name: format!("b{index}"), forward_flops: *cost, parameters: if *trainable { 10 } else { 0 }, ..block.clone() });
+        }
+        facts.groups.push(head);
+        let plan = plan(&spec(json!({"thaw_units": units})), &facts, &data()).unwrap();
+        let trainable = costs.iter().filter(|(_, trainable)| *trainable).count();
+        prop_assert_eq!(plan.stages.len(), 1 + trainable.min(units as usize));
+        let mut thawed: Vec<GroupIndex> = plan.stages.iter().flat_map(|stage| stage.thawed_groups.clone()).collect();
+        thawed.sort_unstable();
+        prop_assert_eq!(&thawed, &plan.stages.last().unwrap().trainable_groups);
+        prop_assert_eq!(thawed.len(), trainable + 1);
+        for pair in plan.stages.windows(2) {
+            prop_assert!(pair[1].trainable_groups.ends_with(&pair[0].trainable_groups));
+            prop_assert!(pair[1].learning_rates.len() == pair[1].trainable_groups.len());
+        }
+    }
+}

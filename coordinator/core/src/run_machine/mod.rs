@@ -1,0 +1,349 @@
+//! What happens to one run: from (record, observed, now, input) to (record, observed, effects, events), or a typed rejection.
+//!
+//! ```text
+//!            slots          all ready         all built
+//! PENDING ─────────► ADMITTED ───────► FORMING ───────► RUNNING ── Finished ──► SUCCEEDED
+//!    ▲                ▲    │              │              │   │
+//!    │ Resume   slots │    └──── loss, deadline, restart ┘   │ Suspend
+//!    │                │              ▼                       ▼
+//! SUSPENDED ◄──┐      └───────── RESIZING               SUSPENDING ── Suspended, loss, deadline ──► SUSPENDED
+//!              └── Suspend, from PENDING, ADMITTED, FORMING and RESIZING
+//!
+//! any state that has not ended ── Cancel ──► CANCELLED
+//! any state with trainers ── an error that trying again cannot mend, or no progress ──► FAILED
+//! ```
+//!
+//! The driver saves the record if `changed`, then performs the effects, then feeds back what comes of them. `Observed` is
+//! never stored: a new leader starts from an empty one and the input [`Input::CoordinatorStarted`].
+//!
+//! - RUN-1: the generation never falls, rises with every new gang, and is saved before any trainer hears of it.
+//! - RUN-2: only rank 0 of the present generation moves the head; anything older is refused, naming both numbers.
+//! - RUN-3: the head's position never goes back.
+//! - RUN-4: cancel is legal in every state that has not ended, and wins: nothing leads out of an ended state.
+//! - RUN-5: success is a committed last step and rank 0's word; never an exit code.
+//! - RUN-6: all trainers of a generation stop before the next one is chosen, or have had [`Policy::stop_timeout_ms`] for it.
+//! - RUN-7: a run without a fault ends: every wait of the machine has a deadline, and [`Policy::most_failures`] generations in a
+//!   row without a newly committed step end it. Coordinator restarts do not count.
+//! - RUN-8: what is wanted is derived again from what workers report ([`Input::TrainersSeen`]): a lost effect delays, never wedges.
+//!
+//! The machine never reads a clock, draws a random number or talks to anyone. PREEMPTING is entered by nothing yet.
+
+mod gangs;
+mod record;
+mod reports;
+mod requests;
+mod turn;
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use record::{Member, Observed, RunRecord, Trainer};
+
+use crate::gang::FreeSlot;
+use std::collections::BTreeMap;
+use thaw_proto::ids::{Generation, Incarnation, Rank, StageIndex, Step, WorkerName};
+use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
+use thaw_proto::status::ErrorClass;
+use turn::Turn;
+
+/// Limits of the machine. Times are milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// From StartTrainer to TrainerReady of every member: data and weights are loaded in this time.
+    pub start_timeout_ms: u64,
+    /// From Propose to GangBuilt of every member.
+    pub forming_timeout_ms: u64,
+    /// From StopTrainer until a member that nobody reports is taken for gone.
+    pub stop_timeout_ms: u64,
+    /// From SuspendTrainer to Suspended.
+    pub suspend_timeout_ms: u64,
+    /// How long a run that could start waits for more of its `workers.max`.
+    pub gather_ms: u64,
+    /// Generations in a row without a newly committed step that end the run.
+    pub most_failures: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            start_timeout_ms: 600_000,
+            forming_timeout_ms: 60_000,
+            stop_timeout_ms: 10_000,
+            suspend_timeout_ms: 300_000,
+            gather_ms: 2_000,
+            most_failures: 5,
+        }
+    }
+}
+
+/// What the machine is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// Time has passed. `free`: slots that no run holds and no trainer lives in; `fresh`: new incarnations, at least `workers.max`.
+    Tick {
+        free: Vec<FreeSlot>,
+        fresh: Vec<Incarnation>,
+    },
+    /// A worker's hello or heartbeat: every trainer of this run that is alive on it.
+    TrainersSeen {
+        worker: WorkerName,
+        trainers: Vec<Trainer>,
+    },
+    /// A trainer has loaded and listens on `host:port`.
+    TrainerReady {
+        trainer: Trainer,
+        address: String,
+    },
+    GangBuilt {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    /// `ending` says how, for people: `exit code 1`, `signal 9`.
+    TrainerExited {
+        trainer: Trainer,
+        ending: String,
+    },
+    WorkerLost {
+        worker: WorkerName,
+    },
+    /// `generation` is 0 for a trainer that was never proposed a gang.
+    TrainerFailed {
+        trainer: Trainer,
+        generation: Generation,
+        class: FailureClass,
+        reason: RunReason,
+        message: String,
+    },
+    /// A checkpoint is durable and asks to become the head.
+    CheckpointWritten {
+        trainer: Trainer,
+        generation: Generation,
+        checkpoint: CheckpointRef,
+    },
+    StageEnded {
+        trainer: Trainer,
+        generation: Generation,
+        result: Box<StageResult>,
+    },
+    Finished {
+        trainer: Trainer,
+        generation: Generation,
+        result: Box<RunResult>,
+        reason: RunReason,
+    },
+    Suspended {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    Cancel,
+    Suspend,
+    Resume,
+    /// First input after a coordinator has taken the run over, with its trainers gone or to be stopped.
+    CoordinatorStarted,
+}
+
+/// What a trainer's failure means for the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureClass {
+    Retry,
+    Fenced,
+    Invalid,
+    Fatal,
+}
+
+/// What the driver is to do, once the record is saved. It adds its leader epoch; the receiver refuses older ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// With the record's spec, plan and run URL.
+    StartTrainer {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    Propose(Box<Proposal>),
+    Commit {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    StopTrainer {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    SuspendTrainer {
+        trainer: Trainer,
+        generation: Generation,
+    },
+    /// The checkpoint is the head.
+    AckCheckpoint {
+        trainer: Trainer,
+        generation: Generation,
+        checkpoint: CheckpointRef,
+    },
+}
+
+/// One member's invitation to a gang.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proposal {
+    pub trainer: Trainer,
+    pub generation: Generation,
+    pub rank: Rank,
+    /// Of each rank, in rank order.
+    pub addresses: Vec<String>,
+    /// What the peers of this generation show each other.
+    pub key: [u8; 32],
+    /// `None`: from the beginning.
+    pub resume: Option<CheckpointRef>,
+}
+
+/// Something worth telling people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Unix milliseconds.
+    pub at_ms: u64,
+    pub generation: Generation,
+    pub state: RunState,
+    pub reason: RunReason,
+    pub message: String,
+}
+
+/// What a step of the machine came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    pub record: RunRecord,
+    /// Whether the record differs from the one given, so that it must be saved before anything else is done.
+    pub changed: bool,
+    pub observed: Observed,
+    pub effects: Vec<Effect>,
+    pub events: Vec<Event>,
+}
+
+/// Why an input changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    #[error("generation {theirs} is over: the run is at generation {ours}")]
+    StaleGeneration {
+        theirs: Generation,
+        ours: Generation,
+    },
+    #[error("trainer {incarnation} is no member of generation {generation}")]
+    UnknownTrainer {
+        incarnation: Incarnation,
+        generation: Generation,
+    },
+    #[error("rank {rank} may not speak for the gang: only rank 0 commits")]
+    NotCommitter { rank: Rank },
+    #[error("a run in state {state:?} cannot {operation}")]
+    NotLegal {
+        operation: &'static str,
+        state: RunState,
+    },
+    #[error("the run has ended: it is {state:?}")]
+    AlreadyEnded { state: RunState },
+    #[error("the head is at step {}, so step {} cannot become it", ours.step, theirs.step)]
+    HeadWouldGoBack { theirs: Position, ours: Position },
+    #[error("step {step} is not committed, so the run cannot have finished with it")]
+    NotCommitted { step: Step },
+    #[error("stage {given} cannot end now: stage {expected} is next")]
+    StageOutOfOrder {
+        given: StageIndex,
+        expected: StageIndex,
+    },
+    #[error("the gang needs {needed} new incarnations, {given} were given")]
+    TooFewIncarnations { needed: usize, given: usize },
+}
+
+impl Rejection {
+    /// What the sender can do about it.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::StaleGeneration { .. }
+            | Self::UnknownTrainer { .. }
+            | Self::HeadWouldGoBack { .. } => ErrorClass::Fenced,
+            Self::NotLegal { .. } | Self::AlreadyEnded { .. } => ErrorClass::Precondition,
+            Self::NotCommitter { .. }
+            | Self::NotCommitted { .. }
+            | Self::StageOutOfOrder { .. }
+            | Self::TooFewIncarnations { .. } => ErrorClass::Invalid,
+        }
+    }
+}
+
+/// Takes one step. `now_ms`: Unix milliseconds.
+///
+/// # Errors
+/// When the input is stale or not legal in the run's state; nothing has changed then.
+pub fn step(
+    policy: &Policy,
+    record: &RunRecord,
+    observed: &Observed,
+    now_ms: u64,
+    input: &Input,
+) -> Result<Outcome, Rejection> {
+    let mut turn = Turn::new(*policy, record, observed, now_ms);
+    match input {
+        Input::Tick { free, fresh } => turn.tick(free, fresh)?,
+        Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
+        Input::TrainerReady { trainer, address } => turn.trainer_ready(trainer, address)?,
+        Input::GangBuilt {
+            trainer,
+            generation,
+        } => turn.gang_built(trainer, *generation)?,
+        Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, ending)?,
+        Input::WorkerLost { worker } => turn.worker_lost(worker),
+        Input::TrainerFailed {
+            trainer,
+            generation,
+            class,
+            reason,
+            message,
+        } => {
+            turn.trainer_failed(trainer, *generation, *class, *reason, message)?;
+        }
+        Input::CheckpointWritten {
+            trainer,
+            generation,
+            checkpoint,
+        } => {
+            turn.checkpoint_written(trainer, *generation, checkpoint)?;
+        }
+        Input::StageEnded {
+            trainer,
+            generation,
+            result,
+        } => turn.stage_ended(trainer, *generation, result)?,
+        Input::Finished {
+            trainer,
+            generation,
+            result,
+            reason,
+        } => turn.finished(trainer, *generation, result, *reason)?,
+        Input::Suspended {
+            trainer,
+            generation,
+        } => turn.suspended(trainer, *generation)?,
+        Input::Cancel => turn.cancel()?,
+        Input::Suspend => turn.suspend()?,
+        Input::Resume => turn.resume()?,
+        Input::CoordinatorStarted => turn.coordinator_started(),
+    }
+    Ok(turn.outcome())
+}
+
+/// The key that peers of a generation show each other: it follows from their incarnations, which nobody else is told.
+fn gang_key(record: &RunRecord) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("thaw.v1 key of a gang");
+    hasher
+        .update(record.id.as_str().as_bytes())
+        .update(&record.generation.0.to_le_bytes());
+    for member in &record.members {
+        hasher.update(member.trainer.incarnation.as_str().as_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// Addresses by incarnation.
+type Addresses = BTreeMap<Incarnation, String>;

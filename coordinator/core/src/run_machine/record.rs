@@ -1,0 +1,146 @@
+//! What is stored of a run, and what is only observed.
+
+use super::Addresses;
+use crate::gang::FreeSlot;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, RunId, Slot, WorkerName};
+use thaw_proto::plan::Plan;
+use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
+use thaw_proto::spec::RunSpec;
+
+/// A run as the store holds it. Times are Unix milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRecord {
+    pub id: RunId,
+    pub spec: RunSpec,
+    pub plan: Plan,
+    /// URL of `runs/<run>`.
+    pub run_url: String,
+    pub state: RunState,
+    pub reason: RunReason,
+    /// A sentence for people about `reason`; may be empty.
+    pub message: String,
+    /// 0 before the first start.
+    pub attempt: Attempt,
+    /// 0 before the first gang.
+    pub generation: Generation,
+    /// Trainers of `generation` that may be alive, in rank order. While RESIZING: those that have yet to stop.
+    pub members: Vec<Member>,
+    pub head: Option<CheckpointRef>,
+    /// Of `head`.
+    pub position: Position,
+    /// Of each committed generation, in order.
+    pub world_sizes: Vec<u32>,
+    pub stage_results: Vec<StageResult>,
+    /// Present exactly in SUCCEEDED.
+    pub result: Option<RunResult>,
+    pub create_ms: u64,
+    /// First commit of a gang.
+    pub start_ms: Option<u64>,
+    pub end_ms: Option<u64>,
+    /// Generations since the last newly committed step.
+    pub failures_without_progress: u32,
+}
+
+impl RunRecord {
+    /// A run that was just submitted.
+    #[must_use]
+    pub fn new(id: RunId, spec: RunSpec, plan: Plan, run_url: String, now_ms: u64) -> Self {
+        Self {
+            id,
+            spec,
+            plan,
+            run_url,
+            state: RunState::Pending,
+            reason: RunReason::WaitingForWorkers,
+            message: String::new(),
+            attempt: Attempt(0),
+            generation: Generation(0),
+            members: Vec::new(),
+            head: None,
+            position: Position::default(),
+            world_sizes: Vec::new(),
+            stage_results: Vec::new(),
+            result: None,
+            create_ms: now_ms,
+            start_ms: None,
+            end_ms: None,
+            failures_without_progress: 0,
+        }
+    }
+
+    /// Trainers of the present gang; 0 with none.
+    #[must_use]
+    pub fn world_size(&self) -> u32 {
+        match self.state {
+            RunState::Forming | RunState::Running | RunState::Suspending | RunState::Preempting => {
+                u32::try_from(self.members.len()).expect("a gang has at most 4096 members")
+            }
+            RunState::Pending
+            | RunState::Admitted
+            | RunState::Resizing
+            | RunState::Suspended
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => 0,
+        }
+    }
+
+    /// Slots this run holds, so that no other run may be given them.
+    pub fn held_slots(&self) -> impl Iterator<Item = FreeSlot> {
+        self.members.iter().map(|member| member.trainer.place())
+    }
+}
+
+/// One trainer process, in one of its lives.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trainer {
+    pub worker: WorkerName,
+    pub slot: Slot,
+    pub incarnation: Incarnation,
+}
+
+impl Trainer {
+    /// The device it holds.
+    #[must_use]
+    pub fn place(&self) -> FreeSlot {
+        FreeSlot {
+            worker: self.worker.clone(),
+            slot: self.slot,
+        }
+    }
+}
+
+/// A trainer and its position in the gang.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    pub rank: Rank,
+    pub trainer: Trainer,
+}
+
+/// What the leader knows of a run and can learn again. Times are Unix milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Members that have said they listen.
+    pub(super) addresses: Addresses,
+    /// Members that have built the communicator.
+    pub(super) built: BTreeSet<Incarnation>,
+    /// When the present wait is over. `None`: there is none, or it has yet to be armed.
+    pub(super) deadline_ms: Option<u64>,
+    /// Since when there have been enough slots to start, but fewer than the run can use.
+    pub(super) gathering_since_ms: Option<u64>,
+    /// Places whose trainers did not come up in time; used again only where there is no other.
+    pub(super) avoid: BTreeSet<FreeSlot>,
+}
+
+impl Observed {
+    /// When [`super::Input::Tick`] is next of use, if it is before the driver's own period.
+    #[must_use]
+    pub fn deadline_ms(&self) -> Option<u64> {
+        self.deadline_ms
+    }
+}

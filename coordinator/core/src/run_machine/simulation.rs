@@ -1,0 +1,547 @@
+//! One run, random workers and trainers, a machine that is restarted at will. Seeds are fixed, so a failure repeats.
+//!
+//! Checked after every step: RUN-1 to RUN-6. Checked at the end, once faults have stopped: RUN-7 and RUN-8, that the run ends.
+
+use super::tests::{checkpoint, result};
+use super::*;
+use crate::test_support::{plan_of, spec};
+use serde_json::json;
+use std::collections::VecDeque;
+use thaw_proto::ids::Slot;
+
+const SEEDS: u64 = 400;
+const ACTIONS: u32 = 400;
+const LAST_STEP: u64 = 60;
+const SAVE_STEPS: u64 = 10;
+/// Rounds within which a run must end once faults have stopped.
+const CALM_ROUNDS: u32 = 4000;
+
+/// SplitMix64.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let value = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (value ^ (value >> 31)) % bound
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Phase {
+    Loading,
+    Ready,
+    Building,
+    Built,
+    Training { step: u64, awaiting: Option<u64> },
+    Standing,
+}
+
+#[derive(Debug, Clone)]
+struct SimTrainer {
+    trainer: Trainer,
+    phase: Phase,
+    generation: Generation,
+    rank: Rank,
+    resume: u64,
+}
+
+/// A worker with two slots, and what is on its way to and from it.
+#[derive(Debug, Default)]
+struct SimWorker {
+    connected: bool,
+    trainers: Vec<SimTrainer>,
+    inbox: VecDeque<Effect>,
+    outbox: VecDeque<Input>,
+}
+
+struct World {
+    dice: Dice,
+    now_ms: u64,
+    minted: u64,
+    workers: Vec<SimWorker>,
+    record: RunRecord,
+    observed: Observed,
+    /// Whether faults have stopped.
+    calm: bool,
+    log: Vec<String>,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let spec = spec(json!({"workers": {"min": 1, "max": 3, "threads_per_trainer": 1}}));
+        let plan = plan_of(&spec);
+        let workers = (0..3)
+            .map(|_| SimWorker {
+                connected: true,
+                ..SimWorker::default()
+            })
+            .collect();
+        Self {
+            dice: Dice(seed),
+            now_ms: 0,
+            minted: 0,
+            workers,
+            record: RunRecord::new("demo-00000001".into(), spec, plan, "file:///d".into(), 0),
+            observed: Observed::default(),
+            calm: false,
+            log: Vec::new(),
+        }
+    }
+
+    fn send(&mut self, input: &Input) {
+        let before = self.record.clone();
+        let outcome = step(
+            &Policy::default(),
+            &self.record,
+            &self.observed,
+            self.now_ms,
+            input,
+        );
+        self.log.push(format!(
+            "{} ms {input:?} -> {}",
+            self.now_ms,
+            match &outcome {
+                Ok(outcome) => format!("{:?} {:?}", outcome.record.state, outcome.effects),
+                Err(rejection) => rejection.to_string(),
+            }
+        ));
+        let Ok(outcome) = outcome else { return };
+        assert_eq!(outcome.changed, outcome.record != before);
+        check(&before, &outcome.record, input);
+        self.record = outcome.record;
+        self.observed = outcome.observed;
+        // The coordinator may be killed between saving and speaking.
+        if !self.calm && self.dice.below(200) == 0 {
+            self.restart();
+            return;
+        }
+        for effect in outcome.effects {
+            let worker = index(&addressee(&effect).worker);
+            if self.workers[worker].connected {
+                self.workers[worker].inbox.push_back(effect);
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        self.observed = Observed::default();
+        self.log.push("restart".to_owned());
+        for worker in &mut self.workers {
+            worker.inbox.clear();
+            worker.outbox.clear();
+        }
+        let outcome = step(
+            &Policy::default(),
+            &self.record,
+            &self.observed,
+            self.now_ms,
+            &Input::CoordinatorStarted,
+        )
+        .unwrap();
+        check(&self.record, &outcome.record, &Input::CoordinatorStarted);
+        self.record = outcome.record;
+        self.observed = outcome.observed;
+    }
+
+    fn tick(&mut self) {
+        self.now_ms += self.dice.below(4000);
+        let held: Vec<FreeSlot> = self.record.held_slots().collect();
+        let mut free = Vec::new();
+        for (worker, state) in self
+            .workers
+            .iter()
+            .enumerate()
+            .filter(|(_, state)| state.connected)
+        {
+            for slot in 0..2 {
+                let place = FreeSlot {
+                    worker: name(worker),
+                    slot: Slot(slot),
+                };
+                let lived_in = state
+                    .trainers
+                    .iter()
+                    .any(|trainer| trainer.trainer.place() == place);
+                if !lived_in && !held.contains(&place) {
+                    free.push(place);
+                }
+            }
+        }
+        let fresh = (0..3)
+            .map(|extra| Incarnation(format!("i{}", self.minted + extra)))
+            .collect();
+        self.minted += 3;
+        self.send(&Input::Tick { free, fresh });
+    }
+
+    fn deliver_to_worker(&mut self, worker: usize) {
+        let Some(effect) = self.workers[worker].inbox.pop_front() else {
+            return;
+        };
+        let state = &mut self.workers[worker];
+        let find = |trainer: &Trainer| {
+            state
+                .trainers
+                .iter()
+                .position(|other| other.trainer == *trainer)
+        };
+        match effect {
+            Effect::StartTrainer {
+                trainer,
+                generation,
+            } => {
+                // An agent starts a trainer in an empty slot only.
+                if !state
+                    .trainers
+                    .iter()
+                    .any(|other| other.trainer.place() == trainer.place())
+                {
+                    state.trainers.push(SimTrainer {
+                        trainer,
+                        phase: Phase::Loading,
+                        generation,
+                        rank: Rank(0),
+                        resume: 0,
+                    });
+                }
+            }
+            Effect::Propose(proposal) => {
+                if let Some(at) = find(&proposal.trainer) {
+                    let sim = &mut state.trainers[at];
+                    sim.phase = Phase::Building;
+                    sim.generation = proposal.generation;
+                    sim.rank = proposal.rank;
+                    sim.resume = proposal.resume.map_or(0, |head| head.position.step.0);
+                }
+            }
+            Effect::Commit { trainer, .. } => {
+                if let Some(at) = find(&trainer)
+                    && state.trainers[at].phase == Phase::Built
+                {
+                    state.trainers[at].phase = Phase::Training {
+                        step: state.trainers[at].resume,
+                        awaiting: None,
+                    };
+                }
+            }
+            Effect::StopTrainer { trainer, .. } => {
+                if let Some(at) = find(&trainer) {
+                    state.trainers.remove(at);
+                    state.outbox.push_back(Input::TrainerExited {
+                        trainer,
+                        ending: "signal 9".into(),
+                    });
+                }
+            }
+            Effect::SuspendTrainer {
+                trainer,
+                generation,
+            } => {
+                if let Some(at) = find(&trainer)
+                    && let Phase::Training { step, .. } = state.trainers[at].phase
+                {
+                    state.trainers[at].phase = Phase::Standing;
+                    if state.trainers[at].rank == Rank(0) {
+                        let checkpoint = checkpoint(generation, step);
+                        state.outbox.push_back(Input::CheckpointWritten {
+                            trainer: trainer.clone(),
+                            generation,
+                            checkpoint,
+                        });
+                        state.outbox.push_back(Input::Suspended {
+                            trainer,
+                            generation,
+                        });
+                    }
+                }
+            }
+            Effect::AckCheckpoint {
+                trainer,
+                generation,
+                checkpoint,
+            } => {
+                if let Some(at) = find(&trainer)
+                    && let Phase::Training { awaiting, .. } = &mut state.trainers[at].phase
+                    && *awaiting == Some(checkpoint.position.step.0)
+                {
+                    *awaiting = None;
+                    if checkpoint.position.step.0 == LAST_STEP {
+                        let result = Box::new(result(LAST_STEP));
+                        state.outbox.push_back(Input::Finished {
+                            trainer,
+                            generation,
+                            result,
+                            reason: RunReason::LastStageEnded,
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn deliver_from_worker(&mut self, worker: usize) {
+        if self.workers[worker].connected
+            && let Some(input) = self.workers[worker].outbox.pop_front()
+        {
+            self.send(&input);
+        }
+    }
+
+    /// One trainer does the next thing.
+    fn work(&mut self, worker: usize) {
+        let count = self.workers[worker].trainers.len() as u64;
+        if count == 0 {
+            return;
+        }
+        let at = self.dice.below(count) as usize;
+        let sim = self.workers[worker].trainers[at].clone();
+        let gang_is_whole = self.gang_is_whole(&sim);
+        let state = &mut self.workers[worker];
+        let (trainer, generation) = (sim.trainer.clone(), sim.generation);
+        match sim.phase {
+            Phase::Loading => {
+                state.trainers[at].phase = Phase::Ready;
+                state.outbox.push_back(Input::TrainerReady {
+                    address: trainer.incarnation.to_string(),
+                    trainer,
+                });
+            }
+            Phase::Building if gang_is_whole => {
+                state.trainers[at].phase = Phase::Built;
+                state.outbox.push_back(Input::GangBuilt {
+                    trainer,
+                    generation,
+                });
+            }
+            Phase::Training { .. } if !gang_is_whole => {
+                state.trainers[at].phase = Phase::Standing;
+                state.outbox.push_back(Input::TrainerFailed {
+                    trainer,
+                    generation,
+                    class: FailureClass::Retry,
+                    reason: RunReason::TrainerLost,
+                    message: "a peer is gone".into(),
+                });
+            }
+            Phase::Training {
+                step,
+                awaiting: None,
+            } => {
+                let next = (step + 5).min(LAST_STEP);
+                let saves =
+                    sim.rank == Rank(0) && (next == LAST_STEP || next.is_multiple_of(SAVE_STEPS));
+                state.trainers[at].phase = Phase::Training {
+                    step: next,
+                    awaiting: saves.then_some(next),
+                };
+                if saves {
+                    let checkpoint = checkpoint(generation, next);
+                    state.outbox.push_back(Input::CheckpointWritten {
+                        trainer,
+                        generation,
+                        checkpoint,
+                    });
+                }
+            }
+            Phase::Ready
+            | Phase::Building
+            | Phase::Built
+            | Phase::Training { .. }
+            | Phase::Standing => {}
+        }
+    }
+
+    /// Whether as many trainers of the generation live as the lowest rank expects: all that were started with it.
+    fn gang_is_whole(&self, of: &SimTrainer) -> bool {
+        let alive = self.workers.iter().flat_map(|worker| &worker.trainers);
+        let ranks: Vec<u32> = alive
+            .filter(|sim| {
+                sim.generation == of.generation
+                    && !matches!(sim.phase, Phase::Standing | Phase::Loading)
+            })
+            .map(|sim| sim.rank.0)
+            .collect();
+        self.record.generation != of.generation || ranks.len() >= self.record.members.len()
+    }
+
+    fn kill(&mut self, worker: usize) {
+        if !self.workers[worker].trainers.is_empty() {
+            let dead = self.workers[worker].trainers.remove(0);
+            self.log.push(format!("kill {:?}", dead.trainer));
+            self.workers[worker].outbox.push_back(Input::TrainerExited {
+                trainer: dead.trainer,
+                ending: "signal 9".into(),
+            });
+        }
+    }
+
+    fn disconnect(&mut self, worker: usize) {
+        if self.workers[worker].connected {
+            self.workers[worker].connected = false;
+            self.workers[worker].inbox.clear();
+            self.workers[worker].outbox.clear();
+            self.send(&Input::WorkerLost {
+                worker: name(worker),
+            });
+        }
+    }
+
+    /// A hello or a heartbeat.
+    fn report(&mut self, worker: usize) {
+        self.workers[worker].connected = true;
+        let trainers = self.workers[worker]
+            .trainers
+            .iter()
+            .map(|sim| sim.trainer.clone())
+            .collect();
+        self.workers[worker].outbox.push_back(Input::TrainersSeen {
+            worker: name(worker),
+            trainers,
+        });
+    }
+
+    fn random_action(&mut self) {
+        let worker = self.dice.below(3) as usize;
+        match self.dice.below(100) {
+            0..=19 => self.deliver_to_worker(worker),
+            20..=44 => self.deliver_from_worker(worker),
+            45..=69 => self.work(worker),
+            70..=84 => self.tick(),
+            85..=91 => self.report(worker),
+            92..=94 => self.kill(worker),
+            95 => self.disconnect(worker),
+            96 => self.restart(),
+            97 => {
+                // A message is lost with its stream's buffer.
+                self.workers[worker].inbox.pop_front();
+            }
+            98 => self.send(&Input::Suspend),
+            99 if self.dice.below(20) == 0 => self.send(&Input::Cancel),
+            _ => self.send(&Input::Resume),
+        }
+    }
+
+    /// Everything that is due happens, and nothing breaks.
+    fn calm_round(&mut self) {
+        for worker in 0..3 {
+            self.report(worker);
+            self.work(worker);
+            for _ in 0..8 {
+                self.deliver_to_worker(worker);
+                self.deliver_from_worker(worker);
+            }
+        }
+        self.tick();
+        if self.record.state == RunState::Suspended {
+            self.send(&Input::Resume);
+        }
+    }
+}
+
+fn name(worker: usize) -> WorkerName {
+    WorkerName(format!("w{worker}"))
+}
+
+fn index(worker: &WorkerName) -> usize {
+    worker.as_str()[1..].parse().unwrap()
+}
+
+fn addressee(effect: &Effect) -> &Trainer {
+    match effect {
+        Effect::StartTrainer { trainer, .. }
+        | Effect::Commit { trainer, .. }
+        | Effect::StopTrainer { trainer, .. }
+        | Effect::SuspendTrainer { trainer, .. }
+        | Effect::AckCheckpoint { trainer, .. } => trainer,
+        Effect::Propose(proposal) => &proposal.trainer,
+    }
+}
+
+/// RUN-1 to RUN-5 over one accepted step.
+fn check(before: &RunRecord, after: &RunRecord, input: &Input) {
+    assert!(
+        after.generation == before.generation || after.generation == before.generation.next(),
+        "RUN-1"
+    );
+    assert!(after.attempt >= before.attempt && after.world_sizes.len() >= before.world_sizes.len());
+    if before.head != after.head {
+        let Input::CheckpointWritten {
+            trainer,
+            generation,
+            ..
+        } = input
+        else {
+            panic!("RUN-2: {input:?} moved the head")
+        };
+        assert_eq!(
+            (
+                *generation,
+                &before.members[0].trainer,
+                before.members[0].rank
+            ),
+            (before.generation, trainer, Rank(0)),
+            "RUN-2"
+        );
+        assert!(after.position >= before.position, "RUN-3");
+    }
+    assert!(!before.state.has_ended() || before == after, "RUN-4");
+    assert!(*input != Input::Cancel || after.state.has_ended(), "RUN-4");
+    assert_eq!(
+        after.result.is_some(),
+        after.state == RunState::Succeeded,
+        "RUN-5"
+    );
+    assert!(
+        after.state != RunState::Succeeded || after.position.step == Step(LAST_STEP),
+        "RUN-5"
+    );
+    if after.generation > before.generation {
+        assert!(
+            before.members.is_empty() || before.state == RunState::Resizing,
+            "RUN-6"
+        );
+    }
+    let mut places: Vec<FreeSlot> = after.held_slots().collect();
+    places.sort();
+    places.dedup();
+    assert_eq!(places.len(), after.members.len(), "a slot is held twice");
+    assert_eq!(after.end_ms.is_some(), after.state.has_ended());
+}
+
+#[test]
+fn random_lives_keep_the_invariants_and_end() {
+    let mut ends = [0_u32; 3];
+    for seed in 0..SEEDS {
+        let mut world = World::new(seed);
+        for _ in 0..ACTIONS {
+            world.random_action();
+        }
+        world.calm = true;
+        let rounds = (0..CALM_ROUNDS).find(|_| {
+            world.calm_round();
+            world.record.state.has_ended()
+        });
+        let tail = world.log.len().saturating_sub(40);
+        assert!(
+            rounds.is_some(),
+            "seed {seed} is stuck in {:?}:\n{}",
+            world.record.state,
+            world.log[tail..].join("\n")
+        );
+        match world.record.state {
+            RunState::Succeeded => ends[0] += 1,
+            RunState::Failed => {
+                assert_eq!(world.record.reason, RunReason::NoProgress);
+                ends[1] += 1;
+            }
+            RunState::Cancelled => ends[2] += 1,
+            other => panic!("{other:?} has not ended"),
+        }
+    }
+    assert!(
+        ends.iter().all(|count| *count > 0) && ends[0] > ends[1],
+        "succeeded, failed, cancelled: {ends:?}"
+    );
+}

@@ -1,0 +1,155 @@
+//! The table of every state and input, and the check that cited invariants are stated.
+
+use super::tests::{Script, checkpoint, place};
+use super::*;
+use thaw_proto::ids::Slot;
+
+/// RUN-4, and every other pair of a state and an input: the state that follows, `=` where nothing changes, `-` where it is refused.
+#[test]
+fn run_4_the_table_of_transitions() {
+    let preempting = || {
+        let mut script = Script::running();
+        script.record.state = RunState::Preempting;
+        script
+    };
+    let finish = |mut script: Script| {
+        let written = script.checkpoint(10);
+        script.effects(written);
+        let finished = script.finished(10);
+        script.after(finished)
+    };
+    let resizing = || {
+        let script = Script::running();
+        let lost = script.failed(FailureClass::Retry);
+        script.after(lost)
+    };
+    let states: Vec<(&str, Script)> = vec![
+        ("PENDING", Script::new()),
+        ("ADMITTED", Script::admitted()),
+        ("FORMING", Script::forming()),
+        ("RUNNING", Script::running()),
+        ("RESIZING", resizing()),
+        ("SUSPENDING", Script::running().after(Input::Suspend)),
+        ("SUSPENDED", Script::new().after(Input::Suspend)),
+        ("PREEMPTING", preempting()),
+        ("SUCCEEDED", finish(Script::running())),
+        ("FAILED", {
+            let script = Script::running();
+            let failed = script.failed(FailureClass::Fatal);
+            script.after(failed)
+        }),
+        ("CANCELLED", Script::running().after(Input::Cancel)),
+    ];
+    let mut table = String::from("\n");
+    for (name, script) in states {
+        let shown = |input: Input| match step(
+            &Policy::default(),
+            &script.record,
+            &script.observed,
+            script.now_ms,
+            &input,
+        ) {
+            Err(_) => "-".to_owned(),
+            Ok(outcome) if outcome.record.state == script.record.state => "=".to_owned(),
+            Ok(outcome) => format!("{:?}", outcome.record.state),
+        };
+        let members = script.record.members.clone();
+        // In states without members, one that was a member once.
+        let rank_0 = members.first().map_or_else(
+            || Trainer {
+                worker: "a".into(),
+                slot: Slot(0),
+                incarnation: "old".into(),
+            },
+            |member| member.trainer.clone(),
+        );
+        let generation = script.record.generation;
+        let checkpoint = checkpoint(generation, 20);
+        let failed = |class| Input::TrainerFailed {
+            trainer: rank_0.clone(),
+            generation,
+            class,
+            reason: RunReason::TrainerError,
+            message: String::new(),
+        };
+        let cells = [
+            shown(Input::Tick {
+                free: vec![place("a"), place("b")],
+                fresh: vec!["x".into(), "y".into()],
+            }),
+            shown(Input::TrainersSeen {
+                worker: "a".into(),
+                trainers: Vec::new(),
+            }),
+            shown(Input::TrainerReady {
+                trainer: rank_0.clone(),
+                address: "h:1".into(),
+            }),
+            shown(Input::GangBuilt {
+                trainer: rank_0.clone(),
+                generation,
+            }),
+            shown(Input::TrainerExited {
+                trainer: rank_0.clone(),
+                ending: "exit code 0".into(),
+            }),
+            shown(Input::WorkerLost { worker: "a".into() }),
+            shown(failed(FailureClass::Retry)),
+            shown(failed(FailureClass::Fatal)),
+            shown(Input::CheckpointWritten {
+                trainer: rank_0.clone(),
+                generation,
+                checkpoint,
+            }),
+            shown(Input::Suspended {
+                trainer: rank_0.clone(),
+                generation,
+            }),
+            shown(Input::Suspend),
+            shown(Input::Resume),
+            shown(Input::Cancel),
+            shown(Input::CoordinatorStarted),
+        ];
+        table.push_str(&format!("{name}: {}\n", cells.join(" ")));
+    }
+    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted
+    let expected = "
+PENDING: Admitted = - - - = - - - - Suspended - Cancelled =
+ADMITTED: = = = - Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
+FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
+RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled Resizing
+RESIZING: = = - - = = = Failed = - Suspended - Cancelled =
+SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled Suspended
+SUSPENDED: = = - - - = - - - - = Pending Cancelled =
+PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled Resizing
+SUCCEEDED: = = - - - = - - - - - - - =
+FAILED: = = - - - = - - - - - - - =
+CANCELLED: = = - - - = - - - - - - = =
+";
+    assert_eq!(table, expected);
+}
+
+/// Every invariant that the machine's code or tests cite is stated where the module opens.
+#[test]
+fn cited_invariants_exist() {
+    let law = include_str!("mod.rs");
+    let sources = [
+        include_str!("gangs.rs"),
+        include_str!("reports.rs"),
+        include_str!("requests.rs"),
+        include_str!("turn.rs"),
+        include_str!("tests.rs"),
+        include_str!("table.rs"),
+        include_str!("simulation.rs"),
+    ];
+    for source in sources {
+        for (at, _) in source.match_indices("RUN-") {
+            let id: String = source[at..].chars().take(5).collect();
+            assert!(
+                !id.ends_with(|last: char| last.is_ascii_digit())
+                    || law.contains(&format!("//! - {id}:")),
+                "{id} is not stated"
+            );
+        }
+    }
+}

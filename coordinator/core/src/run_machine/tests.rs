@@ -1,0 +1,670 @@
+//! One run taken through its life by hand.
+
+use super::*;
+use crate::test_support::{evaluation, plan_of, spec};
+use serde_json::json;
+use thaw_proto::ids::{Attempt, Slot};
+
+/// A run, and a clock.
+pub(super) struct Script {
+    pub(super) record: RunRecord,
+    pub(super) observed: Observed,
+    pub(super) now_ms: u64,
+    /// Incarnations handed out so far.
+    minted: u32,
+}
+
+impl Script {
+    pub(super) fn new() -> Self {
+        let spec = spec(json!({"workers": {"min": 1, "max": 2, "threads_per_trainer": 1}}));
+        let plan = plan_of(&spec);
+        let record = RunRecord::new(
+            "demo-00000001".into(),
+            spec,
+            plan,
+            "file:///d/runs/demo-00000001".into(),
+            1000,
+        );
+        Self {
+            record,
+            observed: Observed::default(),
+            now_ms: 1000,
+            minted: 0,
+        }
+    }
+
+    fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
+        let outcome = step(
+            &Policy::default(),
+            &self.record,
+            &self.observed,
+            self.now_ms,
+            &input,
+        )?;
+        assert_eq!(
+            outcome.changed,
+            outcome.record != self.record,
+            "changed is wrong after {input:?}"
+        );
+        self.record = outcome.record;
+        self.observed = outcome.observed;
+        Ok((outcome.effects, outcome.events))
+    }
+
+    pub(super) fn effects(&mut self, input: Input) -> Vec<Effect> {
+        self.send(input).unwrap().0
+    }
+
+    fn tick(&mut self) -> Input {
+        self.minted += 2;
+        Input::Tick {
+            free: vec![place("a"), place("b")],
+            fresh: vec![
+                Incarnation(format!("i{}", self.minted - 1)),
+                Incarnation(format!("i{}", self.minted)),
+            ],
+        }
+    }
+
+    fn trainer(&self, rank: usize) -> Trainer {
+        self.record.members[rank].trainer.clone()
+    }
+
+    pub(super) fn admitted() -> Self {
+        let mut script = Self::new();
+        let tick = script.tick();
+        script.effects(tick);
+        script
+    }
+
+    pub(super) fn forming() -> Self {
+        let mut script = Self::admitted();
+        script.all_ready();
+        script
+    }
+
+    fn all_ready(&mut self) -> Vec<Effect> {
+        let ready = |script: &Self, rank: usize| Input::TrainerReady {
+            trainer: script.trainer(rank),
+            address: format!("h:{rank}"),
+        };
+        let (first, second) = (ready(self, 0), ready(self, 1));
+        assert!(self.effects(first).is_empty());
+        self.effects(second)
+    }
+
+    pub(super) fn running() -> Self {
+        let mut script = Self::forming();
+        script.all_built();
+        script
+    }
+
+    fn all_built(&mut self) -> Vec<Effect> {
+        let generation = self.record.generation;
+        let (first, second) = (self.trainer(0), self.trainer(1));
+        assert!(
+            self.effects(Input::GangBuilt {
+                trainer: first,
+                generation
+            })
+            .is_empty()
+        );
+        self.effects(Input::GangBuilt {
+            trainer: second,
+            generation,
+        })
+    }
+
+    pub(super) fn after(mut self, input: Input) -> Self {
+        self.send(input).unwrap();
+        self
+    }
+
+    fn exited(&self, rank: usize) -> Input {
+        Input::TrainerExited {
+            trainer: self.trainer(rank),
+            ending: "signal 9".to_owned(),
+        }
+    }
+
+    pub(super) fn checkpoint(&self, step: u64) -> Input {
+        let generation = self.record.generation;
+        Input::CheckpointWritten {
+            trainer: self.trainer(0),
+            generation,
+            checkpoint: checkpoint(generation, step),
+        }
+    }
+
+    pub(super) fn finished(&self, steps: u64) -> Input {
+        Input::Finished {
+            trainer: self.trainer(0),
+            generation: self.record.generation,
+            result: Box::new(result(steps)),
+            reason: RunReason::NoGain,
+        }
+    }
+
+    pub(super) fn failed(&self, class: FailureClass) -> Input {
+        Input::TrainerFailed {
+            trainer: self.trainer(1),
+            generation: self.record.generation,
+            class,
+            reason: RunReason::TrainerError,
+            message: "the label `x` is unknown".to_owned(),
+        }
+    }
+}
+
+pub(super) fn place(worker: &str) -> FreeSlot {
+    FreeSlot {
+        worker: worker.into(),
+        slot: Slot(0),
+    }
+}
+
+pub(super) fn checkpoint(generation: Generation, step: u64) -> CheckpointRef {
+    let position = Position {
+        stage: StageIndex(0),
+        stage_step: u32::try_from(step).unwrap(),
+        step: Step(step),
+    };
+    CheckpointRef {
+        position,
+        generation,
+        manifest: crate::manifest::file_name(generation, Step(step)),
+        manifest_blake3: "d".repeat(64),
+    }
+}
+
+pub(super) fn result(steps: u64) -> RunResult {
+    RunResult {
+        test: None,
+        best: evaluation(0.5),
+        weights_blake3: "e".repeat(64),
+        model: "file:///d/model".into(),
+        steps: Step(steps),
+        seconds: 1.0,
+    }
+}
+
+fn stage_result(stage: u32) -> StageResult {
+    StageResult {
+        stage: StageIndex(stage),
+        steps: 10,
+        epochs: 1.0,
+        seconds: 1.0,
+        end: thaw_proto::run::StageEnd::MaxEpochs,
+        eval: evaluation(0.5),
+        deciding_eval: evaluation(0.5),
+        replica_digest: "f".repeat(64),
+    }
+}
+
+fn generations(effects: &[Effect]) -> Vec<&'static str> {
+    effects
+        .iter()
+        .map(|effect| match effect {
+            Effect::StartTrainer { .. } => "start",
+            Effect::Propose(_) => "propose",
+            Effect::Commit { .. } => "commit",
+            Effect::StopTrainer { .. } => "stop",
+            Effect::SuspendTrainer { .. } => "suspend",
+            Effect::AckCheckpoint { .. } => "ack",
+        })
+        .collect()
+}
+
+#[test]
+fn a_run_from_submission_to_success() {
+    let mut script = Script::new();
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(
+        (
+            script.record.state,
+            script.record.generation,
+            script.record.attempt
+        ),
+        (RunState::Admitted, Generation(1), Attempt(1))
+    );
+    let proposals = script.all_ready();
+    assert_eq!(generations(&proposals), ["propose", "propose"]);
+    let Effect::Propose(second) = &proposals[1] else {
+        panic!("{proposals:?}")
+    };
+    assert_eq!(
+        (second.rank, second.addresses.len(), &second.resume),
+        (Rank(1), 2, &None)
+    );
+    assert_eq!(generations(&script.all_built()), ["commit", "commit"]);
+    assert_eq!(
+        (
+            script.record.state,
+            script.record.start_ms,
+            &script.record.world_sizes[..]
+        ),
+        (RunState::Running, Some(1000), &[2][..])
+    );
+    let written = script.checkpoint(10);
+    assert_eq!(generations(&script.effects(written)), ["ack"]);
+    let ended = Input::StageEnded {
+        trainer: script.trainer(0),
+        generation: Generation(1),
+        result: Box::new(stage_result(0)),
+    };
+    let (_, events) = script.send(ended).unwrap();
+    assert_eq!(
+        events[0].message,
+        "stage head ended after 10 steps: MaxEpochs, loss 0.5000"
+    );
+    let finished = script.finished(10);
+    assert_eq!(generations(&script.effects(finished)), ["stop", "stop"]);
+    assert_eq!(
+        (
+            script.record.state,
+            script.record.reason,
+            script.record.end_ms
+        ),
+        (RunState::Succeeded, RunReason::NoGain, Some(1000))
+    );
+    assert!(script.record.result.is_some() && script.record.members.is_empty());
+}
+
+/// A stored record is the same record.
+#[test]
+fn a_record_survives_json() {
+    let script = Script::running();
+    let text = serde_json::to_string(&script.record).unwrap();
+    assert_eq!(
+        serde_json::from_str::<RunRecord>(&text).unwrap(),
+        script.record
+    );
+}
+
+/// RUN-1, RUN-6: after a loss the others stop first; then the next generation starts from the head.
+#[test]
+fn run_1_run_6_a_lost_trainer_gives_the_next_generation() {
+    let mut script = Script::running();
+    let written = script.checkpoint(20);
+    script.effects(written);
+    let (lost, survivor) = (script.exited(1), script.trainer(0));
+    assert_eq!(
+        script.effects(lost),
+        [Effect::StopTrainer {
+            trainer: survivor.clone(),
+            generation: Generation(1)
+        }]
+    );
+    assert_eq!(
+        (script.record.state, script.record.reason),
+        (RunState::Resizing, RunReason::TrainerLost)
+    );
+    let tick = script.tick();
+    assert!(script.effects(tick).is_empty());
+    script.effects(Input::TrainerExited {
+        trainer: survivor.clone(),
+        ending: "signal 9".into(),
+    });
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(script.record.generation, Generation(2));
+    let proposals = script.all_ready();
+    let Effect::Propose(first) = &proposals[0] else {
+        panic!("{proposals:?}")
+    };
+    assert_eq!(first.resume, Some(checkpoint(Generation(1), 20)));
+    // RUN-2: the old generation is refused by number.
+    let late = Input::CheckpointWritten {
+        trainer: survivor,
+        generation: Generation(1),
+        checkpoint: checkpoint(Generation(1), 30),
+    };
+    let refused = script.send(late).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "generation 1 is over: the run is at generation 2"
+    );
+    assert_eq!(refused.class(), ErrorClass::Fenced);
+}
+
+/// RUN-6: a member that nobody reports holds the run up only until the deadline.
+#[test]
+fn run_6_a_silent_member_is_given_up() {
+    let mut script = Script::running();
+    let lost = script.exited(1);
+    script.effects(lost);
+    script.now_ms += Policy::default().stop_timeout_ms - 1;
+    let tick = script.tick();
+    assert!(script.effects(tick).is_empty());
+    script.now_ms += 1;
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+}
+
+#[test]
+fn run_2_only_rank_0_commits() {
+    let mut script = Script::running();
+    let input = Input::CheckpointWritten {
+        trainer: script.trainer(1),
+        generation: Generation(1),
+        checkpoint: checkpoint(Generation(1), 5),
+    };
+    assert_eq!(
+        script.send(input).unwrap_err(),
+        Rejection::NotCommitter { rank: Rank(1) }
+    );
+    let stranger = Trainer {
+        incarnation: "other".into(),
+        ..script.trainer(0)
+    };
+    let input = Input::CheckpointWritten {
+        trainer: stranger,
+        generation: Generation(1),
+        checkpoint: checkpoint(Generation(1), 5),
+    };
+    assert!(matches!(
+        script.send(input).unwrap_err(),
+        Rejection::UnknownTrainer { .. }
+    ));
+}
+
+#[test]
+fn run_3_the_head_never_goes_back() {
+    let mut script = Script::running();
+    let (ten, nine) = (script.checkpoint(10), script.checkpoint(9));
+    script.effects(ten.clone());
+    assert!(matches!(
+        script.send(nine).unwrap_err(),
+        Rejection::HeadWouldGoBack { .. }
+    ));
+    // Said twice, answered twice.
+    assert_eq!(generations(&script.effects(ten)), ["ack"]);
+    assert_eq!(script.record.position.step, Step(10));
+}
+
+#[test]
+fn run_5_success_needs_a_committed_last_step() {
+    let mut script = Script::running();
+    let early = script.finished(10);
+    assert_eq!(
+        script.send(early.clone()).unwrap_err(),
+        Rejection::NotCommitted { step: Step(10) }
+    );
+    let written = script.checkpoint(10);
+    script.effects(written);
+    script.effects(early);
+    assert_eq!(script.record.state, RunState::Succeeded);
+}
+
+/// RUN-7: five generations in a row without a step end the run; a committed one starts the count again.
+#[test]
+fn run_7_no_progress_ends_the_run() {
+    let mut script = Script::new();
+    let lose = |script: &mut Script, with_progress: bool| {
+        script.now_ms += Policy::default().stop_timeout_ms;
+        let tick = script.tick();
+        script.effects(tick);
+        script.all_ready();
+        script.all_built();
+        if with_progress {
+            let written = script.checkpoint(10);
+            script.effects(written);
+        }
+        let lost = script.exited(0);
+        script.effects(lost);
+    };
+    for with_progress in [false, false, false, false, true, false, false, false] {
+        lose(&mut script, with_progress);
+        assert_eq!(script.record.state, RunState::Resizing);
+    }
+    lose(&mut script, false);
+    assert_eq!(
+        (script.record.state, script.record.reason),
+        (RunState::Failed, RunReason::NoProgress)
+    );
+    assert!(
+        script.record.message.starts_with("5 generations in a row"),
+        "{}",
+        script.record.message
+    );
+}
+
+#[test]
+fn a_trainers_verdict_decides_between_failing_and_trying_again() {
+    for class in [FailureClass::Invalid, FailureClass::Fatal] {
+        let mut script = Script::running();
+        let failed = script.failed(class);
+        assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
+        assert_eq!(
+            (script.record.state, script.record.reason),
+            (RunState::Failed, RunReason::TrainerError)
+        );
+        assert_eq!(
+            script.record.message,
+            "rank 1 on b slot 0: the label `x` is unknown"
+        );
+    }
+    for class in [FailureClass::Retry, FailureClass::Fenced] {
+        let mut script = Script::running();
+        let failed = script.failed(class);
+        assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
+        assert_eq!(
+            (script.record.state, script.record.members.len()),
+            (RunState::Resizing, 2)
+        );
+    }
+    let mut script = Script::admitted();
+    let Input::TrainerFailed {
+        trainer,
+        class,
+        reason,
+        message,
+        ..
+    } = script.failed(FailureClass::Invalid)
+    else {
+        panic!()
+    };
+    script.effects(Input::TrainerFailed {
+        trainer,
+        generation: Generation(0),
+        class,
+        reason,
+        message,
+    });
+    assert_eq!(script.record.state, RunState::Failed);
+}
+
+/// A gang that does not form in time is formed again, without those that were late where there are others.
+#[test]
+fn a_late_trainer_is_left_out() {
+    let mut script = Script::forming();
+    let prompt = script.trainer(0);
+    script.effects(Input::GangBuilt {
+        trainer: prompt,
+        generation: Generation(1),
+    });
+    script.now_ms += Policy::default().forming_timeout_ms;
+    let tick = script.tick();
+    script.effects(tick);
+    assert_eq!(
+        (script.record.state, script.record.reason),
+        (RunState::Resizing, RunReason::GangTimeout)
+    );
+    assert_eq!(
+        script.record.message,
+        "trainer(s) on b slot 0 did not join the gang in time"
+    );
+    script.now_ms += Policy::default().stop_timeout_ms;
+    let tick = script.tick();
+    assert!(
+        script.effects(tick).is_empty(),
+        "it waits a moment for more of its maximum"
+    );
+    script.now_ms += Policy::default().gather_ms;
+    let tick = script.tick();
+    let effects = script.effects(tick);
+    assert!(
+        matches!(&effects[..], [Effect::StartTrainer { trainer, .. }] if trainer.worker.as_str() == "a"),
+        "{effects:?}"
+    );
+}
+
+#[test]
+fn a_run_waits_for_workers_and_says_so_once() {
+    let mut script = Script::new();
+    let nothing = Input::Tick {
+        free: Vec::new(),
+        fresh: Vec::new(),
+    };
+    let (_, events) = script.send(nothing.clone()).unwrap();
+    assert_eq!(
+        (events.len(), script.record.message.as_str()),
+        (1, "0 slot(s) free, 1 needed")
+    );
+    assert!(script.send(nothing).unwrap().1.is_empty());
+    script.now_ms += 10_000;
+    let refused = script
+        .send(Input::Tick {
+            free: vec![place("a"), place("b")],
+            fresh: Vec::new(),
+        })
+        .unwrap_err();
+    assert_eq!(
+        refused,
+        Rejection::TooFewIncarnations {
+            needed: 2,
+            given: 0
+        }
+    );
+}
+
+#[test]
+fn suspend_and_resume() {
+    let mut script = Script::running();
+    assert_eq!(
+        generations(&script.effects(Input::Suspend)),
+        ["suspend", "suspend"]
+    );
+    let written = script.checkpoint(12);
+    script.effects(written);
+    let stopped = Input::Suspended {
+        trainer: script.trainer(0),
+        generation: Generation(1),
+    };
+    assert_eq!(generations(&script.effects(stopped)), ["stop", "stop"]);
+    assert_eq!(
+        (script.record.state, script.record.message.as_str()),
+        (RunState::Suspended, "suspended at step 12")
+    );
+    script.effects(Input::Resume);
+    assert_eq!(
+        (script.record.state, script.record.attempt),
+        (RunState::Pending, Attempt(2))
+    );
+    let tick = script.tick();
+    script.effects(tick);
+    assert_eq!(
+        (script.record.attempt, script.record.generation),
+        (Attempt(2), Generation(2))
+    );
+}
+
+#[test]
+fn a_suspension_that_never_saves_ends_by_its_deadline() {
+    let mut script = Script::running().after(Input::Suspend);
+    script.now_ms += Policy::default().suspend_timeout_ms;
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["stop", "stop"]);
+    assert_eq!(script.record.state, RunState::Suspended);
+}
+
+#[test]
+fn a_started_coordinator_forms_the_gang_again() {
+    let mut script = Script::running();
+    let old = script.trainer(0);
+    script.observed = Observed::default();
+    assert_eq!(
+        generations(&script.effects(Input::CoordinatorStarted)),
+        ["stop", "stop"]
+    );
+    assert_eq!(
+        (script.record.state, script.record.reason),
+        (RunState::Resizing, RunReason::CoordinatorRestarted)
+    );
+    assert_eq!(script.record.failures_without_progress, 0);
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    // RUN-8: a straggler of the old gang is stopped when it is seen.
+    let seen = Input::TrainersSeen {
+        worker: "a".into(),
+        trainers: vec![old.clone()],
+    };
+    assert_eq!(
+        script.effects(seen),
+        [Effect::StopTrainer {
+            trainer: old,
+            generation: Generation(2)
+        }]
+    );
+}
+
+#[test]
+fn run_8_a_trainer_that_its_worker_no_longer_has_is_lost() {
+    let mut script = Script::admitted();
+    let nothing = Input::TrainersSeen {
+        worker: "a".into(),
+        trainers: Vec::new(),
+    };
+    assert!(
+        script.effects(nothing.clone()).is_empty(),
+        "it may be starting still"
+    );
+    script.all_ready();
+    script.effects(nothing);
+    assert_eq!(script.record.state, RunState::Resizing);
+}
+
+#[test]
+fn a_lost_worker_is_the_loss_of_its_trainers() {
+    let mut script = Script::running();
+    assert_eq!(
+        generations(&script.effects(Input::WorkerLost { worker: "b".into() })),
+        ["stop"]
+    );
+    assert_eq!(script.record.message, "worker b is lost");
+    assert!(
+        script
+            .effects(Input::WorkerLost { worker: "c".into() })
+            .is_empty()
+    );
+    script.effects(Input::WorkerLost { worker: "a".into() });
+    assert_eq!(
+        (
+            script.record.failures_without_progress,
+            script.record.members.len()
+        ),
+        (1, 0)
+    );
+}
+
+#[test]
+fn stages_end_in_order_and_once() {
+    let mut script = Script::running();
+    let ended = |script: &Script, stage| Input::StageEnded {
+        trainer: script.trainer(0),
+        generation: Generation(1),
+        result: Box::new(stage_result(stage)),
+    };
+    let (first, second) = (ended(&script, 0), ended(&script, 1));
+    assert_eq!(
+        script.send(second).unwrap_err(),
+        Rejection::StageOutOfOrder {
+            given: StageIndex(1),
+            expected: StageIndex(0)
+        }
+    );
+    script.effects(first.clone());
+    script.effects(first);
+    assert_eq!(script.record.stage_results.len(), 1);
+}

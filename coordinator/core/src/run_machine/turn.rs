@@ -1,0 +1,234 @@
+//! One step in the making: the record as it will be, and what is to be done and told.
+
+use super::{
+    Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer,
+};
+use thaw_proto::ids::{Generation, Rank};
+use thaw_proto::run::{RunReason, RunState};
+
+#[derive(Debug)]
+pub(super) struct Turn {
+    pub(super) policy: Policy,
+    pub(super) now_ms: u64,
+    pub(super) record: RunRecord,
+    pub(super) changed: bool,
+    pub(super) observed: Observed,
+    effects: Vec<Effect>,
+    events: Vec<Event>,
+}
+
+impl Turn {
+    pub(super) fn new(
+        policy: Policy,
+        record: &RunRecord,
+        observed: &Observed,
+        now_ms: u64,
+    ) -> Self {
+        Self {
+            policy,
+            now_ms,
+            record: record.clone(),
+            changed: false,
+            observed: observed.clone(),
+            effects: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    pub(super) fn outcome(self) -> Outcome {
+        Outcome {
+            record: self.record,
+            changed: self.changed,
+            observed: self.observed,
+            effects: self.effects,
+            events: self.events,
+        }
+    }
+
+    pub(super) fn effect(&mut self, effect: Effect) {
+        self.effects.push(effect);
+    }
+
+    pub(super) fn event(&mut self, message: impl Into<String>) {
+        self.events.push(Event {
+            at_ms: self.now_ms,
+            generation: self.record.generation,
+            state: self.record.state,
+            reason: self.record.reason,
+            message: message.into(),
+        });
+    }
+
+    /// Enters a state, with a new wait of `timeout_ms` where there is one.
+    pub(super) fn enter(
+        &mut self,
+        state: RunState,
+        reason: RunReason,
+        message: impl Into<String>,
+        timeout_ms: Option<u64>,
+    ) {
+        self.changed = true;
+        self.record.state = state;
+        self.record.reason = reason;
+        self.record.message = message.into();
+        self.observed.deadline_ms = timeout_ms.map(|timeout| self.now_ms + timeout);
+        self.observed.gathering_since_ms = None;
+        if state.has_ended() {
+            self.record.end_ms = Some(self.now_ms);
+        }
+        self.event(self.record.message.clone());
+    }
+
+    /// Whether the present wait is over; arms it where a new leader has yet to.
+    pub(super) fn deadline_passed(&mut self, timeout_ms: u64) -> bool {
+        let now = self.now_ms;
+        now >= *self.observed.deadline_ms.get_or_insert(now + timeout_ms)
+    }
+
+    pub(super) fn stop(&mut self, trainer: Trainer) {
+        self.effect(Effect::StopTrainer {
+            trainer,
+            generation: self.record.generation,
+        });
+    }
+
+    /// Tells every member to stop, and keeps them in the record.
+    pub(super) fn stop_members(&mut self) {
+        let trainers: Vec<Trainer> = self
+            .record
+            .members
+            .iter()
+            .map(|member| member.trainer.clone())
+            .collect();
+        for trainer in trainers {
+            self.stop(trainer);
+        }
+        self.observed.addresses.clear();
+        self.observed.built.clear();
+    }
+
+    /// Tells every member to stop, and forgets them: who is still seen later is told again (RUN-8).
+    pub(super) fn release_members(&mut self) {
+        self.stop_members();
+        self.changed |= !self.record.members.is_empty();
+        self.record.members.clear();
+    }
+
+    /// The gang is over: its members stop, and a new one is chosen once they have (RUN-6), or the run has failed (RUN-7).
+    pub(super) fn lose_gang(&mut self, reason: RunReason, message: String) {
+        self.record.failures_without_progress += 1;
+        let failures = self.record.failures_without_progress;
+        if failures >= self.policy.most_failures {
+            let message = format!(
+                "{failures} generations in a row ended without a newly committed step; the last: {message}"
+            );
+            self.release_members();
+            self.enter(RunState::Failed, RunReason::NoProgress, message, None);
+        } else {
+            self.stop_members();
+            self.enter(
+                RunState::Resizing,
+                reason,
+                message,
+                Some(self.policy.stop_timeout_ms),
+            );
+        }
+    }
+
+    /// A trainer is gone. What that means depends on what the run was doing.
+    pub(super) fn lose_trainer(&mut self, trainer: &Trainer, reason: RunReason, message: String) {
+        self.record
+            .members
+            .retain(|member| member.trainer != *trainer);
+        self.changed = true;
+        match self.record.state {
+            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
+                self.lose_gang(reason, message)
+            }
+            RunState::Suspending => {
+                self.release_members();
+                let message = format!("suspended from the last checkpoint: {message}");
+                self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
+            }
+            // It was told to stop.
+            RunState::Resizing => {}
+            // These hold no members.
+            RunState::Pending
+            | RunState::Suspended
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => {}
+        }
+    }
+
+    pub(super) fn fail(&mut self, reason: RunReason, message: String) {
+        self.release_members();
+        self.enter(RunState::Failed, reason, message, None);
+    }
+
+    /// Rank of a trainer of the present generation (RUN-2).
+    pub(super) fn member(
+        &self,
+        trainer: &Trainer,
+        generation: Generation,
+    ) -> Result<Rank, Rejection> {
+        let ours = self.record.generation;
+        if generation != ours {
+            return Err(Rejection::StaleGeneration {
+                theirs: generation,
+                ours,
+            });
+        }
+        self.member_of_any(trainer)
+    }
+
+    /// Rank of a trainer that may not have been told its generation yet.
+    pub(super) fn member_of_any(&self, trainer: &Trainer) -> Result<Rank, Rejection> {
+        if self.record.state.has_ended() {
+            return Err(Rejection::AlreadyEnded {
+                state: self.record.state,
+            });
+        }
+        let member = self
+            .record
+            .members
+            .iter()
+            .find(|member| member.trainer == *trainer);
+        member
+            .map(|member| member.rank)
+            .ok_or_else(|| Rejection::UnknownTrainer {
+                incarnation: trainer.incarnation.clone(),
+                generation: self.record.generation,
+            })
+    }
+
+    /// [`Turn::member`], for what only rank 0 may say.
+    pub(super) fn committer(
+        &self,
+        trainer: &Trainer,
+        generation: Generation,
+    ) -> Result<(), Rejection> {
+        match self.member(trainer, generation)? {
+            Rank(0) => Ok(()),
+            rank => Err(Rejection::NotCommitter { rank }),
+        }
+    }
+
+    pub(super) fn not_legal(&self, operation: &'static str) -> Rejection {
+        let state = self.record.state;
+        if state.has_ended() {
+            Rejection::AlreadyEnded { state }
+        } else {
+            Rejection::NotLegal { operation, state }
+        }
+    }
+
+    /// Whether trying again may help.
+    pub(super) fn is_worth_retrying(class: FailureClass) -> bool {
+        match class {
+            // A trainer that believes itself fenced while it is of the present generation has heard wrong, and has stopped.
+            FailureClass::Retry | FailureClass::Fenced => true,
+            FailureClass::Invalid | FailureClass::Fatal => false,
+        }
+    }
+}

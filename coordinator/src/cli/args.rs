@@ -1,0 +1,215 @@
+//! What can be typed.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Fine-tune a pretrained backbone by gradual unfreezing, on one machine or a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "thaw", version, max_term_width = 120)]
+pub(crate) struct Args {
+    /// Address of the coordinator, for the verbs that talk to one.
+    #[arg(long, global = true, env = "THAW_SERVER", default_value = "http://127.0.0.1:7070")]
+    pub(crate) server: String,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Train a spec on this machine, from nothing to the trained model.
+    #[command(
+        after_help = "Example:\n  thaw train spec.yaml --workers 2\n\nThe same through a coordinator:\n  thaw up --workers 2 &\n  thaw submit spec.yaml\n\nWith grpcurl:\n  grpcurl -plaintext -d @ 127.0.0.1:7070 thaw.v1.RunService/CreateRun <<< '{\"spec\": {...}}'"
+    )]
+    Train(TrainOptions),
+    /// Start a coordinator with an embedded store and workers, on this machine.
+    #[command(
+        after_help = "Example:\n  thaw up --workers 2\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 list"
+    )]
+    Up(UpOptions),
+    /// Start a coordinator alone.
+    #[command(
+        after_help = "Example:\n  thaw serve --store etcd://127.0.0.1:2379/thaw --data-dir /shared/thaw\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 grpc.health.v1.Health/Check"
+    )]
+    Serve(ServeOptions),
+    /// Show what a spec would do: groups, stages, rates, costs, and every mistake. Runs nothing.
+    #[command(
+        after_help = "Example:\n  thaw plan spec.yaml\n\nWith grpcurl:\n  grpcurl -plaintext -d '{\"spec\": {...}, \"validate_only\": true}' 127.0.0.1:7070 thaw.v1.RunService/CreateRun"
+    )]
+    Plan(PlanOptions),
+    /// Give a spec to a coordinator.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"spec\": {...}}' 127.0.0.1:7070 thaw.v1.RunService/CreateRun"
+    )]
+    Submit {
+        /// The run spec, YAML or JSON.
+        spec: PathBuf,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Show one run.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/GetRun"
+    )]
+    Get {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Show all runs, newest first.
+    #[command(after_help = "With grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 thaw.v1.RunService/ListRuns")]
+    List {
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Follow a run to its end; the exit code is its outcome.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\", \"include_progress\": true}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
+    )]
+    Watch {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Show what a run's trainers wrote.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\", \"follow\": true}' 127.0.0.1:7070 thaw.v1.RunService/TailLogs"
+    )]
+    Logs {
+        name: String,
+        /// Go on until the run has ended.
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// End a run that has not ended.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/CancelRun"
+    )]
+    Cancel {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Save a run and give its workers back.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/SuspendRun"
+    )]
+    Suspend {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Go on with a suspended run.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/ResumeRun"
+    )]
+    Resume {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Show the workers.
+    #[command(after_help = "With grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 thaw.v1.ClusterService/ListWorkers")]
+    Workers {
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Show a run's checkpoints.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/ListCheckpoints"
+    )]
+    Checkpoints {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+}
+
+impl Verb {
+    /// Servers say what they do; client verbs speak for themselves and log only what went wrong.
+    pub(crate) fn default_log_filter(&self) -> &'static str {
+        match self {
+            Self::Serve(_) | Self::Up(_) => "info",
+            Self::Train(_)
+            | Self::Plan(_)
+            | Self::Submit { .. }
+            | Self::Get { .. }
+            | Self::List { .. }
+            | Self::Watch { .. }
+            | Self::Logs { .. }
+            | Self::Cancel { .. }
+            | Self::Suspend { .. }
+            | Self::Resume { .. }
+            | Self::Workers { .. }
+            | Self::Checkpoints { .. } => "error",
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TrainOptions {
+    /// The run spec, YAML or JSON.
+    pub(crate) spec: PathBuf,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterOptions,
+    /// Address the coordinator listens on while it trains. Port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct UpOptions {
+    #[command(flatten)]
+    pub(crate) cluster: ClusterOptions,
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    pub(crate) listen: SocketAddr,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ClusterOptions {
+    /// Worker processes to start.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) workers: u32,
+    /// Folder of the store, the runs and their checkpoints.
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
+    /// The worker's program. Default: thaw-worker beside this program.
+    #[arg(long)]
+    pub(crate) worker_program: Option<PathBuf>,
+    /// Passed on to every trainer: point@step=path, see `thaw-worker trainer --help`. For tests.
+    #[arg(long, hide = true)]
+    pub(crate) hold: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ServeOptions {
+    /// embedded:PATH or etcd://HOST:PORT[,HOST:PORT…][/PREFIX]
+    #[arg(long)]
+    pub(crate) store: String,
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    pub(crate) listen: SocketAddr,
+    /// Unique name of this coordinator.
+    #[arg(long, default_value = "coordinator")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PlanOptions {
+    /// The run spec, YAML or JSON.
+    pub(crate) spec: PathBuf,
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+/// How results are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Table,
+    Wide,
+    Json,
+    Yaml,
+}

@@ -1,0 +1,141 @@
+//! The command line. Results go to stdout, words to stderr; nothing is coloured or animated off a terminal.
+
+mod args;
+mod client;
+mod embedded;
+mod progress;
+mod show;
+mod train;
+
+pub(crate) use args::Args;
+use args::{Format, Verb};
+use std::process::ExitCode;
+use thaw_proto::text::Printable;
+use thaw_proto::violation::Violations;
+use thaw_proto::{pb, text};
+use thaw_runtime::telemetry::{self, Options};
+
+/// A verb that could not be carried out: one text for people, and the exit code.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    text: String,
+    code: u8,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Failure {
+    /// The request itself is wrong.
+    fn invalid(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 2 }
+    }
+
+    /// The request was right and did not succeed.
+    fn failed(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 1 }
+    }
+
+    fn from_error(error: &dyn std::error::Error) -> Self {
+        Self::failed(thaw_runtime::chain(error))
+    }
+}
+
+impl From<Violations> for Failure {
+    fn from(violations: Violations) -> Self {
+        Self::invalid(violations.to_string())
+    }
+}
+
+impl From<tonic::Status> for Failure {
+    fn from(status: tonic::Status) -> Self {
+        let text = thaw_proto::status::describe(&status);
+        match status.code() {
+            tonic::Code::InvalidArgument | tonic::Code::NotFound => Self::invalid(text),
+            _ => Self::failed(text),
+        }
+    }
+}
+
+/// Carries out one verb.
+pub(crate) fn run(args: Args) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(async {
+        let options = Options::from_env(args.verb.default_log_filter()).map_err(|error| Failure::from_error(&error))?;
+        let _telemetry = telemetry::init("thaw", &options).map_err(|error| Failure::from_error(&error))?;
+        dispatch(args).await
+    });
+    // Threads that index data or wait on a socket must not hold the exit.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => code,
+        Err(failure) => {
+            for line in failure.text.lines() {
+                eprintln!("error: {line}");
+            }
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
+    let server = args.server;
+    match args.verb {
+        Verb::Serve(options) => embedded::serve(options).await,
+        Verb::Up(options) => embedded::up(options).await,
+        Verb::Train(options) => train::train(options).await,
+        Verb::Plan(options) => train::plan(options).await,
+        Verb::Submit { spec, output } => {
+            let run = client::submit(&mut client::runs(&server).await?, train::read_spec(&spec)?.0).await?;
+            eprintln!("watch it: thaw watch {}", run.name);
+            show::run(&run, output)
+        }
+        Verb::Get { name, output } => {
+            show::run(&client::runs(&server).await?.get_run(pb::GetRunRequest { name }).await?.into_inner(), output)
+        }
+        Verb::List { output } => show::runs(&client::list(&mut client::runs(&server).await?).await?, output),
+        Verb::Watch { name, output } => train::watch(&mut client::runs(&server).await?, &name, output).await,
+        Verb::Logs { name, follow } => client::logs(&mut client::runs(&server).await?, name, follow).await,
+        Verb::Cancel { name, output } => show::run(
+            &client::runs(&server).await?.cancel_run(pb::CancelRunRequest { name }).await?.into_inner(),
+            output,
+        ),
+        Verb::Suspend { name, output } => show::run(
+            &client::runs(&server).await?.suspend_run(pb::SuspendRunRequest { name }).await?.into_inner(),
+            output,
+        ),
+        Verb::Resume { name, output } => show::run(
+            &client::runs(&server).await?.resume_run(pb::ResumeRunRequest { name }).await?.into_inner(),
+            output,
+        ),
+        Verb::Workers { output } => show::workers(&client::workers(&server).await?, output),
+        Verb::Checkpoints { name, output } => {
+            let request = pb::ListCheckpointsRequest { name };
+            show::checkpoints(&client::runs(&server).await?.list_checkpoints(request).await?.into_inner(), output)
+        }
+    }
+}
+
+/// Prints a result: the one place that writes to stdout.
+#[expect(clippy::print_stdout, reason = "results of the command line belong on stdout")]
+fn print(text: &str) {
+    println!("{}", text.trim_end());
+}
+
+/// A message as JSON or YAML, or as `table` draws it.
+fn print_as<M: Printable>(message: &M, output: Format, table: impl FnOnce() -> String) {
+    match output {
+        Format::Json => print(&text::to_json(message)),
+        Format::Yaml => print(&text::to_yaml(message)),
+        Format::Table | Format::Wide => print(&table()),
+    }
+}

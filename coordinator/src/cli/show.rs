@@ -1,0 +1,270 @@
+//! Tables and documents for people.
+
+use super::args::Format;
+use super::{Failure, print_as};
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{CellAlignment, Table};
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use thaw_proto::pb;
+
+pub(super) fn run(run: &pb::Run, output: Format) -> Result<ExitCode, Failure> {
+    print_as(run, output, || run_table(run));
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn runs(list: &pb::ListRunsResponse, output: Format) -> Result<ExitCode, Failure> {
+    print_as(list, output, || {
+        let mut table = table(&["run", "state", "reason", "stage", "step", "workers", "generation"]);
+        for run in &list.runs {
+            let position = run.position.unwrap_or_default();
+            table.add_row([
+                short(&run.name).to_owned(),
+                state(run.state()),
+                reason(run.reason()),
+                stage_name(run, position.stage),
+                position.step.to_string(),
+                run.world_size.to_string(),
+                run.generation.to_string(),
+            ]);
+        }
+        table.to_string()
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn workers(list: &pb::ListWorkersResponse, output: Format) -> Result<ExitCode, Failure> {
+    print_as(list, output, || {
+        let mut table = table(&["worker", "host", "slots", "free", "heartbeat", "runs"]);
+        for worker in &list.workers {
+            table.add_row([
+                worker.name.clone(),
+                worker.host.clone(),
+                worker.slots.to_string(),
+                worker.free_slots.to_string(),
+                format!("{} ms", worker.heartbeat_age_ms),
+                worker.runs.join(", "),
+            ]);
+        }
+        table.to_string()
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn checkpoints(list: &pb::ListCheckpointsResponse, output: Format) -> Result<ExitCode, Failure> {
+    print_as(list, output, || {
+        let mut table = table(&["step", "stage", "generation", "manifest"]);
+        for checkpoint in &list.checkpoints {
+            let position = checkpoint.position.unwrap_or_default();
+            table.add_row([
+                position.step.to_string(),
+                position.stage.to_string(),
+                checkpoint.generation.to_string(),
+                checkpoint.manifest.clone(),
+            ]);
+        }
+        table.to_string()
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_table(run: &pb::Run) -> String {
+    let mut text = format!("{}  {}  {}", short(&run.name), state(run.state()), reason(run.reason()));
+    if !run.message.is_empty() {
+        let _ = write!(text, "\n{}", run.message);
+    }
+    let position = run.position.unwrap_or_default();
+    let _ = write!(
+        text,
+        "\nstage {}, step {}, attempt {}, generation {}, {} trainers\n",
+        stage_name(run, position.stage),
+        position.step,
+        run.attempt,
+        run.generation,
+        run.world_size
+    );
+    if !run.stage_results.is_empty() {
+        text.push_str(&closing(run));
+    }
+    text
+}
+
+/// The plan: groups, stages, what they cost, and remarks.
+pub(super) fn plan(plan: &pb::Plan) -> String {
+    let data = plan.data.clone().unwrap_or_default();
+    let mut text = format!(
+        "{} training, {} evaluation and {} test samples in {} classes; {} samples a step in {} shards, {} steps an epoch\n",
+        data.train_samples,
+        data.eval_samples,
+        data.test_samples,
+        plan.classes.len(),
+        plan.global_batch_size,
+        plan.logical_shards,
+        plan.steps_per_epoch
+    );
+    let mut groups = table(&["layer group", "parameters", "forward", "first trained in"]);
+    for (index, group) in plan.groups.iter().enumerate() {
+        let first = plan.stages.iter().find(|stage| stage.thawed_groups.iter().any(|&thawed| thawed as usize == index));
+        groups.add_row([
+            group.name.clone(),
+            count(group.parameters),
+            format!("{} MAC", count(group.forward_flops)),
+            first.map_or_else(|| "never".to_owned(), |stage| stage.name.clone()),
+        ]);
+    }
+    align_right(&mut groups, &[1, 2]);
+    let mut stages = table(&["stage", "trainable", "rate", "until", "steps at most", "all-reduced a step", "memory"]);
+    for stage in &plan.stages {
+        stages.add_row([
+            stage.name.clone(),
+            count(stage.trainable_parameters),
+            rates(&stage.learning_rates),
+            until(stage.until.as_ref()),
+            stage.max_steps.to_string(),
+            bytes(stage.all_reduce_bytes),
+            bytes(stage.memory_bytes),
+        ]);
+    }
+    align_right(&mut stages, &[1, 4, 5, 6]);
+    let _ = write!(text, "{groups}\n{stages}");
+    for note in &plan.notes {
+        let _ = write!(text, "\nnote: {note}");
+    }
+    text
+}
+
+/// The closing table, then the test result and where the model is.
+pub(super) fn closing(run: &pb::Run) -> String {
+    let mut stages = table(&["stage", "thawed groups", "steps", "seconds", "eval loss", "eval accuracy"]);
+    for result in &run.stage_results {
+        let planned = run.plan.as_ref().and_then(|plan| plan.stages.get(result.stage as usize));
+        let eval = result.eval.clone().unwrap_or_default();
+        stages.add_row([
+            planned.map_or_else(|| result.stage.to_string(), |stage| stage.name.clone()),
+            planned.map_or_else(String::new, |stage| group_names(run, &stage.thawed_groups)),
+            result.steps.to_string(),
+            format!("{:.1}", result.seconds),
+            format!("{:.4}", eval.loss),
+            format!("{:.4}", eval.accuracy),
+        ]);
+    }
+    align_right(&mut stages, &[2, 3, 4, 5]);
+    let mut text = stages.to_string();
+    if let Some(result) = &run.result {
+        if let Some(test) = &result.test {
+            let _ = write!(
+                text,
+                "\ntest accuracy {:.4}, macro F1 {:.4}, loss {:.4} on {} samples",
+                test.accuracy, test.macro_f1, test.loss, test.samples
+            );
+        }
+        let _ = write!(text, "\n{} steps in {:.1} s\nmodel: {}", result.steps, result.seconds, result.model);
+    }
+    text
+}
+
+pub(super) fn stage_name(run: &pb::Run, stage: u32) -> String {
+    let planned = run.plan.as_ref().and_then(|plan| plan.stages.get(stage as usize));
+    planned.map_or_else(|| "-".to_owned(), |stage| stage.name.clone())
+}
+
+/// `runs/x` as `x`.
+pub(super) fn short(name: &str) -> &str {
+    name.strip_prefix("runs/").unwrap_or(name)
+}
+
+pub(super) fn state(state: pb::RunState) -> String {
+    state.as_str_name().trim_start_matches("RUN_STATE_").to_owned()
+}
+
+pub(super) fn reason(reason: pb::RunReason) -> String {
+    reason.as_str_name().trim_start_matches("RUN_REASON_").to_owned()
+}
+
+/// Consecutive rates that differ are shown from the highest group down.
+pub(super) fn rates(rates: &[f64]) -> String {
+    let mut shown: Vec<String> = rates.iter().rev().map(|rate| format!("{rate:.2e}")).collect();
+    shown.dedup();
+    match shown.as_slice() {
+        [] => "-".to_owned(),
+        [only] => only.clone(),
+        [first, .., last] => format!("{first} … {last}"),
+    }
+}
+
+fn group_names(run: &pb::Run, groups: &[u32]) -> String {
+    let all = run.plan.as_ref().map(|plan| plan.groups.as_slice()).unwrap_or_default();
+    let names: Vec<&str> =
+        groups.iter().filter_map(|&group| all.get(group as usize)).map(|group| group.name.as_str()).collect();
+    match names.as_slice() {
+        [] => "-".to_owned(),
+        [first, .., last] if names.len() > 3 => format!("{first} … {last} ({})", names.len()),
+        _ => names.join(", "),
+    }
+}
+
+fn until(until: Option<&pb::Until>) -> String {
+    let Some(until) = until else { return "-".to_owned() };
+    let mut parts = Vec::new();
+    if let Some(epochs) = until.max_epochs {
+        parts.push(format!("{epochs} epochs"));
+    }
+    if let Some(steps) = until.max_steps {
+        parts.push(format!("{steps} steps"));
+    }
+    if let Some(early) = &until.early_stopping {
+        parts.push(format!("patience {}", early.patience.unwrap_or_default()));
+    }
+    parts.join(" or ")
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_header(header);
+    table
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for &column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+fn scaled(value: u64, step: f64, units: &[&str]) -> String {
+    let mut scaled = value as f64;
+    let mut unit = 0;
+    while scaled >= step && unit + 1 < units.len() {
+        scaled /= step;
+        unit += 1;
+    }
+    if unit == 0 { format!("{value} {}", units[0]) } else { format!("{scaled:.1} {}", units[unit]) }
+}
+
+fn count(value: u64) -> String {
+    scaled(value, 1000.0, &["", "k", "M", "G", "T"]).trim_end().to_owned()
+}
+
+fn bytes(value: u64) -> String {
+    scaled(value, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB"])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(count(999), "999");
+        assert_eq!(count(22_713_216), "22.7 M");
+        assert_eq!(bytes(4620), "4.5 KiB");
+    }
+
+    #[test]
+    fn rates_are_shown_from_the_head_down() {
+        assert_eq!(rates(&[1e-5, 1e-4, 1e-3]), "1.00e-3 … 1.00e-5");
+        assert_eq!(rates(&[1e-3]), "1.00e-3");
+    }
+}

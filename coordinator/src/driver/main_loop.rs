@@ -1,0 +1,415 @@
+//! The loop itself: receive, step, save, speak.
+
+use super::inbound::{self, Report, Reported};
+use super::save::{Save, save};
+use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
+use super::workers::{HEARTBEAT_INTERVAL, Workers};
+use super::{Command, Error, NewRun, Outbox, Reply, SessionId, UserAction, outbound};
+use crate::folder::{Lines, RunFolder};
+use crate::journal::Journal;
+use crate::leader::Fenced;
+use crate::store::{Compare, Op, Revision};
+use crate::views::Views;
+use crate::{clock, lines, report};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use thaw_core::gang::FreeSlot;
+use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection, Trainer};
+use thaw_proto::convert::WireEnum;
+use thaw_proto::ids::{Incarnation, RunId, WorkerName};
+use thaw_proto::pb;
+use thaw_proto::pb::coordinator_message::Message;
+use thaw_proto::run::RunState;
+use thaw_proto::worker::{Hello, TrainerStatus};
+use thaw_runtime::telemetry;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
+
+/// Between ticks of the machines.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Owns every run while this coordinator leads.
+#[derive(Debug)]
+pub struct MainLoop {
+    pub(super) fenced: Fenced,
+    pub(super) views: Views,
+    pub(super) journal: Journal,
+    data_dir: PathBuf,
+    queue: mpsc::Receiver<Command>,
+    policy: Policy,
+    pub(super) runs: BTreeMap<RunId, Run>,
+    pub(super) workers: Workers,
+}
+
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) stored: StoredRun,
+    revision: Revision,
+    observed: Observed,
+    pub(super) folder: RunFolder,
+    /// Lives as long as the run; dropped, so exported, at its end.
+    span: Span,
+    /// Of the present generation, below the run's.
+    generation_span: Option<(Generation, Span)>,
+}
+
+/// Why the loop ended.
+#[derive(Debug)]
+pub enum Ended {
+    Stopped,
+    LeadershipLost,
+    Failed(Error),
+}
+
+impl MainLoop {
+    pub(super) async fn load(
+        fenced: Fenced,
+        views: Views,
+        journal: Journal,
+        data_dir: PathBuf,
+        queue: mpsc::Receiver<Command>,
+    ) -> Result<Self, Error> {
+        let listed =
+            fenced.reader().list(RUNS).await.map_err(|error| Error::Leader(crate::leader::Error::Store(error)))?;
+        let mut this = Self {
+            fenced,
+            views,
+            journal,
+            data_dir,
+            queue,
+            policy: Policy::default(),
+            runs: BTreeMap::new(),
+            workers: Workers::default(),
+        };
+        for entry in listed.value {
+            let stored: StoredRun = serde_json::from_slice(&entry.value)
+                .map_err(|source| Error::Stored { run: entry.key.clone(), source })?;
+            this.take(stored, entry.mod_revision)?;
+        }
+        let unended: Vec<RunId> =
+            this.runs.iter().filter(|(_, run)| !run.has_ended()).map(|(id, _)| id.clone()).collect();
+        for id in &unended {
+            this.feed(id, &Input::CoordinatorStarted)
+                .await?
+                .unwrap_or_else(|rejection| tracing::error!(run = %id, %rejection, "cannot take over"));
+        }
+        let ended: Vec<RunId> = this.runs.keys().filter(|id| !unended.contains(id)).cloned().collect();
+        for id in ended {
+            this.write_report(&id).await;
+        }
+        this.forget_old_requests().await;
+        Ok(this)
+    }
+
+    /// Runs until told to stop, or until the term is over.
+    pub async fn run(mut self, stop: CancellationToken) -> Ended {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let fenced = self.fenced.clone();
+        loop {
+            let done = tokio::select! {
+                () = stop.cancelled() => return Ended::Stopped,
+                () = fenced.over() => return Ended::LeadershipLost,
+                command = self.queue.recv() => match command {
+                    Some(command) => self.handle(command).await,
+                    None => return Ended::Stopped,
+                },
+                _ = ticks.tick() => self.tick().await,
+            };
+            match done {
+                Ok(()) => {}
+                Err(Error::Stopped) => return Ended::LeadershipLost,
+                Err(error) => return Ended::Failed(error),
+            }
+        }
+    }
+
+    async fn handle(&mut self, command: Command) -> Result<(), Error> {
+        match command {
+            Command::Create { new, reply } => {
+                let created = self.create(*new).await?;
+                answer(reply, Ok(created));
+            }
+            Command::Requested { request_id, reply } => {
+                let known = self.known_request(&request_id).await?;
+                let run = known.and_then(|(request, _)| self.views.get(&request.run));
+                answer(reply, Ok(run));
+            }
+            Command::Act { run, action, reply } => {
+                let done = self.act(&run, action).await?;
+                answer(reply, done);
+            }
+            Command::Folder { run, reply } => answer(reply, self.find(&run).map(|found| found.folder.clone())),
+            Command::Checkpoints { run, reply } => {
+                answer(reply, self.find(&run).map(|found| found.stored.checkpoints.iter().map(Into::into).collect()));
+            }
+            Command::Workers { reply } => answer(reply, Ok(self.list_workers())),
+            Command::OpenSession { hello, outbox, reply } => {
+                let opened = self.open_session(*hello, outbox).await?;
+                answer(reply, opened);
+            }
+            Command::FromWorker { session, message } => self.hear(&session, *message).await?,
+            Command::CloseSession { session } => {
+                if self.workers.is_current(&session) {
+                    tracing::info!(worker = %session.worker, "the worker's session has ended");
+                    self.lose_worker(&session.worker).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, id: &RunId) -> Result<&Run, Error> {
+        self.runs.get(id).ok_or_else(|| Error::NotFound(id.clone()))
+    }
+
+    /// Owns a run as the store has it, and shows it.
+    fn take(&mut self, stored: StoredRun, revision: Revision) -> Result<(), Error> {
+        let id = stored.record.id.clone();
+        let span = if stored.record.state.has_ended() { Span::none() } else { tracing::info_span!("run", run = %id) };
+        if let Some(parent) = &stored.traceparent {
+            telemetry::set_parent(&span, parent);
+        }
+        let folder = RunFolder::of(&id, stored.record.spec.checkpoint.url.as_ref(), &self.data_dir)
+            .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
+        self.views.publish(&id, stored::message(&stored.record, revision.0), stored.kept_events());
+        self.runs.insert(id, Run { stored, revision, observed: Observed::default(), folder, span, generation_span: None });
+        Ok(())
+    }
+
+    async fn create(&mut self, new: NewRun) -> Result<Arc<pb::Run>, Error> {
+        let now = clock::now_ms();
+        let mut also = None;
+        if let Some(request_id) = &new.request_id {
+            let key = request_key(request_id);
+            let compare = match self.known_request(request_id).await? {
+                Some((request, revision)) => match self.views.get(&request.run).filter(|_| request.is_fresh(now)) {
+                    Some(run) => return Ok(run),
+                    None => Compare::modified_at(&key, revision),
+                },
+                None => Compare::absent(&key),
+            };
+            let value = serde_json::to_vec(&StoredRequest { run: new.id.clone(), at_ms: now }).expect("plain fields");
+            also = Some((compare, Op::put(key, value)));
+        }
+        let root = tracing::info_span!("run", run = %new.id);
+        let stored = StoredRun::new(new.record(now), root.in_scope(telemetry::traceparent));
+        let write = Save { key: run_key(&new.id), value: stored.to_bytes(), expected: None, also };
+        let revision = save(&self.fenced, write).await?;
+        tracing::info!(parent: &root, run = %new.id, "submitted");
+        let events: Vec<pb::Event> = stored.kept_events().into_iter().map(|kept| kept.event).collect();
+        self.take(stored, revision)?;
+        for event in events {
+            self.journal.append(&new.id, &new.folder, Lines::Events, lines::event(&event));
+        }
+        self.views.get(&new.id).ok_or(Error::NotFound(new.id))
+    }
+
+    async fn known_request(&self, request_id: &str) -> Result<Option<(StoredRequest, Revision)>, Error> {
+        let read = self.fenced.reader().get(&request_key(request_id)).await;
+        let entry = read.map_err(|error| Error::Leader(crate::leader::Error::Store(error)))?.value;
+        let known = entry.and_then(|entry| Some((serde_json::from_slice(&entry.value).ok()?, entry.mod_revision)));
+        Ok(known)
+    }
+
+    /// Best effort: what is left is found again at the next start.
+    async fn forget_old_requests(&self) {
+        let Ok(listed) = self.fenced.reader().list(REQUESTS).await else { return };
+        let now = clock::now_ms();
+        let is_old =
+            |value: &[u8]| serde_json::from_slice::<StoredRequest>(value).is_ok_and(|request| !request.is_fresh(now));
+        // etcd takes at most 128 operations at once.
+        let old: Vec<Op> = listed
+            .value
+            .into_iter()
+            .filter(|entry| is_old(&entry.value))
+            .take(100)
+            .map(|entry| Op::delete(entry.key))
+            .collect();
+        if !old.is_empty()
+            && let Err(error) = self.fenced.txn(Vec::new(), old).await
+        {
+            tracing::debug!(error = &error as &dyn std::error::Error, "old request ids are kept until the next start");
+        }
+    }
+
+    async fn act(&mut self, id: &RunId, action: UserAction) -> Result<Result<Arc<pb::Run>, Error>, Error> {
+        if let Err(error) = self.find(id) {
+            return Ok(Err(error));
+        }
+        let input = match action {
+            UserAction::Cancel => Input::Cancel,
+            UserAction::Suspend => Input::Suspend,
+            UserAction::Resume => Input::Resume,
+        };
+        Ok(match self.feed(id, &input).await? {
+            Ok(()) => self.views.get(id).ok_or_else(|| Error::NotFound(id.clone())),
+            Err(source) => {
+                let state =
+                    self.find(id).map_or_else(|_| String::new(), |run| run.stored.record.state.name().to_uppercase());
+                Err(Error::Rejected { run: id.clone(), state, source })
+            }
+        })
+    }
+
+    /// One step of one run. The outer error ends the loop.
+    pub(super) async fn feed(&mut self, id: &RunId, input: &Input) -> Result<Result<(), Rejection>, Error> {
+        let Some(run) = self.runs.get(id) else { return Ok(Ok(())) };
+        let now = clock::now_ms().unsigned_abs();
+        let outcome = match run_machine::step(&self.policy, &run.stored.record, &run.observed, now, input) {
+            Ok(outcome) => outcome,
+            Err(rejection) => return Ok(Err(rejection)),
+        };
+        let span = run.span.clone();
+        self.carry_out(id, outcome).instrument(span).await.map(Ok)
+    }
+
+    /// Saves, shows, then speaks (DRIVE-1).
+    async fn carry_out(&mut self, id: &RunId, outcome: Outcome) -> Result<(), Error> {
+        let run = self.runs.get_mut(id).expect("the caller has found it");
+        if outcome.changed || !outcome.events.is_empty() {
+            let next = run.stored.after(run.revision, outcome.record, &outcome.events);
+            let write = Save { key: run_key(id), value: next.to_bytes(), expected: Some(run.revision), also: None };
+            run.revision = save(&self.fenced, write).await?;
+            run.stored = next;
+            for event in &outcome.events {
+                let message = stored::event_message(event);
+                tracing::info!(run = %id, generation = %event.generation, state = ?event.state, reason = ?event.reason, "{}", event.message);
+                self.journal.append(id, &run.folder, Lines::Events, lines::event(&message));
+                self.journal.append(id, &run.folder, Lines::Logs, lines::log_of_event(&message));
+            }
+            let shown = stored::message(&run.stored.record, run.revision.0);
+            // The report first: whoever sees the end finds the report.
+            if run.has_ended() {
+                self.write_report(id).await;
+            }
+            let run = self.runs.get_mut(id).expect("runs are never removed");
+            self.views.publish(id, shown, run.stored.kept_events());
+        }
+        let run = self.runs.get_mut(id).expect("runs are never removed");
+        run.observed = outcome.observed;
+        for effect in &outcome.effects {
+            self.perform(id, effect);
+        }
+        let run = self.runs.get_mut(id).expect("runs are never removed");
+        if run.has_ended() {
+            run.generation_span = None;
+            run.span = Span::none();
+            self.journal.close(id);
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, id: &RunId, effect: &Effect) {
+        let Some(run) = self.runs.get_mut(id) else { return };
+        let traceparent = match effect {
+            Effect::StartTrainer { generation, .. } => run.span_of(*generation).in_scope(telemetry::traceparent),
+            Effect::AckCheckpoint { generation, checkpoint, .. } => {
+                let step = checkpoint.position.step;
+                tracing::info!(parent: run.span_of(*generation), run = %id, %generation, %step, "checkpoint committed");
+                None
+            }
+            Effect::Propose(_) | Effect::Commit { .. } | Effect::StopTrainer { .. } | Effect::SuspendTrainer { .. } => None,
+        };
+        let (worker, message) =
+            outbound::message(effect, &run.stored.record, traceparent.as_deref(), self.fenced.epoch());
+        self.workers.send(&worker, message);
+    }
+
+    /// The run's report, unless it is there. A failure is said and leaves the run as it is: the store has the outcome.
+    async fn write_report(&self, id: &RunId) {
+        let Some(run) = self.runs.get(id) else { return };
+        let path = run.folder.path().join(report::PATH);
+        let message = stored::message(&run.stored.record, run.revision.0);
+        let folder = run.folder.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            if path.exists() {
+                return Ok(());
+            }
+            let summary = report::Summary::of(&message)?;
+            let json = serde_json::to_vec_pretty(&summary)?;
+            folder.write(report::PATH, &json)?;
+            Ok::<_, thaw_runtime::BoxError>(())
+        });
+        match written.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(run = %id, error = &*error, "the run's report cannot be written"),
+            Err(error) => {
+                tracing::error!(run = %id, error = &error as &dyn std::error::Error, "writing the run's report ended early")
+            }
+        }
+    }
+
+    async fn tick(&mut self) -> Result<(), Error> {
+        for worker in self.workers.over() {
+            tracing::warn!(%worker, "the worker is silent, or does not listen; it is lost");
+            self.lose_worker(&worker).await?;
+        }
+        let mut waiting: Vec<(u64, RunId)> = self
+            .runs
+            .iter()
+            .filter(|(_, run)| run.wants_ticks())
+            .map(|(id, run)| (run.stored.record.create_ms, id.clone()))
+            .collect();
+        // First come, first served.
+        waiting.sort();
+        for (_, id) in waiting {
+            let input = Input::Tick { free: self.workers.free(&self.held()), fresh: self.fresh(&id) };
+            if let Err(rejection) = self.feed(&id, &input).await? {
+                tracing::error!(run = %id, %rejection, "a tick was turned away");
+            }
+        }
+        Ok(())
+    }
+
+    /// Incarnations for the trainers of a gang, where one may be started.
+    fn fresh(&self, id: &RunId) -> Vec<Incarnation> {
+        let starts =
+            self.runs.get(id).filter(|run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing));
+        let most = starts.map_or(0, |run| run.stored.record.spec.workers.max);
+        (0..most).map(|_| Incarnation(uuid::Uuid::new_v4().to_string())).collect()
+    }
+
+    pub(super) fn held(&self) -> BTreeSet<FreeSlot> {
+        self.runs.values().flat_map(|run| run.stored.record.held_slots()).collect()
+    }
+}
+
+impl Run {
+    /// The span of a generation; a new one where it is not the one before.
+    fn span_of(&mut self, generation: Generation) -> &Span {
+        let held = self.generation_span.take().filter(|(held, _)| *held == generation);
+        let make = || (generation, tracing::info_span!(parent: &self.span, "generation", %generation));
+        &self.generation_span.insert(held.unwrap_or_else(make)).1
+    }
+
+    fn has_ended(&self) -> bool {
+        self.stored.record.state.has_ended()
+    }
+
+    fn wants_ticks(&self) -> bool {
+        match self.stored.record.state {
+            RunState::Pending
+            | RunState::Admitted
+            | RunState::Forming
+            | RunState::Running
+            | RunState::Resizing
+            | RunState::Suspending
+            | RunState::Preempting => true,
+            RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => false,
+        }
+    }
+
+    pub(super) fn is_on(&self, worker: &WorkerName) -> bool {
+        self.stored.record.members.iter().any(|member| member.trainer.worker == *worker)
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
+    if reply.send(result).is_err() {
+        tracing::debug!("a caller went away before its answer");
+    }
+}

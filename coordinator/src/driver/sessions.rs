@@ -1,0 +1,146 @@
+//! What the loop does with workers: sessions, heartbeats, reports.
+
+use super::inbound::{self, Report, Reported};
+use super::main_loop::MainLoop;
+use super::workers::HEARTBEAT_INTERVAL;
+use super::{Error, Outbox, SessionId, outbound};
+use crate::folder::Lines;
+use crate::lines;
+use std::collections::{BTreeMap, BTreeSet};
+use thaw_core::run_machine::{Input, Trainer};
+use thaw_proto::ids::{RunId, WorkerName};
+use thaw_proto::pb;
+use thaw_proto::pb::coordinator_message::Message;
+use thaw_proto::worker::{Hello, TrainerStatus};
+
+impl MainLoop {
+    pub(super) fn list_workers(&self) -> Vec<pb::Worker> {
+        let runs_on = |worker: &WorkerName| {
+            let here = self.runs.values().filter(|run| run.is_on(worker));
+            here.map(|run| format!("runs/{}", run.stored.record.id)).collect()
+        };
+        self.workers.list(&self.held(), runs_on)
+    }
+
+    pub(super) async fn open_session(&mut self, hello: Hello, outbox: Outbox) -> Result<Result<SessionId, Error>, Error> {
+        let (worker, trainers) = (hello.worker.clone(), hello.trainers.clone());
+        let had = self.workers.has(&worker);
+        let slots = hello.slots;
+        let Ok(session) = self.workers.open(hello, outbox) else {
+            return Ok(Err(Error::NameTaken(worker.to_string())));
+        };
+        tracing::info!(%worker, slots, "the worker has a session");
+        let interval = u32::try_from(HEARTBEAT_INTERVAL.as_millis()).expect("a second");
+        let welcome =
+            outbound::under(self.fenced.epoch(), Message::Welcome(pb::Welcome { heartbeat_interval_ms: interval }));
+        self.workers.send(&worker, welcome);
+        if had {
+            // What was said on the older stream may not have arrived.
+            self.worker_lost(&worker).await?;
+        }
+        self.seen(&worker, &trainers).await?;
+        Ok(Ok(session))
+    }
+
+    pub(super) async fn lose_worker(&mut self, worker: &WorkerName) -> Result<(), Error> {
+        self.workers.remove(worker);
+        self.worker_lost(worker).await
+    }
+
+    async fn worker_lost(&mut self, worker: &WorkerName) -> Result<(), Error> {
+        let input = Input::WorkerLost { worker: worker.clone() };
+        for id in self.runs_on(worker) {
+            if let Err(rejection) = self.feed(&id, &input).await? {
+                tracing::error!(run = %id, %rejection, "the loss of a worker was turned away");
+            }
+        }
+        Ok(())
+    }
+
+    fn runs_on(&self, worker: &WorkerName) -> BTreeSet<RunId> {
+        self.runs.iter().filter(|(_, run)| run.is_on(worker)).map(|(id, _)| id.clone()).collect()
+    }
+
+    pub(super) async fn hear(&mut self, session: &SessionId, message: pb::worker_message::Message) -> Result<(), Error> {
+        use pb::worker_message::Message;
+        if !self.workers.is_current(session) {
+            return Ok(());
+        }
+        match message {
+            Message::Hello(_) => tracing::warn!(worker = %session.worker, "a second hello is left out"),
+            Message::Heartbeat(heartbeat) => {
+                let statuses: Result<Vec<TrainerStatus>, _> =
+                    heartbeat.trainers.iter().map(TrainerStatus::try_from).collect();
+                match statuses {
+                    Ok(statuses) => {
+                        self.workers.heard(&session.worker, statuses.clone());
+                        self.seen(&session.worker, &statuses).await?;
+                    }
+                    Err(violations) => {
+                        tracing::warn!(worker = %session.worker, %violations, "a heartbeat is not valid")
+                    }
+                }
+            }
+            Message::Report(raw) => match inbound::report(&session.worker, raw) {
+                Ok(reported) => self.reported(&session.worker, reported).await?,
+                Err(violations) => tracing::warn!(worker = %session.worker, %violations, "a report is not valid"),
+            },
+        }
+        Ok(())
+    }
+
+    /// Shows every run the trainers that a worker says are alive; stops those of no run.
+    async fn seen(&mut self, worker: &WorkerName, statuses: &[TrainerStatus]) -> Result<(), Error> {
+        let mut by_run: BTreeMap<RunId, Vec<Trainer>> =
+            self.runs_on(worker).into_iter().map(|id| (id, Vec::new())).collect();
+        for status in statuses {
+            let trainer = outbound::trainer_on(worker, &status.trainer);
+            if self.runs.contains_key(&status.trainer.run) {
+                by_run.entry(status.trainer.run.clone()).or_default().push(trainer);
+            } else {
+                let stop = outbound::stop(status.trainer.run.to_string(), &trainer, status.generation);
+                self.workers.send(worker, outbound::under(self.fenced.epoch(), stop));
+            }
+        }
+        for (id, trainers) in by_run {
+            let input = Input::TrainersSeen { worker: worker.clone(), trainers };
+            if let Err(rejection) = self.feed(&id, &input).await? {
+                tracing::error!(run = %id, %rejection, "what a worker holds was turned away");
+            }
+        }
+        Ok(())
+    }
+
+    async fn reported(&mut self, worker: &WorkerName, reported: Reported) -> Result<(), Error> {
+        let Reported { run: id, trainer, generation, report } = reported;
+        let Some(run) = self.runs.get(&id) else {
+            tracing::debug!(run = %id, %worker, "a report about an unknown run is left out");
+            return Ok(());
+        };
+        let record = &run.stored.record;
+        let is_member =
+            record.generation == generation && record.members.iter().any(|member| member.trainer == trainer);
+        match report {
+            Report::Input(input) => {
+                if let Input::TrainerExited { trainer, .. } = &input {
+                    self.workers.exited(worker, trainer.incarnation.as_str());
+                }
+                if let Err(rejection) = self.feed(&id, &input).await? {
+                    tracing::info!(run = %id, %worker, %rejection, "a report was turned away");
+                }
+            }
+            // Measurements of a gang that is over would only confuse readers.
+            Report::Progress(progress) if is_member => {
+                self.journal.append(&id, &run.folder, Lines::Metrics, lines::progress(&progress));
+                self.views.progress(&id, progress);
+            }
+            Report::Evaluation(evaluation) if is_member => {
+                self.journal.append(&id, &run.folder, Lines::Metrics, lines::evaluation(&evaluation, generation));
+                self.views.evaluation(&id, evaluation);
+            }
+            Report::Progress(_) | Report::Evaluation(_) => {}
+            Report::Log(line) => self.journal.append(&id, &run.folder, Lines::Logs, lines::log(line)),
+        }
+        Ok(())
+    }
+}

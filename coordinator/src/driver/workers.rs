@@ -1,0 +1,228 @@
+//! Workers with a session: what they hold and when they last spoke. In memory only; rebuilt from the workers
+//! themselves.
+//!
+//! WORKER-1: a name has one session at a time, and a live one is not taken over.
+//! WORKER-2: a session whose outbox is full, or that was silent for [`HEARTBEAT_DEADLINE`], is over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use thaw_core::gang::FreeSlot;
+use thaw_proto::ids::{Slot, WorkerName};
+use thaw_proto::pb;
+use thaw_proto::worker::{Hello, TrainerStatus};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// How often workers are asked to say they live.
+pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// Silence after which a worker is lost.
+pub(super) const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Where commands to one worker go. Dropping it ends the worker's stream.
+#[derive(Debug)]
+pub struct Outbox {
+    commands: mpsc::Sender<Result<pb::CoordinatorMessage, Status>>,
+}
+
+impl Outbox {
+    /// Over the queue that a stream empties.
+    #[must_use]
+    pub fn new(commands: mpsc::Sender<Result<pb::CoordinatorMessage, Status>>) -> Self {
+        Self { commands }
+    }
+}
+
+/// One session of a worker. A cheap clone.
+#[derive(Debug, Clone)]
+pub struct SessionId {
+    pub worker: WorkerName,
+    number: u64,
+    seen: Arc<Mutex<Instant>>,
+}
+
+impl SessionId {
+    /// The worker has spoken now.
+    pub(super) fn stamp(&self) {
+        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+    }
+
+    fn silence(&self) -> Duration {
+        self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).elapsed()
+    }
+}
+
+/// All sessions, by worker.
+#[derive(Debug, Default)]
+pub(super) struct Workers {
+    sessions: BTreeMap<WorkerName, Session>,
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Session {
+    id: SessionId,
+    hello: Hello,
+    outbox: Outbox,
+    /// Alive by the last message that told.
+    trainers: Vec<TrainerStatus>,
+}
+
+/// Why a worker was not taken in.
+#[derive(Debug)]
+pub(super) struct NameTaken;
+
+impl Workers {
+    pub(super) fn open(&mut self, hello: Hello, outbox: Outbox) -> Result<SessionId, NameTaken> {
+        // WORKER-1: its own older stream may not have ended here yet.
+        let held = self.sessions.get(&hello.worker);
+        if held.is_some_and(|held| held.hello.incarnation != hello.incarnation && !held.is_over()) {
+            return Err(NameTaken);
+        }
+        self.next += 1;
+        let id =
+            SessionId { worker: hello.worker.clone(), number: self.next, seen: Arc::new(Mutex::new(Instant::now())) };
+        let session = Session { id: id.clone(), trainers: hello.trainers.clone(), hello, outbox };
+        self.sessions.insert(id.worker.clone(), session);
+        Ok(id)
+    }
+
+    /// Whether a session of this name is known, alive or not.
+    pub(super) fn has(&self, worker: &WorkerName) -> bool {
+        self.sessions.contains_key(worker)
+    }
+
+    /// Whether this is the worker's present session.
+    pub(super) fn is_current(&self, id: &SessionId) -> bool {
+        self.sessions.get(&id.worker).is_some_and(|session| session.id.number == id.number)
+    }
+
+    /// Forgets the worker; its stream ends.
+    pub(super) fn remove(&mut self, worker: &WorkerName) {
+        self.sessions.remove(worker);
+    }
+
+    /// Workers to be given up (WORKER-2).
+    pub(super) fn over(&self) -> Vec<WorkerName> {
+        self.sessions.values().filter(|session| session.is_over()).map(|session| session.id.worker.clone()).collect()
+    }
+
+    pub(super) fn heard(&mut self, worker: &WorkerName, trainers: Vec<TrainerStatus>) {
+        if let Some(session) = self.sessions.get_mut(worker) {
+            session.trainers = trainers;
+        }
+    }
+
+    /// A trainer's process has ended.
+    pub(super) fn exited(&mut self, worker: &WorkerName, incarnation: &str) {
+        if let Some(session) = self.sessions.get_mut(worker) {
+            session.trainers.retain(|status| status.trainer.incarnation.as_str() != incarnation);
+        }
+    }
+
+    /// Queues a command. A worker that is away, or too slow, gets nothing: it will be lost, and that is what the
+    /// machine hears.
+    pub(super) fn send(&mut self, worker: &WorkerName, message: pb::CoordinatorMessage) {
+        let Some(session) = self.sessions.get(worker) else {
+            tracing::debug!(%worker, "a command for a worker without a session is left out");
+            return;
+        };
+        match session.outbox.commands.try_send(Ok(message)) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::warn!(%worker, "the worker does not read its commands; it is given up");
+                // In the past for long, so that the next tick finds it over.
+                if let Some(past) = Instant::now().checked_sub(2 * HEARTBEAT_DEADLINE) {
+                    *session.id.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = past;
+                }
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => tracing::debug!(%worker, "the worker's stream has ended"),
+        }
+    }
+
+    /// Slots that nobody holds: neither a run by its record nor a trainer that was seen alive.
+    pub(super) fn free(&self, held: &BTreeSet<FreeSlot>) -> Vec<FreeSlot> {
+        let mut free = Vec::new();
+        for (worker, session) in &self.sessions {
+            if session.is_over() {
+                continue;
+            }
+            for slot in (0..session.hello.slots).map(Slot) {
+                let place = FreeSlot { worker: worker.clone(), slot };
+                let lived_in = session.trainers.iter().any(|status| status.trainer.slot == slot);
+                if !lived_in && !held.contains(&place) {
+                    free.push(place);
+                }
+            }
+        }
+        free
+    }
+
+    /// As users see them, with the slots that runs hold.
+    pub(super) fn list(
+        &self,
+        held: &BTreeSet<FreeSlot>,
+        runs_on: impl Fn(&WorkerName) -> Vec<String>,
+    ) -> Vec<pb::Worker> {
+        let free = self.free(held);
+        let describe = |(worker, session): (&WorkerName, &Session)| pb::Worker {
+            name: worker.to_string(),
+            incarnation: session.hello.incarnation.to_string(),
+            slots: session.hello.slots,
+            free_slots: u32::try_from(free.iter().filter(|place| place.worker == *worker).count()).unwrap_or(u32::MAX),
+            host: session.hello.host.clone(),
+            heartbeat_age_ms: u64::try_from(session.id.silence().as_millis()).unwrap_or(u64::MAX),
+            runs: runs_on(worker),
+        };
+        self.sessions.iter().map(describe).collect()
+    }
+}
+
+impl Session {
+    fn is_over(&self) -> bool {
+        self.id.silence() > HEARTBEAT_DEADLINE || self.outbox.commands.is_closed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(worker: &str, incarnation: char) -> Hello {
+        let raw = pb::Hello {
+            worker: worker.to_owned(),
+            incarnation: format!("{incarnation}f9d2a52-3b1e-4c11-9f2c-2f1c9b7d7a10"),
+            slots: 2,
+            host: "127.0.0.1".to_owned(),
+            trainers: Vec::new(),
+        };
+        Hello::try_from(&raw).unwrap()
+    }
+
+    #[test]
+    fn a_live_name_is_not_taken_over() {
+        let mut workers = Workers::default();
+        let (sender, commands) = mpsc::channel(1);
+        let first = workers.open(hello("a", '1'), Outbox::new(sender)).unwrap();
+        let (other, _kept) = mpsc::channel(1);
+        assert!(workers.open(hello("a", '2'), Outbox::new(other.clone())).is_err(), "WORKER-1");
+        // The same process may come again; and anyone once the stream has ended.
+        let again = workers.open(hello("a", '1'), Outbox::new(other.clone())).unwrap();
+        assert!(workers.is_current(&again) && !workers.is_current(&first));
+        drop(commands);
+        assert_eq!(workers.over(), vec![]);
+        let held = BTreeSet::from([FreeSlot { worker: "a".into(), slot: Slot(0) }]);
+        assert_eq!(workers.free(&held), vec![FreeSlot { worker: "a".into(), slot: Slot(1) }]);
+    }
+
+    #[test]
+    fn a_worker_that_does_not_read_is_over() {
+        let mut workers = Workers::default();
+        let (sender, _commands) = mpsc::channel(1);
+        workers.open(hello("a", '1'), Outbox::new(sender)).unwrap();
+        workers.send(&"a".into(), pb::CoordinatorMessage::default());
+        assert_eq!(workers.over(), vec![]);
+        workers.send(&"a".into(), pb::CoordinatorMessage::default());
+        assert_eq!(workers.over(), vec![WorkerName::from("a")], "WORKER-2");
+    }
+}

@@ -1,0 +1,254 @@
+//! Plans from the graph and the data set that a spec names, on local or shared disks.
+//!
+//! Everything a trainer would stumble over when it starts is tried here, with the same code: the graph with its new
+//! head, its layer groups, the index, the tokenizer against the graph's inputs.
+
+use super::{Planned, SpecPlanner};
+use crate::folder::local_path;
+use std::path::Path;
+use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts};
+use thaw_data::{Dataset, ElementType, Index, InputWant, Part, index};
+use thaw_graph::{Archive, Attach, GroupRule, HeadSpec, Summary};
+use thaw_proto::spec::{DataFormat, HeadAttach, RunSpec};
+use thaw_proto::violation::Violations;
+use thaw_runtime::chain;
+
+/// Plans from files.
+#[derive(Debug, Clone, Copy)]
+pub struct FilesPlanner;
+
+impl SpecPlanner for FilesPlanner {
+    fn plan(&self, spec: &RunSpec) -> Result<Planned, Violations> {
+        // Both are read whatever the other says, so that all mistakes are reported at once.
+        let archive = open_archive(spec);
+        let index = thaw_data::build(&spec.data, spec.seed, spec.logical_shards)
+            .map_err(|error| Violations::one(data_path(spec, &error), chain(&error)));
+        let (archive, index) = match (archive, index) {
+            (Ok(archive), Ok(index)) => (archive, index),
+            (archive, index) => {
+                let mut all = archive.err().unwrap_or_default();
+                all.0.extend(index.err().unwrap_or_default().0);
+                return Err(all);
+            }
+        };
+        let (archive, summary) = summarize(spec, &archive, index.classes().len())?;
+        let fits = check_fit(spec, &archive, &summary, &index);
+        let planned = thaw_core::planner::plan(spec, &graph_facts(&summary), &data_facts(&index));
+        let mut plan = match (fits, planned) {
+            (Ok(()), Ok(plan)) => plan,
+            (fits, planned) => {
+                let mut all = fits.err().unwrap_or_default();
+                all.0.extend(planned.err().unwrap_or_default().0);
+                return Err(all);
+            }
+        };
+        plan.notes.extend(summary.notes);
+        Ok(Planned { plan, index: Some(index) })
+    }
+}
+
+fn graph_mistake(message: String) -> Violations {
+    Violations::one("backbone.graph", message)
+}
+
+fn open_archive(spec: &RunSpec) -> Result<Archive, Violations> {
+    let path = local_path(&spec.backbone.graph).map_err(|error| graph_mistake(error.to_string()))?;
+    let archive = Archive::open(&path).map_err(|error| graph_mistake(chain(&error)))?;
+    // Refused operators show here, whatever the data says.
+    archive.graph().map_err(|error| graph_mistake(chain(&error)))?;
+    Ok(archive)
+}
+
+/// The archive with the run's head, and what the planner needs of it.
+fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archive, Summary), Violations> {
+    let head = &spec.backbone.head;
+    let wanted = HeadSpec {
+        attach: match head.attach {
+            HeadAttach::Auto => Attach::Auto,
+            HeadAttach::Replace => Attach::Replace,
+            HeadAttach::Append => Attach::Append,
+        },
+        hidden_sizes: head.hidden_sizes.iter().map(|size| *size as usize).collect(),
+        dropout: head.dropout,
+        batch_norm: head.batch_norm,
+        classes,
+    };
+    let archive = archive.with_head(&wanted).map_err(|error| Violations::one("backbone.head", chain(&error)))?;
+    let rule =
+        |rule: &thaw_proto::spec::LayerGroupRule| GroupRule { name: rule.name.clone(), pattern: rule.pattern.clone() };
+    let rules: Vec<GroupRule> = spec.backbone.layer_groups.iter().map(rule).collect();
+    let graph = archive.graph().map_err(|error| graph_mistake(chain(&error)))?;
+    let field = if rules.is_empty() { "backbone.graph" } else { "backbone.layer_groups" };
+    let segmented = thaw_graph::segment(&graph, &rules).map_err(|error| Violations::one(field, chain(&error)))?;
+    let fingerprint = archive.fingerprint().map_err(|error| graph_mistake(chain(&error)))?;
+    Ok((archive, thaw_graph::summary(&segmented, fingerprint)))
+}
+
+/// Opens the data as a trainer will, and loads one sample.
+fn check_fit(spec: &RunSpec, archive: &Archive, summary: &Summary, index: &Index) -> Result<(), Violations> {
+    let mut data = spec.data.clone();
+    if let Some(most) = summary.max_length {
+        data.max_length = data.max_length.min(u32::try_from(most).unwrap_or(u32::MAX));
+    }
+    let tokenizer = match spec.data.train.format {
+        DataFormat::Csv | DataFormat::Jsonl => read_tokenizer(spec, archive)?,
+        DataFormat::ImageFolder => None,
+    };
+    let want = |input: &thaw_graph::InputSummary| InputWant {
+        name: input.name.clone(),
+        dtype: if input.dtype.is_float() { ElementType::F32 } else { ElementType::I64 },
+    };
+    let wants: Vec<InputWant> = summary.inputs.iter().map(want).collect();
+    let dataset = Dataset::open(index.clone(), &data, tokenizer.as_deref(), &wants)
+        .map_err(|error| Violations::one(fit_path(&error), chain(&error)))?;
+    let batch = dataset.load(Part::Train, &[0]).map_err(|error| Violations::one("data.train", chain(&error)))?;
+    let mut violations = Violations::default();
+    for (array, input) in batch.inputs.iter().zip(&summary.inputs) {
+        let ranks_differ = array.shape.len() != input.shape.len();
+        // The batch is the first; token counts differ from batch to batch, and are padded.
+        let sizes = array.shape.iter().zip(&input.shape).skip(1);
+        let fixed = |(given, wanted): (&i64, &Option<i64>)| wanted.is_some_and(|wanted| wanted != *given);
+        if ranks_differ || (input.dtype.is_float() && sizes.into_iter().any(fixed)) {
+            let (given, wanted) = (&array.shape, sizes_of(&input.shape));
+            let message = format!(
+                "input {:?} of the graph takes {wanted}, and a sample gives {given:?}; set data.image to fit",
+                input.name
+            );
+            violations.push("data.image", message);
+        }
+    }
+    violations.or_ok(())
+}
+
+fn sizes_of(shape: &[Option<i64>]) -> String {
+    let sizes: Vec<String> =
+        shape.iter().map(|size| size.map_or_else(|| "any".to_owned(), |size| size.to_string())).collect();
+    format!("[{}]", sizes.join(", "))
+}
+
+fn fit_path(error: &thaw_data::batch::Error) -> &'static str {
+    use thaw_data::batch::Error;
+    match error {
+        Error::NoTokenizer | Error::Tokenizer { .. } => "data.train.tokenizer",
+        Error::NoTransform | Error::Transform { .. } => "data.image",
+        Error::Input { .. } | Error::InputCount { .. } | Error::NoTokens { .. } => "backbone.graph",
+        _ => "data.train",
+    }
+}
+
+/// The bytes of `tokenizer.json`: named in the spec, inside the archive, or beside it.
+fn read_tokenizer(spec: &RunSpec, archive: &Archive) -> Result<Option<Vec<u8>>, Violations> {
+    let field = "data.train.tokenizer";
+    let read = |path: &Path| {
+        let refuse = |error| Violations::one(field, format!("read {}: {error}", path.display()));
+        std::fs::read(path).map_err(refuse)
+    };
+    if let Some(url) = &spec.data.train.tokenizer {
+        let path = local_path(url).map_err(|error| Violations::one(field, error.to_string()))?;
+        return read(&path).map(Some);
+    }
+    if let Some(bytes) = archive.extra("tokenizer.json").map_err(|error| graph_mistake(chain(&error)))? {
+        return Ok(Some(bytes));
+    }
+    let beside = archive.path().with_file_name("tokenizer.json");
+    if beside.is_file() { read(&beside).map(Some) } else { Ok(None) }
+}
+
+/// The field of the spec that a data error is about.
+fn data_path(spec: &RunSpec, error: &index::Error) -> String {
+    use index::Error;
+    let part = match error {
+        Error::UnseenLabel { part, .. } => return format!("data.{part}"),
+        Error::EmptyPart { part, .. } => return format!("data.split.{part}"),
+        Error::ClassTooSmall { .. } | Error::NoTrainSample { .. } => return "data.split".to_owned(),
+        Error::FewerThanShards { .. } => return "logical_shards".to_owned(),
+        other => part_of(spec, &other.to_string()),
+    };
+    match error {
+        Error::NoColumn { column, .. } | Error::NoKey { key: column, .. } => {
+            let source = match part {
+                "eval" => spec.data.eval.as_ref(),
+                "test" => spec.data.test.as_ref(),
+                _ => Some(&spec.data.train),
+            };
+            let field = if source.is_some_and(|source| source.text == *column) { "text" } else { "label" };
+            format!("data.{part}.{field}")
+        }
+        Error::Scheme { .. } | Error::Missing { .. } | Error::Kind { .. } => format!("data.{part}.path"),
+        _ => format!("data.{part}"),
+    }
+}
+
+/// The source whose path an error names; the training source where it names none.
+fn part_of(spec: &RunSpec, error: &str) -> &'static str {
+    let names = |source: &Option<thaw_proto::spec::DataSource>| {
+        let source = source.as_ref().filter(|source| source.path != spec.data.train.path);
+        source.is_some_and(|source| match source.path.to_file_path() {
+            Ok(path) => error.contains(&path.display().to_string()),
+            Err(()) => error.contains(source.path.as_str()),
+        })
+    };
+    if names(&spec.data.eval) {
+        "eval"
+    } else if names(&spec.data.test) {
+        "test"
+    } else {
+        "train"
+    }
+}
+
+fn data_facts(index: &Index) -> DataFacts {
+    DataFacts { classes: index.classes().to_vec(), summary: index.summary(), shard_sizes: index.shard_sizes() }
+}
+
+fn graph_facts(summary: &Summary) -> GraphFacts {
+    // The planner wants what crosses the cut below a group: what leaves the one before it.
+    let below = std::iter::once(0).chain(summary.groups.iter().map(|group| group.boundary_bytes_per_sample));
+    let group = |(group, below): (&thaw_graph::GroupSummary, u64)| GroupFacts {
+        name: group.name.clone(),
+        parameters: group.parameters,
+        decay_parameters: group.decay_parameters,
+        buffers: group.buffers,
+        // A multiply-add is two operations.
+        forward_flops: group.forward_flops / 2,
+        embedding: group.embedding,
+        boundary_bytes_per_sample: below,
+    };
+    GraphFacts {
+        groups: summary.groups.iter().zip(below).map(group).collect(),
+        feature_size: u32::try_from(summary.feature_size).unwrap_or(u32::MAX),
+        convolutional: summary.convolutional,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> RunSpec {
+        let raw = thaw_proto::text::parse_spec(text).unwrap();
+        thaw_proto::convert::spec::check(&raw).unwrap()
+    }
+
+    #[test]
+    fn mistakes_of_graph_and_data_come_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let csv = folder.path().join("d.csv");
+        std::fs::write(&csv, "words,section\na b,x\nc d,y\n").unwrap();
+        let pickle = folder.path().join("m.pt2");
+        std::fs::write(&pickle, b"\x80\x04}q\x00.").unwrap();
+        let text = format!(
+            "name: a\nglobal_batch_size: 4\nbackbone: {{graph: 'file://{}'}}\n\
+             data: {{train: {{path: 'file://{}', format: csv, text: words, label: label}}}}\n",
+            pickle.display(),
+            csv.display()
+        );
+        let violations = FilesPlanner.plan(&spec(&text)).unwrap_err();
+        let paths: Vec<_> = violations.0.iter().map(|violation| violation.path.as_str()).collect();
+        assert_eq!(paths, ["backbone.graph", "data.train.label"], "{violations}");
+        let missing = text.replace("d.csv", "e.csv").replace("m.pt2", "n.pt2");
+        let violations = FilesPlanner.plan(&spec(&missing)).unwrap_err();
+        let paths: Vec<_> = violations.0.iter().map(|violation| violation.path.as_str()).collect();
+        assert_eq!(paths, ["backbone.graph", "data.train.path"], "{violations}");
+    }
+}

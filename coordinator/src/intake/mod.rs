@@ -1,0 +1,144 @@
+//! Intake: from a submitted spec to a run the driver can own.
+//!
+//! Everything that can be wrong is found here, before anything is kept: the spec's own mistakes, then the graph's and
+//! the data's, which are read side by side and reported together. With `validate_only` that is all. Else the run's
+//! folder is written first (index, spec, plan), then the store: a crash in between leaves a folder nobody names, never
+//! a run without its files.
+
+mod files;
+
+pub use files::FilesPlanner;
+
+use crate::driver::{self, Driver, NewRun};
+use crate::folder::{self, RunFolder};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use thaw_data::Index;
+use thaw_proto::ids::RunId;
+use thaw_proto::pb;
+use thaw_proto::plan::Plan;
+use thaw_proto::spec::RunSpec;
+use thaw_proto::violation::Violations;
+use thaw_proto::{convert, text};
+use tokio::sync::Semaphore;
+
+/// Submissions planned at once; each reads a whole data set.
+const PLANNED_AT_ONCE: usize = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the spec cannot be run")]
+    Invalid(Violations),
+    #[error(transparent)]
+    Folder(#[from] folder::Error),
+    #[error("keep the index of the run's data")]
+    Index(#[source] thaw_data::index::Error),
+    #[error("{0} ended early")]
+    Ended(&'static str),
+    #[error(transparent)]
+    Driver(#[from] driver::Error),
+}
+
+/// Turns a checked spec into a plan. Blocking: reads the graph and the data set.
+pub trait SpecPlanner: Send + Sync + fmt::Debug + 'static {
+    /// The plan and what it was made from, or every mistake.
+    fn plan(&self, spec: &RunSpec) -> Result<Planned, Violations>;
+}
+
+/// A plan, and the index to keep beside it.
+#[derive(Debug)]
+pub struct Planned {
+    pub plan: Plan,
+    /// `None`: nothing to keep.
+    pub index: Option<Index>,
+}
+
+/// Submissions. A cheap clone.
+#[derive(Debug, Clone)]
+pub struct Intake {
+    planner: Arc<dyn SpecPlanner>,
+    driver: Driver,
+    data_dir: PathBuf,
+    slots: Arc<Semaphore>,
+}
+
+impl Intake {
+    pub(crate) fn new(planner: Arc<dyn SpecPlanner>, driver: Driver, data_dir: PathBuf) -> Self {
+        Self { planner, driver, data_dir, slots: Arc::new(Semaphore::new(PLANNED_AT_ONCE)) }
+    }
+
+    /// Validates, and unless told otherwise keeps the run and answers with it.
+    pub async fn create(&self, request: pb::CreateRunRequest) -> Result<Arc<pb::Run>, Error> {
+        let raw = request.spec.as_ref().ok_or_else(|| Error::Invalid(Violations::one("spec", "is required")))?;
+        let request_id = (!request.request_id.is_empty()).then_some(request.request_id);
+        if let Some(id) = &request_id {
+            if uuid::Uuid::parse_str(id).is_err() {
+                let message = format!("{id:?} is no UUID; make one with uuidgen, or leave it out");
+                return Err(Error::Invalid(Violations::one("request_id", message)));
+            }
+            if let Some(run) = self.driver.requested(id).await? {
+                return Ok(run);
+            }
+        }
+        let spec = convert::spec::check(raw).map_err(Error::Invalid)?;
+        let id = new_run_id(&spec);
+        let folder = RunFolder::of(&id, spec.checkpoint.url.as_ref(), &self.data_dir)
+            .map_err(|error| Error::Invalid(Violations::one("checkpoint.url", error.to_string())))?;
+        let _slot = self.slots.acquire().await.map_err(|_| Error::Ended("intake"))?;
+        let planned = self.plan(spec.clone()).await?;
+        let new = NewRun { id, spec, plan: planned.plan, folder, request_id };
+        if request.validate_only {
+            return Ok(Arc::new(driver::preview(&new)));
+        }
+        let written = write(new.clone(), planned.index).await;
+        let kept = match written {
+            Ok(()) => self.driver.create(new.clone()).await.map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        // A run the store may hold keeps its folder.
+        let undo = match &kept {
+            Ok(run) => run.name != format!("runs/{}", new.id),
+            Err(Error::Driver(error)) => error.is_definite(),
+            Err(_) => true,
+        };
+        if undo {
+            remove(new.folder).await;
+        }
+        kept
+    }
+
+    async fn plan(&self, spec: RunSpec) -> Result<Planned, Error> {
+        let planner = Arc::clone(&self.planner);
+        let planned = tokio::task::spawn_blocking(move || planner.plan(&spec)).await;
+        planned.map_err(|_| Error::Ended("planning"))?.map_err(Error::Invalid)
+    }
+}
+
+async fn write(new: NewRun, index: Option<Index>) -> Result<(), Error> {
+    let written = tokio::task::spawn_blocking(move || {
+        new.folder.create()?;
+        if let Some(index) = index {
+            index.save(&new.folder.path().join("data")).map_err(Error::Index)?;
+        }
+        new.folder.write("spec.yaml", text::to_yaml(&pb::RunSpec::from(&new.spec)).as_bytes())?;
+        new.folder.write("plan.json", text::to_json(&pb::Plan::from(&new.plan)).as_bytes())?;
+        Ok(())
+    });
+    written.await.map_err(|_| Error::Ended("writing the run's folder"))?
+}
+
+async fn remove(folder: RunFolder) {
+    let path = folder.path().to_owned();
+    match tokio::task::spawn_blocking(move || folder.remove()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "a refused run's folder is left"),
+        Err(_) => tracing::warn!(path = %path.display(), "a refused run's folder is left"),
+    }
+}
+
+/// The spec's name and eight hex digits.
+fn new_run_id(spec: &RunSpec) -> RunId {
+    let digits = uuid::Uuid::new_v4().simple().to_string();
+    RunId(format!("{}-{}", spec.name, &digits[..8]))
+}

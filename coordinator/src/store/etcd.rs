@@ -1,0 +1,296 @@
+//! The store in etcd. Every key is put below a prefix, so that several clusters can share one etcd.
+//!
+//! Which answers mean "not applied" and which mean "unknown" is decided in one place, [`classify`]: only what etcd
+//! refuses before it proposes the request counts as not applied.
+
+use super::{
+    At, Compare, Entry, Error, LeaseId, OPERATION_DEADLINE, Op, Revision, Store, Target, TxnOutcome, WatchEvent,
+    WatchStream,
+};
+use async_trait::async_trait;
+use etcd_client::{
+    Client, CompareOp, ConnectOptions, EventType, GetOptions, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp,
+    WatchOptions,
+};
+use futures::StreamExt;
+use std::time::Duration;
+use tonic::Code;
+
+/// Keys per page of a listing: pages stay below gRPC's message limit, and all pages read one revision.
+const PAGE: i64 = 16;
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// The store in etcd.
+pub struct Etcd {
+    client: Client,
+    endpoints: String,
+    prefix: String,
+}
+
+impl std::fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Etcd").field("endpoints", &self.endpoints).field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+impl Etcd {
+    /// Connects and asks once, so that a wrong address is an error now.
+    pub async fn connect(endpoints: &[String], prefix: &str) -> Result<Self, Error> {
+        let url = format!("etcd://{}/{prefix}", endpoints.join(","));
+        let refuse = |source: super::Cause| Error::Open {
+            url: url.clone(),
+            what: "cannot connect; check that etcd runs there".to_owned(),
+            source: Some(source),
+        };
+        // No request timeout in the options: tonic would apply it to watches too. Each call has its deadline here.
+        let options = ConnectOptions::new()
+            .with_connect_timeout(Duration::from_secs(2))
+            .with_keep_alive(Duration::from_secs(5), Duration::from_secs(5))
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true);
+        let client = Client::connect(endpoints, Some(options)).await.map_err(|error| refuse(error.into()))?;
+        let store = Self { client, endpoints: endpoints.join(","), prefix: prefix.to_owned() };
+        store.get("leader").await.map_err(|error| refuse(error.into()))?;
+        Ok(store)
+    }
+
+    fn full(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    fn entry(&self, pair: &KeyValue) -> Entry {
+        entry(&self.prefix, pair)
+    }
+
+    fn compare(&self, compare: &Compare) -> etcd_client::Compare {
+        let key = self.full(&compare.key);
+        match compare.target {
+            Target::Absent => etcd_client::Compare::create_revision(key, CompareOp::Equal, 0),
+            Target::CreateRevision(revision) => {
+                etcd_client::Compare::create_revision(key, CompareOp::Equal, signed(revision))
+            }
+            Target::ModRevision(revision) => {
+                etcd_client::Compare::mod_revision(key, CompareOp::Equal, signed(revision))
+            }
+        }
+    }
+
+    fn op(&self, op: Op) -> TxnOp {
+        match op {
+            Op::Put { key, value, lease } => {
+                let options = lease.map(|lease| PutOptions::new().with_lease(lease.0));
+                TxnOp::put(self.full(&key), value, options)
+            }
+            Op::Delete { key } => TxnOp::delete(self.full(&key), None),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for Etcd {
+    async fn get(&self, key: &str) -> Result<At<Option<Entry>>, Error> {
+        let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let response = read("get", client.get(self.full(key), None)).await?;
+        Ok(At { revision: revision(response.header()), value: response.kvs().first().map(|pair| self.entry(pair)) })
+    }
+
+    async fn list(&self, prefix: &str) -> Result<At<Vec<Entry>>, Error> {
+        let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut start = self.full(prefix).into_bytes();
+        let end = after_prefix(&start);
+        let mut found = Vec::new();
+        let mut pinned = None;
+        loop {
+            let mut options = GetOptions::new().with_range(end.clone()).with_limit(PAGE);
+            if let Some(Revision(at)) = pinned {
+                options = options.with_revision(signed(Revision(at)));
+            }
+            let response = read("list", client.get(start.clone(), Some(options))).await?;
+            let at = *pinned.get_or_insert_with(|| revision(response.header()));
+            found.extend(response.kvs().iter().map(|pair| self.entry(pair)));
+            match response.kvs().last() {
+                Some(last) if response.more() => {
+                    start = last.key().to_vec();
+                    start.push(0);
+                }
+                Some(_) | None => return Ok(At { revision: at, value: found }),
+            }
+        }
+    }
+
+    async fn txn(&self, compares: Vec<Compare>, ops: Vec<Op>) -> Result<TxnOutcome, Error> {
+        super::check_ops(&ops)?;
+        let lease = ops.iter().find_map(|op| match op {
+            Op::Put { lease, .. } => *lease,
+            Op::Delete { .. } => None,
+        });
+        let compares: Vec<_> = compares.iter().map(|compare| self.compare(compare)).collect();
+        let ops: Vec<_> = ops.into_iter().map(|op| self.op(op)).collect();
+        let mut client = self.client.kv_client();
+        let answer =
+            tokio::time::timeout(OPERATION_DEADLINE, client.txn(Txn::new().when(compares).and_then(ops))).await;
+        match answer {
+            Ok(Ok(response)) if response.succeeded() => {
+                Ok(TxnOutcome::Applied { revision: revision(response.header()) })
+            }
+            Ok(Ok(_)) => Ok(TxnOutcome::NotApplied),
+            Ok(Err(error)) => Err(classify("transaction", lease, error)),
+            Err(elapsed) => Err(Error::Unknown { operation: "transaction", source: Some(elapsed.into()) }),
+        }
+    }
+
+    async fn watch(&self, prefix: &str, after: Revision) -> Result<WatchStream, Error> {
+        let mut client = self.client.watch_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let options = WatchOptions::new().with_prefix().with_start_revision(signed(after) + 1).with_progress_notify();
+        let watching = read("watch", client.watch(self.full(prefix), Some(options))).await?;
+        let state =
+            Watching { watching: Some(watching), ready: Vec::new(), prefix: self.prefix.clone(), _client: client };
+        Ok(futures::stream::unfold(state, |mut state| async move { state.next().await.map(|event| (event, state)) })
+            .boxed())
+    }
+
+    async fn grant_lease(&self, ttl: Duration) -> Result<LeaseId, Error> {
+        let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
+        let mut client = self.client.lease_client();
+        let response = read("grant lease", client.grant(seconds, None)).await?;
+        Ok(LeaseId(response.id()))
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<(), Error> {
+        let mut client = self.client.lease_client();
+        // One short stream per renewal: at one renewal every few seconds that is cheaper than minding a long one.
+        let answer = tokio::time::timeout(OPERATION_DEADLINE, client.keep_alive(lease.0)).await;
+        match answer {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(etcd_client::Error::LeaseKeepAliveError(_))) => Err(Error::LeaseNotFound(lease)),
+            Ok(Err(error)) => Err(classify("renew lease", Some(lease), error)),
+            Err(elapsed) => Err(Error::Unknown { operation: "renew lease", source: Some(elapsed.into()) }),
+        }
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), Error> {
+        let mut client = self.client.lease_client();
+        let answer = tokio::time::timeout(OPERATION_DEADLINE, client.revoke(lease.0)).await;
+        match answer {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => match classify("revoke lease", Some(lease), error) {
+                Error::LeaseNotFound(_) => Ok(()),
+                other => Err(other),
+            },
+            Err(elapsed) => Err(Error::Unknown { operation: "revoke lease", source: Some(elapsed.into()) }),
+        }
+    }
+}
+
+struct Watching {
+    watching: Option<etcd_client::WatchStream>,
+    /// Events received and not handed on, last first.
+    ready: Vec<WatchEvent>,
+    prefix: String,
+    /// Keeps the channel open while the stream lives.
+    _client: etcd_client::WatchClient,
+}
+
+impl Watching {
+    async fn next(&mut self) -> Option<WatchEvent> {
+        loop {
+            if let Some(event) = self.ready.pop() {
+                return Some(event);
+            }
+            let message = self.watching.as_mut()?.message().await;
+            match message {
+                Ok(Some(response)) if !response.canceled() && response.compact_revision() == 0 => {
+                    self.ready = response.events().iter().filter_map(|event| changed(&self.prefix, event)).collect();
+                    self.ready.reverse();
+                }
+                // Cancelled (compaction, lost leader), broken or closed: the reader starts anew.
+                Ok(Some(_) | None) | Err(_) => {
+                    self.watching = None;
+                    return Some(WatchEvent::Resync);
+                }
+            }
+        }
+    }
+}
+
+fn changed(prefix: &str, event: &etcd_client::Event) -> Option<WatchEvent> {
+    let pair = event.kv()?;
+    Some(match event.event_type() {
+        EventType::Put => WatchEvent::Put(entry(prefix, pair)),
+        EventType::Delete => {
+            let entry = entry(prefix, pair);
+            WatchEvent::Delete { key: entry.key, revision: entry.mod_revision }
+        }
+    })
+}
+
+fn entry(prefix: &str, pair: &KeyValue) -> Entry {
+    let key = String::from_utf8_lossy(pair.key());
+    Entry {
+        key: key.strip_prefix(prefix).unwrap_or(&key).to_owned(),
+        value: pair.value().to_vec(),
+        create_revision: Revision(pair.create_revision().unsigned_abs()),
+        mod_revision: Revision(pair.mod_revision().unsigned_abs()),
+    }
+}
+
+/// Runs a request that changes nothing a caller could lose track of: without an answer it is simply unavailable.
+async fn read<T>(
+    operation: &'static str,
+    call: impl Future<Output = Result<T, etcd_client::Error>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(OPERATION_DEADLINE, call).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(Error::Unavailable { operation, source: Some(error.into()) }),
+        Err(elapsed) => Err(Error::Unavailable { operation, source: Some(elapsed.into()) }),
+    }
+}
+
+fn classify(operation: &'static str, lease: Option<LeaseId>, error: etcd_client::Error) -> Error {
+    let code = match &error {
+        etcd_client::Error::GRpcStatus(status) => status.code(),
+        _ => Code::Unknown,
+    };
+    match (code, lease) {
+        (Code::NotFound, Some(lease)) => Error::LeaseNotFound(lease),
+        (Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::OutOfRange, _) => {
+            Error::Invalid { operation, what: error.to_string() }
+        }
+        (Code::PermissionDenied | Code::Unauthenticated | Code::ResourceExhausted, _) => {
+            Error::Unavailable { operation, source: Some(error.into()) }
+        }
+        (
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::AlreadyExists
+            | Code::Aborted
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss,
+            _,
+        ) => Error::Unknown { operation, source: Some(error.into()) },
+    }
+}
+
+/// The first key after all that start with `prefix`; etcd reads one zero byte as "no end".
+fn after_prefix(prefix: &[u8]) -> Vec<u8> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if last < u8::MAX {
+            end.push(last + 1);
+            return end;
+        }
+    }
+    vec![0]
+}
+
+fn revision(header: Option<&ResponseHeader>) -> Revision {
+    Revision(header.map_or(0, |header| header.revision().unsigned_abs()))
+}
+
+fn signed(revision: Revision) -> i64 {
+    i64::try_from(revision.0).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,268 @@
+//! An agent without trainers: it answers the coordinator as trainers would, over real gRPC.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+use thaw_proto::pb;
+use thaw_proto::pb::coordinator_message::Message as Down;
+use thaw_proto::pb::trainer_report::Event as Report;
+use thaw_proto::pb::worker_message::Message as Up;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+/// What the trainers of an agent do once their gang trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Act {
+    /// Checkpoint, stage end, success.
+    Finish,
+    /// Checkpoint of step 1, then nothing until told.
+    HoldAtStepOne,
+    /// Die by SIGKILL after the checkpoint of step 1.
+    DieAfterStepOne,
+    /// Report an error that trying again cannot mend.
+    FailForGood,
+}
+
+/// A running agent. Dropping it breaks its session, as a death would.
+pub(crate) struct Agent {
+    acts: watch::Sender<Act>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Debug, Clone)]
+struct Trainer {
+    start: pb::StartTrainer,
+    generation: u64,
+    rank: u32,
+    resume: Option<pb::CheckpointRef>,
+}
+
+impl Agent {
+    /// Connects and keeps its session until dropped.
+    pub(crate) async fn start(address: std::net::SocketAddr, name: &str, slots: u32, act: Act) -> Self {
+        let (acts, doing) = watch::channel(act);
+        let session = Session::open(address, name, slots, doing).await;
+        Self { acts, task: tokio::spawn(session.run()) }
+    }
+
+    /// What its trainers do from the next gang on.
+    pub(crate) fn act(&self, act: Act) {
+        self.acts.send_replace(act);
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Session {
+    up: mpsc::Sender<pb::WorkerMessage>,
+    down: tonic::Streaming<pb::CoordinatorMessage>,
+    doing: watch::Receiver<Act>,
+    trainers: BTreeMap<u32, Trainer>,
+}
+
+impl Session {
+    async fn open(address: std::net::SocketAddr, name: &str, slots: u32, doing: watch::Receiver<Act>) -> Self {
+        let mut client =
+            pb::worker_service_client::WorkerServiceClient::connect(format!("http://{address}")).await.unwrap();
+        let (up, queue) = mpsc::channel(64);
+        let hello = pb::Hello {
+            worker: name.to_owned(),
+            incarnation: uuid::Uuid::new_v4().to_string(),
+            slots,
+            host: "127.0.0.1".to_owned(),
+            trainers: Vec::new(),
+        };
+        up.send(pb::WorkerMessage { message: Some(Up::Hello(hello)) }).await.unwrap();
+        let down = client.session(ReceiverStream::new(queue)).await.unwrap().into_inner();
+        Self { up, down, doing, trainers: BTreeMap::new() }
+    }
+
+    async fn run(mut self) {
+        let mut beats = tokio::time::interval(Duration::from_millis(500));
+        loop {
+            tokio::select! {
+                _ = beats.tick() => self.beat().await,
+                message = self.down.message() => match message {
+                    Ok(Some(message)) => self.handle(message).await,
+                    Ok(None) | Err(_) => return,
+                },
+            }
+        }
+    }
+
+    async fn say(&self, message: Up) {
+        // An error is the end of the session, which the stream down tells too.
+        let _ = self.up.send(pb::WorkerMessage { message: Some(message) }).await;
+    }
+
+    async fn beat(&self) {
+        let status = |(slot, trainer): (&u32, &Trainer)| pb::TrainerStatus {
+            run: trainer.start.run.clone(),
+            slot: *slot,
+            incarnation: trainer.start.incarnation.clone(),
+            generation: trainer.generation,
+            position: None,
+            pid: 1,
+        };
+        let trainers = self.trainers.iter().map(status).collect();
+        self.say(Up::Heartbeat(pb::Heartbeat { trainers })).await;
+    }
+
+    async fn report(&self, trainer: &Trainer, event: Report) {
+        self.say(Up::Report(pb::TrainerReport {
+            run: trainer.start.run.clone(),
+            slot: trainer.start.slot,
+            incarnation: trainer.start.incarnation.clone(),
+            generation: trainer.generation,
+            event: Some(event),
+        }))
+        .await;
+    }
+
+    /// The trainer a command is for: of this slot and this life.
+    fn find(&mut self, slot: u32, incarnation: &str) -> Option<&mut Trainer> {
+        self.trainers.get_mut(&slot).filter(|trainer| trainer.start.incarnation == incarnation)
+    }
+
+    async fn handle(&mut self, message: pb::CoordinatorMessage) {
+        assert!(message.leader_epoch > 0, "every command carries the leader epoch");
+        match message.message.unwrap() {
+            Down::Welcome(welcome) => assert!(welcome.heartbeat_interval_ms > 0),
+            Down::Start(start) => {
+                let slot = start.slot;
+                let trainer = Trainer { start, generation: 0, rank: 0, resume: None };
+                self.report(
+                    &trainer,
+                    Report::Ready(pb::TrainerReady { address: format!("127.0.0.1:{}", 9000 + slot) }),
+                )
+                .await;
+                self.trainers.insert(slot, trainer);
+            }
+            Down::Propose(propose) => {
+                let Some(trainer) = self.find(propose.slot, &propose.incarnation) else { return };
+                trainer.generation = propose.generation;
+                trainer.rank = propose.rank;
+                trainer.resume = propose.resume;
+                let trainer = trainer.clone();
+                self.report(&trainer, Report::Built(pb::GangBuilt {})).await;
+            }
+            Down::Commit(commit) => {
+                let Some(trainer) = self.find(commit.slot, &commit.incarnation).cloned() else { return };
+                self.train(&trainer).await;
+            }
+            Down::Committed(committed) => {
+                let Some(trainer) = self.find(committed.slot, &committed.incarnation).cloned() else { return };
+                self.committed(&trainer, &committed.checkpoint.unwrap()).await;
+            }
+            Down::Stop(stop) => {
+                if self.find(stop.slot, &stop.incarnation).is_some() {
+                    let trainer = self.trainers.remove(&stop.slot).unwrap();
+                    self.report(&trainer, Report::Exited(pb::TrainerExited { code: None, signal: Some(9) })).await;
+                }
+            }
+            Down::Suspend(suspend) => {
+                let Some(trainer) = self.find(suspend.slot, &suspend.incarnation).cloned() else { return };
+                if trainer.rank == 0 {
+                    self.report(&trainer, Report::Suspended(pb::Suspended {})).await;
+                }
+            }
+        }
+    }
+
+    async fn train(&mut self, trainer: &Trainer) {
+        let line = pb::LogLine {
+            time: None,
+            source: format!("rank {}", trainer.rank),
+            text: format!("trains in generation {}", trainer.generation),
+        };
+        self.report(trainer, Report::Log(line)).await;
+        if trainer.rank != 0 {
+            return;
+        }
+        let position = Some(position(1));
+        let progress = pb::Progress { position, generation: trainer.generation, loss: 0.5, ..Default::default() };
+        self.report(trainer, Report::Progress(progress)).await;
+        self.report(trainer, Report::Evaluation(evaluation(1))).await;
+        let act = *self.doing.borrow();
+        if act == Act::FailForGood {
+            let failed = pb::TrainerFailed {
+                class: pb::FailureClass::Invalid.into(),
+                reason: pb::RunReason::TrainerError.into(),
+                message: "the weights do not fit the graph".to_owned(),
+            };
+            return self.report(trainer, Report::Failed(failed)).await;
+        }
+        let resumed = trainer.resume.as_ref().map_or(0, |resume| resume.position.unwrap().step);
+        let step = match act {
+            Act::Finish => resumed.max(1) + 1,
+            Act::HoldAtStepOne | Act::DieAfterStepOne | Act::FailForGood => resumed.max(1),
+        };
+        self.report(
+            trainer,
+            Report::Checkpoint(pb::CheckpointWritten { checkpoint: Some(checkpoint(trainer.generation, step)) }),
+        )
+        .await;
+    }
+
+    async fn committed(&mut self, trainer: &Trainer, checkpoint: &pb::CheckpointRef) {
+        let act = *self.doing.borrow();
+        match act {
+            Act::Finish => {
+                let step = checkpoint.position.unwrap().step;
+                let ended = pb::StageResult {
+                    stage: 0,
+                    steps: u32::try_from(step).unwrap(),
+                    epochs: 1.0,
+                    seconds: 2.0,
+                    end: pb::StageEnd::MaxEpochs.into(),
+                    eval: Some(evaluation(step)),
+                    deciding_eval: Some(evaluation(step)),
+                    replica_digest: "00".to_owned(),
+                };
+                self.report(trainer, Report::StageEnded(ended)).await;
+                let result = pb::RunResult {
+                    test: Some(evaluation(step)),
+                    best: Some(evaluation(step)),
+                    weights_blake3: "abc".to_owned(),
+                    model: format!("{}model/", trainer.start.run_url),
+                    steps: step,
+                    seconds: 2.0,
+                };
+                let finished = pb::RunFinished { result: Some(result), reason: pb::RunReason::LastStageEnded.into() };
+                self.report(trainer, Report::Finished(finished)).await;
+            }
+            Act::DieAfterStepOne => {
+                self.trainers.remove(&trainer.start.slot);
+                self.report(trainer, Report::Exited(pb::TrainerExited { code: None, signal: Some(9) })).await;
+            }
+            Act::HoldAtStepOne | Act::FailForGood => {}
+        }
+    }
+}
+
+fn position(step: u64) -> pb::Position {
+    pb::Position { stage: 0, stage_step: u32::try_from(step).unwrap(), step }
+}
+
+fn checkpoint(generation: u64, step: u64) -> pb::CheckpointRef {
+    pb::CheckpointRef {
+        position: Some(position(step)),
+        generation,
+        manifest: format!("manifests/{generation:08}-{step:010}.json"),
+        manifest_blake3: "00".to_owned(),
+    }
+}
+
+fn evaluation(step: u64) -> pb::Evaluation {
+    pb::Evaluation {
+        position: Some(position(step)),
+        loss: 0.25,
+        accuracy: 0.75,
+        macro_f1: 0.5,
+        samples: 4,
+        confusion: vec![2, 1, 0, 1],
+    }
+}

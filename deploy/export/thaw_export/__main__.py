@@ -1,0 +1,3 @@
+from thaw_export.cli import main
+
+main()

@@ -1,0 +1,69 @@
+//! What a run will do: the stages derived from its spec, as plain values.
+
+use crate::ids::GroupIndex;
+use crate::spec::{LrSchedulerType, OnEnter, Until};
+use serde::{Deserialize, Serialize};
+
+/// The stages of a run, and what they cost. Made by `thaw_core::planner`, followed by every trainer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Group 0 is nearest the input; the head is last.
+    pub groups: Vec<LayerGroup>,
+    /// At least one.
+    pub stages: Vec<PlannedStage>,
+    /// Class names in label order.
+    pub classes: Vec<String>,
+    pub data: DataSummary,
+    pub logical_shards: u32,
+    pub global_batch_size: u32,
+    /// Optimizer updates per epoch.
+    pub steps_per_epoch: u32,
+    pub notes: Vec<String>,
+    /// Width in elements of the features the head reads.
+    pub feature_size: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerGroup {
+    pub name: String,
+    /// Elements.
+    pub parameters: u64,
+    /// Multiply-adds of one sample's forward pass.
+    pub forward_flops: u64,
+    /// Whether it holds a token embedding.
+    pub embedding: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlannedStage {
+    pub name: String,
+    /// Ascending.
+    pub trainable_groups: Vec<GroupIndex>,
+    /// Peak rate per trainable group, same order.
+    pub learning_rates: Vec<f64>,
+    pub until: Until,
+    pub on_enter: OnEnter,
+    pub schedule: LrSchedulerType,
+    /// Updates of linear warmup from a group's thaw.
+    pub warmup_steps: u32,
+    /// Most optimizer updates the stage can take.
+    pub max_steps: u32,
+    pub trainable_parameters: u64,
+    /// Bytes per optimizer update and trainer, before the algorithm's factor.
+    pub all_reduce_bytes: u64,
+    pub memory_bytes: u64,
+    pub boundary_bytes_per_sample: u64,
+    /// Groups trained here for the first time, ascending.
+    pub thawed_groups: Vec<GroupIndex>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DataSummary {
+    pub train_samples: u64,
+    pub eval_samples: u64,
+    pub test_samples: u64,
+    /// Over all parts, in label order.
+    pub class_counts: Vec<u64>,
+    /// BLAKE3 of the source bytes and the split, hex.
+    pub fingerprint: String,
+}

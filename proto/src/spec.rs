@@ -1,0 +1,273 @@
+//! The checked run spec: what [`crate::pb::RunSpec`] says, with every default filled in and every range held.
+//!
+//! Only [`crate::convert::spec`] builds these (the structs are non-exhaustive), so a value of type [`RunSpec`] is a valid one.
+//! What depends on the graph or the data (that a stage names a group, that classes agree) is checked by the planner in `thaw-core`.
+
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+/// A valid request to fine-tune one backbone on one dataset.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RunSpec {
+    pub name: String,
+    pub backbone: Backbone,
+    pub data: Data,
+    pub strategy: Strategy,
+    /// Samples per optimizer update over all workers.
+    pub global_batch_size: u32,
+    pub precision: Precision,
+    /// Peak rate of the head.
+    pub learning_rate: f64,
+    /// How rates fall below the head.
+    pub rate_decay: RateDecay,
+    pub until: Until,
+    pub workers: Workers,
+    pub checkpoint: Checkpoint,
+    pub seed: u64,
+    pub optimizer: Optimizer,
+    pub lr_scheduler: LrScheduler,
+    pub max_grad_norm: Option<f64>,
+    pub logical_shards: u32,
+    /// Stages of strategy custom; empty otherwise.
+    pub stages: Vec<Stage>,
+    pub thaw_units: u32,
+    pub stop_when_no_gain: bool,
+    pub frozen_batch_norm: BatchNormPolicy,
+    pub thaw_embeddings: bool,
+    /// `None`: at each epoch's end.
+    pub eval_steps: Option<u32>,
+    pub logging_steps: u32,
+    pub head_rate_after_thaw: f64,
+    pub verification: Verification,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    FeatureExtraction,
+    GradualUnfreezing,
+    FullFineTuning,
+    FromScratch,
+    Custom,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    Fp32,
+    Bf16,
+    Fp64,
+}
+
+/// How a group's rate follows from the head's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RateDecay {
+    /// The head's rate over the lowest thawable group's; `None`: by kind of network.
+    Spread(Option<f64>),
+    /// Factor per level below the head.
+    PerLevel(f64),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Backbone {
+    pub graph: Url,
+    pub head: Head,
+    pub layer_groups: Vec<LayerGroupRule>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Head {
+    pub attach: HeadAttach,
+    pub hidden_sizes: Vec<u32>,
+    pub dropout: f64,
+    pub batch_norm: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadAttach {
+    Auto,
+    Replace,
+    Append,
+}
+
+/// A group by name and a regular expression over module paths; known to compile.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LayerGroupRule {
+    pub name: String,
+    pub pattern: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Data {
+    pub train: DataSource,
+    pub eval: Option<DataSource>,
+    pub test: Option<DataSource>,
+    pub split: Split,
+    /// Tokens; for text only.
+    pub max_length: u32,
+    /// Present exactly for image folders.
+    pub image: Option<ImageTransform>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct DataSource {
+    pub path: Url,
+    pub format: DataFormat,
+    /// Column of the text; empty for images.
+    pub text: String,
+    /// Column of the label; empty for images.
+    pub label: String,
+    /// `None`: tokenizer.json inside or beside the .pt2.
+    pub tokenizer: Option<Url>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataFormat {
+    Csv,
+    Jsonl,
+    ImageFolder,
+}
+
+/// Shares of the training source. A part that has a source of its own has share 0.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Split {
+    pub train: f64,
+    pub eval: f64,
+    pub test: f64,
+    pub stratified: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ImageTransform {
+    /// Height and width in pixels.
+    pub size: u32,
+    /// One entry per channel (1 or 3).
+    pub mean: Vec<f64>,
+    pub std: Vec<f64>,
+}
+
+/// At least one bound is present.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Until {
+    pub max_epochs: Option<u32>,
+    pub max_steps: Option<u32>,
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct EarlyStopping {
+    pub metric: Metric,
+    pub patience: u32,
+    /// Share of the best so far.
+    pub min_delta: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    EvalLoss,
+    EvalAccuracy,
+    EvalMacroF1,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Workers {
+    pub min: u32,
+    pub max: u32,
+    pub threads_per_trainer: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Checkpoint {
+    /// Folder that holds `runs/<run>/`; `None`: the server's data folder.
+    pub url: Option<Url>,
+    pub save_steps: u32,
+    pub save_total_limit: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    AdamW {
+        weight_decay: f64,
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+    },
+    Sgd {
+        weight_decay: f64,
+        momentum: f64,
+        nesterov: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LrScheduler {
+    /// `None`: constant where patience ends the stage, linear where its length is given.
+    pub kind: Option<LrSchedulerType>,
+    /// `None`: 6 % of the planned steps, 10-500.
+    pub warmup_steps: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedulerType {
+    Constant,
+    InverseSqrt,
+    Linear,
+    Cosine,
+    SlantedTriangular,
+    OneCycle,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BatchNormPolicy {
+    Frozen,
+    Recompute,
+}
+
+/// One stage of strategy custom. Absent values mean the run's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Stage {
+    pub name: String,
+    /// Names, or regular expressions between slashes; the latter are known to compile.
+    pub thaw: Vec<String>,
+    pub learning_rate: Option<f64>,
+    pub learning_rate_spread: Option<f64>,
+    pub until: Option<Until>,
+    pub on_enter: OnEnter,
+    pub lr_scheduler: Option<LrScheduler>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnEnter {
+    RestoreBest,
+    Keep,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Verification {
+    /// `None`: only at stage ends.
+    pub digest_steps: Option<u32>,
+    pub trace: bool,
+}

@@ -1,0 +1,108 @@
+//! The README's grpcurl lines, each run as it stands there but for the port, the files and the run's name.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use serde_json::Value;
+use std::fs;
+use std::process::Command;
+use thaw_tests::fixtures;
+use thaw_tests::process::{self, Process};
+use thaw_tests::sandbox::{DEADLINE, Sandbox};
+
+/// The lines of README.md that begin with `grpcurl`, continued lines joined.
+fn lines() -> Vec<String> {
+    let readme = fs::read_to_string(fixtures::root().join("README.md")).unwrap().replace("\\\n", " ");
+    readme.lines().filter(|line| line.starts_with("grpcurl ")).map(str::to_owned).collect()
+}
+
+struct Cluster {
+    sandbox: Sandbox,
+    up: Process,
+    address: String,
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let sandbox = Sandbox::new();
+        let up = Process::start(sandbox.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"]));
+        let address = process::eventually("the coordinator's address", DEADLINE, || {
+            let stderr = up.stderr();
+            let (_, rest) = stderr.split_once("coordinator at http://")?;
+            Some(rest.split_whitespace().next()?.to_owned())
+        });
+        let texts = fs::read_to_string(fixtures::folder().join("texts.csv")).unwrap();
+        let _ = sandbox.file("packages.csv", &texts.replacen("text,label", "description,section", 1));
+        Self { sandbox, up, address }
+    }
+
+    /// Runs one line through a shell and gives what it printed.
+    fn run(&self, line: &str, run: &str) -> String {
+        let grpcurl = thaw_tests::tool("grpcurl").unwrap();
+        let line = line
+            .replacen("grpcurl", &grpcurl.display().to_string(), 1)
+            .replace("127.0.0.1:7070", &self.address)
+            .replace("/models/minilm.pt2", &fixtures::folder().join("text.pt2").display().to_string())
+            .replace("/data/packages.csv", &self.sandbox.path().join("packages.csv").display().to_string())
+            .replace("debian-sections-0a1b2c3d", run);
+        let ended = Process::start(Command::new("bash").args(["-c", &line])).wait(DEADLINE);
+        assert!(ended.status.success(), "{line}\n{}", ended.stderr);
+        ended.stdout
+    }
+}
+
+fn find<'a>(lines: &'a [String], words: &[&str]) -> &'a str {
+    let found = lines.iter().find(|line| words.iter().all(|word| line.contains(word)));
+    found.unwrap_or_else(|| panic!("the README has no grpcurl line with {words:?}"))
+}
+
+#[test]
+fn every_line_of_the_readme_works() {
+    if thaw_tests::tool("grpcurl").is_none() {
+        return;
+    }
+    let lines = lines();
+    let cluster = Cluster::start();
+    let listed = cluster.run(find(&lines, &[" list"]), "");
+    for service in ["thaw.v1.RunService", "thaw.v1.ClusterService", "thaw.v1.WorkerService", "grpc.health.v1.Health"] {
+        assert!(listed.contains(service), "{service} is not listed:\n{listed}");
+    }
+    let described = cluster.run(find(&lines, &["describe"]), "");
+    assert!(described.contains("CreateRun"), "{described}");
+
+    let validated: Value = serde_json::from_str(&cluster.run(find(&lines, &["CreateRun", "validate_only"]), "")).unwrap();
+    assert!(validated["plan"]["stages"].as_array().unwrap().len() > 1, "{validated}");
+    let none = cluster.run(find(&lines, &["ListRuns"]), "");
+    assert_eq!(serde_json::from_str::<Value>(&none).unwrap(), serde_json::json!({}), "validate_only kept a run");
+
+    let create = lines.iter().find(|line| line.contains("CreateRun") && !line.contains("validate_only")).expect("a CreateRun line");
+    let created: Value = serde_json::from_str(&cluster.run(create, "")).unwrap();
+    let name = created["name"].as_str().unwrap().trim_start_matches("runs/").to_owned();
+    let watched = cluster.run(find(&lines, &["WatchRun"]), &name);
+    let updates: Vec<Value> = serde_json::Deserializer::from_str(&watched).into_iter().map(Result::unwrap).collect();
+    let last = updates.iter().rev().find_map(|update| update.get("run")).unwrap();
+    assert_eq!(last["state"], "RUN_STATE_SUCCEEDED", "{last}");
+    assert!(updates.iter().any(|update| update.get("progress").is_some()), "no progress was watched");
+
+    for line in &lines {
+        // Those above have run; a cancelled or resumed run must be one that has not ended.
+        if ["CreateRun", "WatchRun", "CancelRun", "SuspendRun", "ResumeRun"].iter().all(|method| !line.contains(method)) {
+            let _ = cluster.run(line, &name);
+        }
+    }
+    cluster.up.terminate();
+}
+
+#[test]
+fn a_bad_spec_names_its_fields() {
+    let Some(grpcurl) = thaw_tests::tool("grpcurl") else { return };
+    let cluster = Cluster::start();
+    let request = r#"{"spec": {"name": "Bad Name", "global_batch_size": 0}}"#;
+    let ended = Process::start(
+        Command::new(grpcurl).args(["-plaintext", "-d", request, &cluster.address, "thaw.v1.RunService/CreateRun"]),
+    )
+    .wait(DEADLINE);
+    assert!(!ended.status.success());
+    for word in ["InvalidArgument", "google.rpc.BadRequest", "google.rpc.ErrorInfo", "global_batch_size", "backbone"] {
+        assert!(ended.stderr.contains(word), "{word} is missing:\n{}", ended.stderr);
+    }
+}

@@ -1,0 +1,171 @@
+//! Runs from one command to their end: what they report, that the number of workers does not matter, and that deaths do not either.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+use thaw_tests::process::{self, Process};
+use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
+
+const STAGES: &str = "until: {max_epochs: 1}\nthaw_units: 2\nstop_when_no_gain: false\nverification: {digest_steps: 1}";
+
+fn weights(summary: &Value) -> String {
+    summary["weights_blake3"].as_str().unwrap().to_owned()
+}
+
+fn manifest_steps(run: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(run.join("manifests")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_run_reports_what_it_did() {
+    let sandbox = Sandbox::new();
+    let spec = sandbox.spec(&text_spec("until: {max_epochs: 3}\nthaw_units: 2\nlearning_rate: 5e-3\nstop_when_no_gain: false"));
+    let summary = sandbox.train_summary(&spec, 2, &[]);
+    assert_eq!(summary["state"], "SUCCEEDED");
+    assert_eq!(summary["strategy"], "gradual_unfreezing");
+    assert_eq!(summary["world_sizes"], serde_json::json!([2]));
+    let stages = summary["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 3);
+    assert_eq!(stages[0]["groups"], serde_json::json!(["head"]));
+    // 144 training samples in batches of 16.
+    assert_eq!(stages[0]["steps"], 27);
+    assert_eq!(summary["steps"], 81);
+    for stage in stages {
+        assert!(stage["eval"]["loss"].as_f64().unwrap() > 0.0);
+    }
+    let test = &summary["test"];
+    assert!(test["accuracy"].as_f64().unwrap() > 0.5, "four classes were not learnt: {test}");
+    let model = summary["model"].as_str().unwrap().trim_start_matches("file://").to_owned();
+    for file in ["model.pt2", "model.safetensors", "labels.json"] {
+        assert!(Path::new(&model).join(file).is_file(), "{file} is missing from {model}");
+    }
+    let run = sandbox.run_folder();
+    assert_eq!(fs::read_to_string(run.join("report/summary.json")).unwrap().trim(), serde_json::to_string_pretty(&summary).unwrap().trim());
+    for file in ["metrics.jsonl", "events.jsonl", "data/index.json"] {
+        assert!(run.join(file).is_file(), "{file} is missing");
+    }
+}
+
+#[test]
+fn the_trained_archive_is_what_pytorch_loads() {
+    let sandbox = Sandbox::new();
+    let spec = sandbox.spec(&text_spec(STAGES));
+    let summary = sandbox.train_summary(&spec, 1, &[]);
+    let model = summary["model"].as_str().unwrap().trim_start_matches("file://").to_owned();
+    let script = sandbox.file(
+        "check.py",
+        "import sys, torch, safetensors.torch as st
+model = torch.export.load(sys.argv[1] + '/model.pt2')
+saved = st.load_file(sys.argv[1] + '/model.safetensors')
+state = model.state_dict
+assert set(saved) == set(state), set(saved) ^ set(state)
+for name in saved:
+    assert torch.equal(saved[name], state[name]), name
+ids = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]])
+logits = model.module()(ids, (ids != 0).long())
+assert logits.shape == (2, 4), logits.shape
+first = torch.export.load(sys.argv[2]).state_dict
+assert all(name in saved for name in first), 'an original name is gone'
+moved = [name for name in first if not torch.equal(first[name], saved[name])]
+assert any('layer.2' in name for name in moved), moved
+assert not any('embeddings' in name for name in moved), moved
+",
+    );
+    let original = thaw_tests::fixtures::folder().join("text.pt2");
+    let ended = Process::start(
+        std::process::Command::new(thaw_tests::fixtures::python()).arg(script).arg(model).arg(original),
+    )
+    .wait(DEADLINE);
+    assert!(ended.status.success(), "{}", ended.stderr);
+}
+
+#[test]
+fn world_sizes_one_two_and_four_end_with_the_same_weights() {
+    let hashes: Vec<String> = [1, 2, 4]
+        .map(|workers| {
+            let sandbox = Sandbox::new();
+            let spec = sandbox.spec(&text_spec(STAGES));
+            let summary = sandbox.train_summary(&spec, workers, &[]);
+            assert_eq!(summary["world_sizes"], serde_json::json!([workers]));
+            weights(&summary)
+        })
+        .into();
+    assert_eq!(hashes[0], hashes[1]);
+    assert_eq!(hashes[0], hashes[2]);
+}
+
+#[test]
+fn twenty_steps_are_ten_a_death_and_ten() {
+    let spec_text = text_spec("strategy: full_fine_tuning\nuntil: {max_steps: 20}\ncheckpoint: {save_steps: 10}\nverification: {digest_steps: 1}");
+    let straight = Sandbox::new();
+    let expected = weights(&straight.train_summary(&straight.spec(&spec_text), 1, &[]));
+
+    let broken = Sandbox::new();
+    let spec = broken.spec(&spec_text);
+    let reached = broken.path().join("reached");
+    let hold = format!("forward@13={}", reached.display());
+    let mut first = Process::start(&mut broken.train_command(&spec, 1, &["--hold", &hold]));
+    process::file(&reached, DEADLINE);
+    let run = broken.run_folder();
+    process::eventually("the checkpoint of step 10", DEADLINE, || (!manifest_steps(&run).is_empty()).then_some(()));
+    first.kill();
+
+    let again = Process::start(broken.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"]));
+    let summary = run.join("report/summary.json");
+    process::file(&summary, DEADLINE);
+    again.terminate();
+    let ended = again.wait(Duration::from_secs(30));
+    assert!(ended.status.success(), "{}", ended.stderr);
+    let found: Value = serde_json::from_str(&fs::read_to_string(summary).unwrap()).unwrap();
+    assert_eq!(found["state"], "SUCCEEDED");
+    assert_eq!(found["steps"], 20);
+    assert_eq!(weights(&found), expected);
+}
+
+/// A trainer killed at `point` of step 13, in the second stage: the run goes on by itself to the same end.
+fn survives(point: &str) {
+    let sandbox = Sandbox::new();
+    let spec = sandbox.spec(&text_spec(&format!("{STAGES}\ncheckpoint: {{save_steps: 4}}")));
+    let undisturbed = weights(&sandbox.train_summary(&spec, 2, &[]));
+
+    let disturbed = Sandbox::new();
+    let spec = disturbed.spec(&text_spec(&format!("{STAGES}\ncheckpoint: {{save_steps: 4}}")));
+    let reached = disturbed.path().join("reached");
+    let hold = format!("{point}={}", reached.display());
+    let training = Process::start(disturbed.train_command(&spec, 2, &["--hold", &hold]).arg("-ojson"));
+    process::file(&reached, DEADLINE);
+    let id = process::eventually("the held trainer's id", DEADLINE, || fs::read_to_string(&reached).ok()?.trim().parse().ok());
+    process::kill_by_id(id);
+    let ended = training.wait(DEADLINE);
+    assert!(ended.status.success(), "{}", ended.stderr);
+    let summary: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(summary["state"], "SUCCEEDED");
+    assert_eq!(summary["world_sizes"], serde_json::json!([2, 2]), "the gang was not formed anew exactly once");
+    assert_eq!(weights(&summary), undisturbed);
+}
+
+#[test]
+fn a_death_in_forward_changes_nothing() {
+    survives("forward@13");
+}
+
+#[test]
+fn a_death_in_all_reduce_changes_nothing() {
+    survives("all-reduce@13");
+}
+
+#[test]
+fn a_death_in_the_update_changes_nothing() {
+    survives("update@13");
+}
+
+#[test]
+fn a_death_in_a_checkpoint_write_changes_nothing() {
+    survives("checkpoint-write@12");
+}

@@ -1,0 +1,358 @@
+//! Micro-batches: the arrays a graph takes, in plain vectors.
+//!
+//! `DATA-3`: what `load` gives depends on the index, the part and the positions, and on nothing else.
+
+use crate::image::Transform;
+use crate::index::{self, Index, Part, Source, csv_text, jsonl_text};
+use crate::text::{Tokenizer, Tokens};
+use crate::{image, name, text};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use thaw_proto::spec::{Data, DataFormat, ImageTransform};
+
+/// Why a dataset could not be opened, or samples not loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    #[error(
+        "the graph asks for input {input:?} ({wanted}), which {kind} data cannot give; it gives {given}"
+    )]
+    Input {
+        input: String,
+        wanted: ElementType,
+        kind: &'static str,
+        given: &'static str,
+    },
+    #[error(
+        "the graph asks for {count} inputs, and image data gives one; export a graph with a single image input"
+    )]
+    InputCount { count: usize },
+    #[error("the graph has no input {missing:?}, which text data needs (inputs: {inputs})")]
+    NoTokens {
+        missing: &'static str,
+        inputs: String,
+    },
+    #[error(
+        "text data needs a tokenizer; set data.train.tokenizer, or put tokenizer.json beside the graph"
+    )]
+    NoTokenizer,
+    #[error("image data needs data.image (size, mean, std)")]
+    NoTransform,
+    #[error("prepare the tokenizer")]
+    Tokenizer { source: text::Error },
+    #[error("prepare the images")]
+    Transform { source: image::Error },
+    #[error("open the data")]
+    Index { source: index::Error },
+    #[error("read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: record {record} is no longer what was indexed; restore the file, or submit a new run", path.display())]
+    Changed { path: PathBuf, record: u32 },
+    #[error("image {} does not decode; replace it and submit the run again", path.display())]
+    Image { path: PathBuf, source: image::Error },
+    #[error("tokenize record {record} of {} or one beside it", path.display())]
+    Tokenize {
+        path: PathBuf,
+        record: u32,
+        source: text::Error,
+    },
+    #[error("position {position} of the {part} part, which has {size} samples")]
+    Position {
+        part: Part,
+        position: u32,
+        size: u32,
+    },
+    #[error("a loading thread panicked: {message}")]
+    Panicked { message: String },
+}
+
+/// Element type of an input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElementType {
+    I64,
+    F32,
+}
+
+impl std::fmt::Display for ElementType {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::I64 => "i64",
+            Self::F32 => "f32",
+        })
+    }
+}
+
+/// An input that the graph takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputWant {
+    pub name: String,
+    pub dtype: ElementType,
+}
+
+/// Row-major elements of one array.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ArrayData {
+    I64(Vec<i64>),
+    F32(Vec<f32>),
+}
+
+/// One input: text `[samples, tokens]` i64, images `[samples, channels, size, size]` f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputArray {
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub data: ArrayData,
+}
+
+/// A micro-batch. Inputs are in the order in which the graph's were given to [`Dataset::open`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    pub inputs: Vec<InputArray>,
+    /// Class of each sample.
+    pub labels: Vec<i64>,
+    /// The positions asked for.
+    pub samples: Vec<u32>,
+}
+
+/// Samples by part and position. Cheap to clone, and read from any thread.
+#[derive(Clone)]
+pub struct Dataset(Arc<Inner>);
+
+struct Inner {
+    index: Index,
+    inputs: Vec<InputWant>,
+    preparation: Preparation,
+    /// The open file of each part whose records lie within one.
+    files: [Option<File>; 3],
+}
+
+enum Preparation {
+    Text(Box<Tokenizer>),
+    Images(ImageTransform),
+}
+
+const TEXT_INPUTS: [&str; 3] = ["input_ids", "attention_mask", "token_type_ids"];
+
+impl Dataset {
+    /// Opens the sources of `index`, after checking that they are what was indexed.
+    ///
+    /// `tokenizer` holds the bytes of a `tokenizer.json`; text needs it. `inputs` are the graph's, in its order: for text some of
+    /// `input_ids`, `attention_mask`, `token_type_ids` (i64), for images one of any name (f32).
+    ///
+    /// # Errors
+    /// Changed sources, a bad tokenizer, or an input the data cannot give.
+    pub fn open(
+        index: Index,
+        spec: &Data,
+        tokenizer: Option<&[u8]>,
+        inputs: &[InputWant],
+    ) -> Result<Self, Error> {
+        index.verify().map_err(|source| Error::Index { source })?;
+        let preparation = match index.source(Part::Train).format {
+            DataFormat::Csv | DataFormat::Jsonl => {
+                check_text_inputs(inputs)?;
+                let tokenizer =
+                    Tokenizer::new(tokenizer.ok_or(Error::NoTokenizer)?, spec.max_length);
+                Preparation::Text(Box::new(
+                    tokenizer.map_err(|source| Error::Tokenizer { source })?,
+                ))
+            }
+            DataFormat::ImageFolder => {
+                check_image_inputs(inputs)?;
+                let transform = spec.image.clone().ok_or(Error::NoTransform)?;
+                Transform::new(&transform).map_err(|source| Error::Transform { source })?;
+                Preparation::Images(transform)
+            }
+        };
+        let mut files = [None, None, None];
+        for part in Part::ALL {
+            files[part as usize] = open_file(index.source(part))?;
+        }
+        Ok(Self(Arc::new(Inner {
+            index,
+            inputs: inputs.to_vec(),
+            preparation,
+            files,
+        })))
+    }
+
+    /// The index it reads by.
+    pub fn index(&self) -> &Index {
+        &self.0.index
+    }
+
+    /// The samples at `positions` of a part, in that order. No positions give arrays of zero rows.
+    ///
+    /// # Errors
+    /// Unreadable, changed or undecodable files, by name; a position beyond the part.
+    pub fn load(&self, part: Part, positions: &[u32]) -> Result<Batch, Error> {
+        let index = &self.0.index;
+        let mut labels = Vec::with_capacity(positions.len());
+        let mut records = Vec::with_capacity(positions.len());
+        for position in positions {
+            let beyond = || Error::Position {
+                part,
+                position: *position,
+                size: index.size(part),
+            };
+            labels.push(i64::from(index.label(part, *position).ok_or_else(beyond)?));
+            records.push(index.records(part)[*position as usize]);
+        }
+        let inputs = match &self.0.preparation {
+            Preparation::Text(tokenizer) => self.load_texts(part, &records, tokenizer)?,
+            Preparation::Images(transform) => vec![self.load_images(part, &records, transform)?],
+        };
+        Ok(Batch {
+            inputs,
+            labels,
+            samples: positions.to_vec(),
+        })
+    }
+
+    fn load_texts(
+        &self,
+        part: Part,
+        records: &[u32],
+        tokenizer: &Tokenizer,
+    ) -> Result<Vec<InputArray>, Error> {
+        let source = self.0.index.source(part);
+        let texts = records
+            .iter()
+            .map(|record| self.text(part, source, *record))
+            .collect::<Result<Vec<_>, _>>()?;
+        let failed = |error| Error::Tokenize {
+            path: source.path.clone(),
+            record: records[0],
+            source: error,
+        };
+        let tokens = tokenizer.encode(&texts).map_err(failed)?;
+        Ok(self
+            .0
+            .inputs
+            .iter()
+            .map(|want| token_array(&want.name, &tokens))
+            .collect())
+    }
+
+    fn text(&self, part: Part, source: &Source, record: u32) -> Result<String, Error> {
+        let (offset, length) = source.range(record);
+        let mut bytes = vec![0; length];
+        let file = self.0.files[part as usize]
+            .as_ref()
+            .expect("text sources are opened with the dataset");
+        file.read_exact_at(&mut bytes, offset)
+            .map_err(|error| Error::Read {
+                path: source.path.clone(),
+                source: error,
+            })?;
+        let text = match source.text_column {
+            Some(column) => csv_text(&bytes, column),
+            None => jsonl_text(&bytes, &source.text),
+        };
+        text.ok_or_else(|| Error::Changed {
+            path: source.path.clone(),
+            record,
+        })
+    }
+
+    fn load_images(
+        &self,
+        part: Part,
+        records: &[u32],
+        spec: &ImageTransform,
+    ) -> Result<InputArray, Error> {
+        let source = self.0.index.source(part);
+        let mut transform = Transform::new(spec).map_err(|source| Error::Transform { source })?;
+        let mut planes = Vec::new();
+        for record in records {
+            let path = source.file(*record);
+            let bytes = match fs::read(&path) {
+                Ok(bytes) => bytes,
+                Err(source) => return Err(Error::Read { path, source }),
+            };
+            transform
+                .apply(&bytes, &mut planes)
+                .map_err(|source| Error::Image { path, source })?;
+        }
+        let mut shape = vec![records.len() as i64];
+        shape.extend(transform.shape());
+        Ok(InputArray {
+            name: self.0.inputs[0].name.clone(),
+            shape,
+            data: ArrayData::F32(planes),
+        })
+    }
+}
+
+fn open_file(source: &Source) -> Result<Option<File>, Error> {
+    match source.format {
+        DataFormat::Csv | DataFormat::Jsonl => {
+            let file = File::open(&source.path).map_err(|error| Error::Read {
+                path: source.path.clone(),
+                source: error,
+            })?;
+            Ok(Some(file))
+        }
+        DataFormat::ImageFolder => Ok(None),
+    }
+}
+
+fn token_array(name: &str, tokens: &Tokens) -> InputArray {
+    let data = match name {
+        "input_ids" => &tokens.input_ids,
+        "attention_mask" => &tokens.attention_mask,
+        _ => &tokens.token_type_ids,
+    };
+    InputArray {
+        name: name.to_owned(),
+        shape: vec![tokens.rows as i64, tokens.columns as i64],
+        data: ArrayData::I64(data.clone()),
+    }
+}
+
+fn check_text_inputs(inputs: &[InputWant]) -> Result<(), Error> {
+    for InputWant { name, dtype } in inputs {
+        if !TEXT_INPUTS.contains(&name.as_str()) || *dtype != ElementType::I64 {
+            let given = "input_ids, attention_mask, token_type_ids (i64)";
+            return Err(Error::Input {
+                input: name.clone(),
+                wanted: *dtype,
+                kind: "text",
+                given,
+            });
+        }
+    }
+    if inputs.iter().all(|want| want.name != TEXT_INPUTS[0]) {
+        return Err(Error::NoTokens {
+            missing: TEXT_INPUTS[0],
+            inputs: name::list(inputs.iter().map(|want| want.name.as_str())),
+        });
+    }
+    Ok(())
+}
+
+fn check_image_inputs(inputs: &[InputWant]) -> Result<(), Error> {
+    match inputs {
+        [
+            InputWant {
+                dtype: ElementType::F32,
+                ..
+            },
+        ] => Ok(()),
+        [InputWant { name, dtype }] => {
+            let given = "one array of f32, [samples, channels, size, size]";
+            Err(Error::Input {
+                input: name.clone(),
+                wanted: *dtype,
+                kind: "image",
+                given,
+            })
+        }
+        _ => Err(Error::InputCount {
+            count: inputs.len(),
+        }),
+    }
+}

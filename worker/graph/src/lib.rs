@@ -1,0 +1,35 @@
+//! Exported PyTorch graphs as data: reading `.pt2` archives, dividing them into layer groups, fitting heads, writing them back. Pure: no libtorch.
+//!
+//! ```text
+//! Archive::open -> with_head -> graph -> segment -> summary
+//!                      |                              (planner)
+//!                      `-> write, with trained weights
+//! ```
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
+
+pub mod archive;
+mod cost;
+pub mod cuts;
+mod flow;
+pub mod groups;
+pub mod guards;
+pub mod head;
+pub mod init;
+pub mod ir;
+mod modules;
+pub mod operators;
+pub mod payload;
+pub mod reader;
+mod schema;
+pub mod segment;
+pub mod summary;
+pub mod symbols;
+pub mod writer;
+
+pub use archive::{Archive, TensorBytes};
+pub use cuts::segment;
+pub use groups::GroupRule;
+pub use head::{Attach, HeadSpec, NewParameter};
+pub use init::{Init, buffer_init, scratch_init};
+pub use segment::{Segment, SegmentedGraph};
+pub use summary::{GroupSummary, InputSummary, Summary, parameter_decays, summary};

@@ -1,0 +1,159 @@
+//! The agent of a node: keeps one session with the coordinator and the trainer processes of its slots.
+//!
+//! ```text
+//! coordinator <== session ==> agent <== stdin, stdout (frames), stderr (lines) ==> trainer, one per slot
+//! ```
+//!
+//! Law:
+//! - `AGENT-1`: a message of a lower leader epoch than one seen is refused, naming both.
+//! - `AGENT-2`: losing the session stops no trainer; the next Hello says who is alive, and what a trainer reported that the
+//!   coordinator must know is sent again, so each such report arrives at least once.
+//! - `AGENT-3`: a trainer's end is always reported; asked about a trainer it does not have, the agent says that it ended.
+//! - `AGENT-4`: no trainer outlives the agent.
+//!
+//! It decides nothing about runs, and every wait in it has a deadline.
+
+mod child;
+mod outbox;
+mod session;
+#[cfg(test)]
+mod tests;
+mod trainers;
+
+use std::path::PathBuf;
+use std::time::Duration;
+use thaw_proto::ids::Incarnation;
+use thaw_proto::status::ErrorClass;
+use thaw_runtime::backoff::Backoff;
+use thaw_runtime::tasks::{OnError, Tasks};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Uri;
+
+/// Most slots that the protocol allows.
+const MAX_SLOTS: u32 = 64;
+/// How long killed trainers may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// Waits before a new session, with jitter.
+const RECONNECT_BASE: Duration = Duration::from_millis(100);
+const RECONNECT_CAP: Duration = Duration::from_secs(5);
+
+/// What an agent needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The coordinator, e.g. `http://127.0.0.1:7070`.
+    pub coordinator: Uri,
+    /// Unique among the workers.
+    pub name: String,
+    /// Trainers at once, 1-64.
+    pub slots: u32,
+    /// Host under which other trainers reach this node's.
+    pub host: String,
+    /// Program of a trainer.
+    pub trainer_program: PathBuf,
+    /// Its arguments.
+    pub trainer_arguments: Vec<String>,
+}
+
+/// Why an agent cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A setting is out of range.
+    #[error("a worker has 1 to {MAX_SLOTS} slots, not {0}")]
+    Slots(u32),
+    /// The coordinator says that this worker's Hello is wrong.
+    #[error("coordinator {coordinator} refuses worker {worker}: {}", .source.message())]
+    Refused {
+        /// Its address.
+        coordinator: Uri,
+        /// This worker.
+        worker: String,
+        /// What it said.
+        source: Box<tonic::Status>,
+    },
+    /// The operating system refuses a signal handler.
+    #[error("cannot listen to signals")]
+    Signals(#[source] std::io::Error),
+    /// No thread can be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+    /// A trainer survived its kill.
+    #[error("trainers did not end")]
+    Trainers(#[source] thaw_runtime::tasks::Error),
+}
+
+/// [`run`] until the first SIGINT or SIGTERM, or with `exit_with_stdin` until standard input ends: whoever holds its other
+/// end is then gone.
+///
+/// # Errors
+/// As [`run`]; [`Error::Signals`].
+pub async fn serve(config: Config, exit_with_stdin: bool) -> Result<(), Error> {
+    let shutdown = thaw_runtime::shutdown::signal().map_err(Error::Signals)?;
+    if exit_with_stdin {
+        let shutdown = shutdown.clone();
+        // A thread, not a task: a read of stdin cannot be cancelled, and would hold the runtime's end up.
+        std::thread::Builder::new()
+            .name("watch-stdin".to_owned())
+            .spawn(move || {
+                let _unread = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                tracing::info!("standard input ended; shutting down");
+                shutdown.cancel();
+            })
+            .map_err(Error::Thread)?;
+    }
+    run(config, shutdown).await
+}
+
+/// Runs the agent until `shutdown` is cancelled; then kills its trainers and returns. Needs a tokio runtime with time and
+/// I/O; it and its tasks may run on any of its threads.
+///
+/// # Errors
+/// A setting is wrong, the coordinator refuses the very first Hello for good, or a trainer survives its kill.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
+    if config.slots == 0 || config.slots > MAX_SLOTS {
+        return Err(Error::Slots(config.slots));
+    }
+    // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
+    let tasks = Tasks::new(CancellationToken::new());
+    let spawner = child::Spawner::start().map_err(Error::Thread)?;
+    let trainers = trainers::Trainers::new(&config, spawner, tasks.clone());
+    let outcome = keep_session(&config, &trainers, &shutdown).await;
+    trainers.kill_all();
+    let joined = tasks.join(KILL_LIMIT).await.map_err(Error::Trainers);
+    outcome.and(joined)
+}
+
+async fn keep_session(
+    config: &Config,
+    trainers: &trainers::Trainers,
+    shutdown: &CancellationToken,
+) -> Result<(), Error> {
+    let mut backoff = Backoff::new(RECONNECT_BASE, RECONNECT_CAP);
+    let mut session = session::Session::new(config, Incarnation(uuid::Uuid::new_v4().to_string()), trainers);
+    loop {
+        let ended = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            ended = session.run(&mut backoff) => ended,
+        };
+        trainers.outbox().set_connected(false);
+        if let session::End::Status(status) = &ended
+            && !session.was_welcomed()
+            && ErrorClass::of(status) == ErrorClass::Invalid
+        {
+            let source = Box::new(status.clone());
+            return Err(Error::Refused {
+                coordinator: config.coordinator.clone(),
+                worker: config.name.clone(),
+                source,
+            });
+        }
+        let wait = backoff.next_wait().unwrap_or(RECONNECT_CAP);
+        tracing::warn!(coordinator = %config.coordinator, reason = %ended, ?wait, "no session; trainers go on");
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// Every task of the agent logs and counts its error: what matters about a trainer is in its reports.
+const POLICY: OnError = OnError::LogAndCount;

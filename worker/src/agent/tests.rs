@@ -1,0 +1,348 @@
+//! The agent between a coordinator that the test plays and real trainer processes: this test program, started again as
+//! [`fake_trainer`].
+
+use super::*;
+use std::collections::VecDeque;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use thaw_proto::pb::coordinator_message::Message as Down;
+use thaw_proto::pb::trainer_report::Event;
+use thaw_proto::pb::worker_message::Message as Up;
+use thaw_proto::pb::worker_service_server::{WorkerService, WorkerServiceServer};
+use thaw_proto::pb::{
+    Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer, StopTrainer,
+    SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Far above what any of this takes; a test that needs it has failed.
+const SOON: Duration = Duration::from_secs(30);
+
+/// Not a test: the program that the agents of these tests start. Frames leave by descriptor 3, since the test harness owns
+/// stdout. It does what the run's name says.
+#[test]
+#[ignore = "it is the trainer process of other tests"]
+fn fake_trainer() {
+    crate::pipe::die_with_parent().unwrap();
+    let frames = std::fs::File::options().write(true).open("/proc/self/fd/3").unwrap();
+    let (pipe, messages) = crate::pipe::TrainerPipe::start(std::io::stdin(), frames, || std::process::exit(0)).unwrap();
+    for message in &messages {
+        let (event, generation) = match message.message.unwrap() {
+            Down::Start(start) if start.run == "crash" => {
+                eprintln!("cannot go on");
+                std::process::exit(7)
+            }
+            Down::Start(start) if start.run == "nonsense" => {
+                std::fs::write("/proc/self/fd/3", [0xff; 64]).unwrap();
+                continue;
+            }
+            Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned() }), 0),
+            Down::Propose(propose) => {
+                eprintln!("building");
+                (Event::Built(GangBuilt {}), propose.generation)
+            }
+            Down::Commit(commit) => {
+                let position = Some(Position { stage: 0, stage_step: 5, step: 5 });
+                (Event::Progress(Progress { position, ..Progress::default() }), commit.generation)
+            }
+            Down::Suspend(suspend) => (Event::Suspended(Suspended {}), suspend.generation),
+            Down::Welcome(_) | Down::Stop(_) | Down::Committed(_) => continue,
+        };
+        let report = TrainerReport { generation, event: Some(event), ..TrainerReport::default() };
+        pipe.sender().send(report).unwrap();
+    }
+}
+
+/// One session as the coordinator sees it.
+struct Peer {
+    up: Streaming<WorkerMessage>,
+    down: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+    seen: VecDeque<TrainerReport>,
+}
+
+struct Service(mpsc::UnboundedSender<Peer>);
+
+#[tonic::async_trait]
+impl WorkerService for Service {
+    type SessionStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (down, sent) = mpsc::channel(16);
+        self.0.send(Peer { up: request.into_inner(), down, seen: VecDeque::new() }).unwrap();
+        Ok(Response::new(ReceiverStream::new(sent)))
+    }
+}
+
+/// A coordinator on a free port, and an agent that talks to it.
+struct Bench {
+    sessions: mpsc::UnboundedReceiver<Peer>,
+    agent: JoinHandle<Result<(), Error>>,
+    shutdown: CancellationToken,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    _folder: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("trainer");
+        let this = std::env::current_exe().unwrap();
+        let test = "agent::tests::fake_trainer --exact --ignored --nocapture";
+        let script = format!("#!/bin/sh\nexec '{}' {test} 3>&1 >/dev/null\n", this.display());
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self::with_program(folder, program).await
+    }
+
+    async fn with_program(folder: tempfile::TempDir, trainer_program: PathBuf) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let coordinator = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let (opened, sessions) = mpsc::unbounded_channel();
+        let server = tonic::transport::Server::builder().add_service(WorkerServiceServer::new(Service(opened)));
+        let server = tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let shutdown = CancellationToken::new();
+        let config = Config {
+            coordinator,
+            name: "node-1".to_owned(),
+            slots: 2,
+            host: "127.0.0.1".to_owned(),
+            trainer_program,
+            trainer_arguments: Vec::new(),
+        };
+        let agent = tokio::spawn(run(config, shutdown.clone()));
+        Self { sessions, agent, shutdown, server, _folder: folder }
+    }
+
+    /// The next session, after its Hello and Welcome.
+    async fn session(&mut self, leader_epoch: u64) -> (Peer, Hello) {
+        let mut peer = tokio::time::timeout(SOON, self.sessions.recv()).await.unwrap().unwrap();
+        let Up::Hello(hello) = peer.message().await else { panic!("the first message is no Hello") };
+        peer.say(leader_epoch, Down::Welcome(Welcome { heartbeat_interval_ms: 10 })).await;
+        (peer, hello)
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        tokio::time::timeout(SOON, self.agent).await.unwrap().unwrap().unwrap();
+        self.server.abort();
+    }
+}
+
+impl Peer {
+    async fn say(&self, leader_epoch: u64, message: Down) {
+        self.down.send(Ok(CoordinatorMessage { leader_epoch, message: Some(message) })).await.unwrap();
+    }
+
+    async fn message(&mut self) -> Up {
+        let message = tokio::time::timeout(SOON, self.up.message()).await.unwrap();
+        message.unwrap().expect("the session is open").message.unwrap()
+    }
+
+    /// The first report that fits; those before it are kept for later calls.
+    async fn report<R>(&mut self, fits: impl Fn(&TrainerReport) -> Option<R>) -> R {
+        if let Some(at) = self.seen.iter().position(|report| fits(report).is_some()) {
+            let report = self.seen.remove(at).unwrap();
+            return fits(&report).unwrap();
+        }
+        loop {
+            if let Up::Report(report) = self.message().await {
+                match fits(&report) {
+                    Some(found) => return found,
+                    None => self.seen.push_back(report),
+                }
+            }
+        }
+    }
+
+    async fn ready(&mut self) {
+        self.report(|report| matches!(report.event, Some(Event::Ready(_))).then_some(())).await;
+    }
+
+    /// Code and signal of an incarnation's end.
+    async fn exited(&mut self, incarnation: &str) -> (Option<i32>, Option<i32>) {
+        self.report(|report| match &report.event {
+            Some(Event::Exited(exited)) if report.incarnation == incarnation => Some((exited.code, exited.signal)),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn failed(&mut self) -> TrainerFailed {
+        self.report(|report| match &report.event {
+            Some(Event::Failed(failed)) => Some(failed.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// The process id of the trainer in a heartbeat that has exactly one, of this generation.
+    async fn heartbeat(&mut self, generation: u64) -> u32 {
+        loop {
+            let Up::Heartbeat(beat) = self.message().await else {
+                continue;
+            };
+            if let [trainer] = &beat.trainers[..]
+                && trainer.generation == generation
+            {
+                return trainer.pid;
+            }
+        }
+    }
+}
+
+fn start(run: &str, slot: u32, incarnation: &str) -> Down {
+    let (run, incarnation) = (run.to_owned(), incarnation.to_owned());
+    Down::Start(StartTrainer { run, slot, incarnation, ..StartTrainer::default() })
+}
+
+fn propose(run: &str, incarnation: &str, generation: u64, rank: u32) -> Down {
+    let (run, incarnation) = (run.to_owned(), incarnation.to_owned());
+    Down::Propose(Propose { run, incarnation, generation, rank, ..Propose::default() })
+}
+
+fn is_running(pid: u32) -> bool {
+    // A zombie is not running; the agent must have reaped it as well.
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[tokio::test]
+async fn a_trainer_is_started_followed_and_killed() {
+    let mut bench = Bench::start().await;
+    let (mut peer, hello) = bench.session(1).await;
+    assert_eq!((hello.worker.as_str(), hello.slots, hello.host.as_str()), ("node-1", 2, "127.0.0.1"));
+    assert!(hello.trainers.is_empty());
+    peer.say(1, start("demo", 0, "a")).await;
+    peer.ready().await;
+    peer.say(1, propose("demo", "a", 4, 3)).await;
+    let built = peer.report(|report| matches!(report.event, Some(Event::Built(_))).then(|| report.clone())).await;
+    assert_eq!((built.run.as_str(), built.incarnation.as_str(), built.generation), ("demo", "a", 4));
+    let source = peer
+        .report(|report| match &report.event {
+            Some(Event::Log(line)) if line.text == "building" => Some(line.source.clone()),
+            _ => None,
+        })
+        .await;
+    assert_eq!(source, "rank 3");
+    let (run, incarnation) = ("demo".to_owned(), "a".to_owned());
+    peer.say(1, Down::Commit(Commit { run: run.clone(), slot: 0, incarnation: incarnation.clone(), generation: 4 }))
+        .await;
+    let step = peer
+        .report(|report| match &report.event {
+            Some(Event::Progress(progress)) => progress.position.map(|position| position.step),
+            _ => None,
+        })
+        .await;
+    assert_eq!(step, 5);
+    let pid = peer.heartbeat(4).await;
+    assert!(is_running(pid));
+    peer.say(1, Down::Suspend(SuspendTrainer { run, slot: 0, incarnation, generation: 4 })).await;
+    peer.report(|report| matches!(report.event, Some(Event::Suspended(_))).then_some(())).await;
+    let stop = StopTrainer { run: "demo".to_owned(), slot: 0, incarnation: "a".to_owned(), generation: 4 };
+    peer.say(1, Down::Stop(stop.clone())).await;
+    assert_eq!(peer.exited("a").await, (None, Some(9)));
+    assert!(!is_running(pid));
+    // Asked again about what is gone, it says so again; also about what never was.
+    peer.say(1, Down::Stop(stop)).await;
+    assert_eq!(peer.exited("a").await, (None, Some(9)));
+    peer.say(1, propose("demo", "b", 5, 0)).await;
+    assert_eq!(peer.exited("b").await, (None, None));
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn a_trainer_that_ends_by_itself_is_reported_with_its_code_and_its_words() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("crash", 1, "a")).await;
+    assert_eq!(peer.exited("a").await, (Some(7), None));
+    let source = peer
+        .report(|report| match &report.event {
+            Some(Event::Log(line)) if line.text == "cannot go on" => Some(line.source.clone()),
+            _ => None,
+        })
+        .await;
+    assert_eq!(source, "slot 1");
+    peer.say(1, start("nonsense", 1, "b")).await;
+    assert_eq!(peer.exited("b").await, (None, Some(9)), "one that does not speak the protocol is killed");
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn a_lost_session_stops_nobody_and_its_news_come_again() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(7).await;
+    peer.say(7, start("demo", 0, "a")).await;
+    peer.ready().await;
+    peer.say(7, propose("demo", "a", 2, 0)).await;
+    let pid = peer.heartbeat(2).await;
+    drop(peer);
+
+    let (mut peer, hello) = bench.session(6).await;
+    assert_eq!((hello.trainers[0].pid, hello.trainers[0].generation), (pid, 2));
+    let closed = tokio::time::timeout(SOON, peer.up.message()).await.unwrap();
+    assert!(!matches!(closed, Ok(Some(_))), "an earlier leader is left");
+
+    let (mut peer, hello) = bench.session(8).await;
+    assert_eq!(hello.trainers[0].pid, pid);
+    peer.ready().await;
+    peer.report(|report| (report.generation == 2 && matches!(report.event, Some(Event::Built(_)))).then_some(())).await;
+    // A late message of an earlier leader does nothing; that of the present one does.
+    let stop = |generation| StopTrainer { run: "demo".into(), slot: 0, incarnation: "a".into(), generation };
+    peer.say(7, Down::Stop(stop(2))).await;
+    peer.say(8, propose("demo", "a", 3, 0)).await;
+    assert_eq!(peer.heartbeat(3).await, pid);
+    bench.stop().await;
+    assert!(!is_running(pid), "no trainer outlives its agent");
+}
+
+#[tokio::test]
+async fn a_slot_has_one_trainer_and_refusals_have_reasons() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("demo", 0, "a")).await;
+    peer.ready().await;
+    peer.say(1, start("demo", 0, "a")).await;
+    peer.ready().await;
+    peer.say(1, start("demo", 0, "b")).await;
+    assert_eq!(peer.exited("a").await, (None, Some(9)));
+    peer.ready().await;
+    peer.say(1, start("demo", 2, "c")).await;
+    assert_eq!(peer.failed().await.message, "slot 2 does not exist; this worker has 2");
+    assert_eq!(peer.exited("c").await, (None, None));
+    bench.stop().await;
+
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("nothing");
+    let mut bench = Bench::with_program(folder, program).await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("demo", 0, "a")).await;
+    assert!(peer.failed().await.message.starts_with("cannot start trainer "));
+    assert_eq!(peer.exited("a").await, (None, None));
+    bench.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_hello_ends_the_agent_and_settings_are_checked() {
+    let mut bench = Bench::start().await;
+    let peer = tokio::time::timeout(SOON, bench.sessions.recv()).await.unwrap().unwrap();
+    peer.down.send(Err(Status::invalid_argument("worker: a name is needed"))).await.unwrap();
+    let error = tokio::time::timeout(SOON, bench.agent).await.unwrap().unwrap().unwrap_err();
+    assert!(error.to_string().ends_with("refuses worker node-1: worker: a name is needed"), "{error}");
+    bench.server.abort();
+
+    let config = Config {
+        coordinator: "http://127.0.0.1:1".parse().unwrap(),
+        name: "node-1".to_owned(),
+        slots: 65,
+        host: String::new(),
+        trainer_program: PathBuf::new(),
+        trainer_arguments: Vec::new(),
+    };
+    assert!(matches!(run(config, CancellationToken::new()).await, Err(Error::Slots(65))));
+}

@@ -1,0 +1,357 @@
+//! The trainers of this node, by slot.
+
+use super::child::{self, Running, Spawner};
+use super::outbox::{Delivery, Outbox, delivery};
+use super::{Config, KILL_LIMIT, POLICY};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+use thaw_proto::pb::trainer_report::Event;
+use thaw_proto::pb::{
+    self, CoordinatorMessage, FailureClass, LogLine, RunReason, TrainerExited, TrainerFailed, TrainerReport,
+    TrainerStatus,
+};
+use thaw_runtime::tasks::Tasks;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Messages that may wait for a trainer; a trainer reads all the time, so more mean that it does not.
+const MAX_WAITING_MESSAGES: usize = 64;
+/// Last lines of a trainer that are kept for the agent's own log.
+const KEPT_LINES: usize = 20;
+
+/// Which process is meant: a slot is used again, an incarnation never.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TrainerId {
+    pub(super) run: String,
+    pub(super) slot: u32,
+    pub(super) incarnation: String,
+}
+
+/// A cheap handle; clones share the trainers.
+#[derive(Debug, Clone)]
+pub(super) struct Trainers {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    program: PathBuf,
+    arguments: Vec<String>,
+    slots: u32,
+    spawner: Spawner,
+    tasks: Tasks,
+    outbox: Outbox,
+    /// The last trainer of each slot, alive or not.
+    by_slot: Mutex<BTreeMap<u32, Trainer>>,
+}
+
+#[derive(Debug)]
+struct Trainer {
+    id: TrainerId,
+    pid: u32,
+    rank: Option<u32>,
+    generation: u64,
+    position: Option<pb::Position>,
+    /// What the coordinator must have heard (AGENT-2), in order.
+    ledger: Vec<TrainerReport>,
+    last_lines: VecDeque<String>,
+    messages: mpsc::Sender<CoordinatorMessage>,
+    kill: CancellationToken,
+    /// Cancelled once its end is reported.
+    ended: CancellationToken,
+}
+
+impl Trainer {
+    fn is_alive(&self) -> bool {
+        !self.ended.is_cancelled()
+    }
+
+    fn source(&self) -> String {
+        match self.rank {
+            Some(rank) => format!("rank {rank}"),
+            None => format!("slot {}", self.id.slot),
+        }
+    }
+
+    /// Keeps a report to send again; a new one of these kinds takes the place of the last.
+    fn keep(&mut self, report: &TrainerReport) {
+        let replaces = |kept: &TrainerReport| {
+            matches!(
+                (&kept.event, &report.event),
+                (Some(Event::Built(_)), Some(Event::Built(_)))
+                    | (Some(Event::Checkpoint(_)), Some(Event::Checkpoint(_)))
+                    | (Some(Event::Suspended(_)), Some(Event::Suspended(_)))
+            )
+        };
+        self.ledger.retain(|kept| !replaces(kept));
+        self.ledger.push(report.clone());
+    }
+
+    fn observe(&mut self, report: &TrainerReport) {
+        self.generation = self.generation.max(report.generation);
+        let position = match &report.event {
+            Some(Event::Progress(progress)) => progress.position,
+            Some(Event::Evaluation(evaluation)) => evaluation.position,
+            Some(Event::Checkpoint(written)) => written.checkpoint.as_ref().and_then(|checkpoint| checkpoint.position),
+            Some(
+                Event::Ready(_)
+                | Event::Built(_)
+                | Event::StageEnded(_)
+                | Event::Finished(_)
+                | Event::Suspended(_)
+                | Event::Failed(_)
+                | Event::Exited(_)
+                | Event::Log(_),
+            )
+            | None => None,
+        };
+        let step = |position: Option<pb::Position>| position.map(|position| position.step);
+        if step(position) > step(self.position) {
+            self.position = position;
+        }
+    }
+}
+
+impl Trainers {
+    pub(super) fn new(config: &Config, spawner: Spawner, tasks: Tasks) -> Self {
+        let shared = Shared {
+            program: config.trainer_program.clone(),
+            arguments: config.trainer_arguments.clone(),
+            slots: config.slots,
+            spawner,
+            tasks,
+            outbox: Outbox::default(),
+            by_slot: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    pub(super) fn outbox(&self) -> &Outbox {
+        &self.shared.outbox
+    }
+
+    /// Who is alive, by slot.
+    pub(super) fn statuses(&self) -> Vec<TrainerStatus> {
+        let by_slot = self.by_slot();
+        let alive = by_slot.values().filter(|trainer| trainer.is_alive());
+        alive
+            .map(|trainer| TrainerStatus {
+                run: trainer.id.run.clone(),
+                slot: trainer.id.slot,
+                incarnation: trainer.id.incarnation.clone(),
+                generation: trainer.generation,
+                position: trainer.position,
+                pid: trainer.pid,
+            })
+            .collect()
+    }
+
+    /// What a new session must hear again (AGENT-2).
+    pub(super) fn ledgers(&self) -> Vec<TrainerReport> {
+        self.by_slot().values().flat_map(|trainer| trainer.ledger.iter().cloned()).collect()
+    }
+
+    /// Starts a trainer in its slot and passes it the message. The slot's trainer before it is killed first: the coordinator
+    /// would not start another if it still counted on that one.
+    pub(super) async fn start(&self, id: TrainerId, message: CoordinatorMessage) {
+        if id.slot >= self.shared.slots {
+            let text = format!("slot {} does not exist; this worker has {}", id.slot, self.shared.slots);
+            self.refuse(&id, FailureClass::Invalid, text);
+            return;
+        }
+        if self.send_again(&id) {
+            return;
+        }
+        if !self.clear_slot(id.slot).await {
+            let text = format!("the trainer before it in slot {} does not end", id.slot);
+            self.refuse(&id, FailureClass::Retry, text);
+            return;
+        }
+        let spawning = self.shared.spawner.spawn(&self.shared.program, &self.shared.arguments);
+        let spawned = match tokio::time::timeout(KILL_LIMIT, spawning).await {
+            Ok(Ok(child)) => Running::new(child).ok_or_else(|| io::Error::other("it has no pipes")),
+            Ok(Err(error)) => Err(error),
+            Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        match spawned {
+            Ok(running) => self.adopt(id, running, message),
+            Err(error) => {
+                let text = format!("cannot start trainer {}: {error}", self.shared.program.display());
+                self.refuse(&id, FailureClass::Fatal, text);
+            }
+        }
+    }
+
+    fn adopt(&self, id: TrainerId, running: Running, message: CoordinatorMessage) {
+        let Running { child, stdin, stdout, stderr } = running;
+        let (messages, waiting) = mpsc::channel(MAX_WAITING_MESSAGES);
+        messages.try_send(message).expect("the queue is empty");
+        let kill = CancellationToken::new();
+        let trainer = Trainer {
+            id: id.clone(),
+            // Only a child that was waited for has none.
+            pid: child.id().unwrap_or_default(),
+            rank: None,
+            generation: 0,
+            position: None,
+            ledger: Vec::new(),
+            last_lines: VecDeque::new(),
+            messages,
+            kill: kill.clone(),
+            ended: CancellationToken::new(),
+        };
+        let ended = trainer.ended.clone();
+        tracing::info!(run = id.run, slot = id.slot, pid = trainer.pid, "trainer started");
+        self.by_slot().insert(id.slot, trainer);
+        let tasks = &self.shared.tasks;
+        let of_writer = kill.clone();
+        tasks.spawn(format!("messages to slot {}", id.slot), POLICY, |_| {
+            child::write_messages(stdin, waiting, of_writer, ended)
+        });
+        let trainers = self.clone();
+        tasks.spawn(format!("trainer in slot {}", id.slot), POLICY, |_| {
+            child::watch(child, stdout, stderr, id, trainers, kill)
+        });
+    }
+
+    /// Kills what is alive in a slot and waits for its end; `false` where it does not end in time.
+    async fn clear_slot(&self, slot: u32) -> bool {
+        let (kill, ended) = match self.by_slot().get(&slot) {
+            Some(trainer) if trainer.is_alive() => (trainer.kill.clone(), trainer.ended.clone()),
+            Some(_) | None => return true,
+        };
+        kill.cancel();
+        tokio::time::timeout(KILL_LIMIT, ended.cancelled()).await.is_ok()
+    }
+
+    /// Passes a message to a trainer, or reports that there is none.
+    pub(super) fn forward(&self, id: &TrainerId, generation: u64, message: CoordinatorMessage) {
+        let delivered = {
+            let mut by_slot = self.by_slot();
+            find(&mut by_slot, id).filter(|trainer| trainer.is_alive()).map(|trainer| {
+                if let Some(pb::coordinator_message::Message::Propose(propose)) = &message.message {
+                    trainer.rank = Some(propose.rank);
+                }
+                if trainer.messages.try_send(message).is_err() {
+                    tracing::warn!(slot = id.slot, "a trainer does not read its messages; killing it");
+                    trainer.kill.cancel();
+                }
+            })
+        };
+        if delivered.is_none() {
+            self.say_ended(id, generation);
+        }
+    }
+
+    /// Kills a trainer, or reports that there is none.
+    pub(super) fn stop(&self, id: &TrainerId, generation: u64) {
+        let known = {
+            let mut by_slot = self.by_slot();
+            find(&mut by_slot, id).filter(|trainer| trainer.is_alive()).map(|trainer| trainer.kill.cancel())
+        };
+        if known.is_none() {
+            self.say_ended(id, generation);
+        }
+    }
+
+    /// Kills every trainer. Their ends are awaited by joining the tasks.
+    pub(super) fn kill_all(&self) {
+        self.by_slot().values().for_each(|trainer| trainer.kill.cancel());
+    }
+
+    /// Takes a report from a trainer's pipe. Whose it is, is known from the pipe.
+    pub(super) fn report(&self, id: &TrainerId, report: TrainerReport) {
+        let (run, incarnation) = (id.run.clone(), id.incarnation.clone());
+        let report = TrainerReport { run, slot: id.slot, incarnation, ..report };
+        {
+            let mut by_slot = self.by_slot();
+            let Some(trainer) = find(&mut by_slot, id) else {
+                return;
+            };
+            trainer.observe(&report);
+            if delivery(&report) == Delivery::AtLeastOnce {
+                trainer.keep(&report);
+            }
+        }
+        self.shared.outbox.push(report);
+    }
+
+    /// Takes a line that a trainer wrote to stderr.
+    pub(super) fn line(&self, id: &TrainerId, text: String) {
+        let (generation, source) = {
+            let mut by_slot = self.by_slot();
+            let Some(trainer) = find(&mut by_slot, id) else {
+                return;
+            };
+            if trainer.last_lines.len() == KEPT_LINES {
+                trainer.last_lines.pop_front();
+            }
+            trainer.last_lines.push_back(text.clone());
+            (trainer.generation, trainer.source())
+        };
+        let line = LogLine { time: Some(SystemTime::now().into()), source, text };
+        self.report(id, TrainerReport { generation, event: Some(Event::Log(line)), ..TrainerReport::default() });
+    }
+
+    /// A trainer's process is gone.
+    pub(super) fn ended(&self, id: &TrainerId, status: Option<ExitStatus>) {
+        let (code, signal) = child::code_and_signal(status);
+        let (generation, ended) = {
+            let mut by_slot = self.by_slot();
+            let Some(trainer) = find(&mut by_slot, id) else {
+                return;
+            };
+            let was_asked = trainer.kill.is_cancelled();
+            if was_asked || code == Some(0) {
+                tracing::info!(run = id.run, slot = id.slot, ?code, ?signal, "trainer ended");
+            } else {
+                let tail = Vec::from(std::mem::take(&mut trainer.last_lines)).join("\n");
+                tracing::warn!(run = id.run, slot = id.slot, ?code, ?signal, tail, "trainer ended by itself");
+            }
+            (trainer.generation, trainer.ended.clone())
+        };
+        let exited = Event::Exited(TrainerExited { code, signal });
+        self.report(id, TrainerReport { generation, event: Some(exited), ..TrainerReport::default() });
+        ended.cancel();
+    }
+
+    /// Where this incarnation is known, sends what it reported again.
+    fn send_again(&self, id: &TrainerId) -> bool {
+        let ledger = find(&mut self.by_slot(), id).map(|trainer| trainer.ledger.clone());
+        let is_known = ledger.is_some();
+        ledger.into_iter().flatten().for_each(|report| self.shared.outbox.push(report));
+        is_known
+    }
+
+    /// Says (again) that a trainer is not there (AGENT-3).
+    fn say_ended(&self, id: &TrainerId, generation: u64) {
+        if !self.send_again(id) {
+            self.push_for(id, generation, Event::Exited(TrainerExited { code: None, signal: None }));
+        }
+    }
+
+    fn refuse(&self, id: &TrainerId, class: FailureClass, message: String) {
+        tracing::warn!(run = id.run, slot = id.slot, message, "no trainer started");
+        let reason = RunReason::TrainerError;
+        let failed = TrainerFailed { class: class.into(), reason: reason.into(), message };
+        self.push_for(id, 0, Event::Failed(failed));
+        self.push_for(id, 0, Event::Exited(TrainerExited { code: None, signal: None }));
+    }
+
+    fn push_for(&self, id: &TrainerId, generation: u64, event: Event) {
+        let (run, slot, incarnation) = (id.run.clone(), id.slot, id.incarnation.clone());
+        self.shared.outbox.push(TrainerReport { run, slot, incarnation, generation, event: Some(event) });
+    }
+
+    fn by_slot(&self) -> MutexGuard<'_, BTreeMap<u32, Trainer>> {
+        self.shared.by_slot.lock().expect("no code that holds the lock panics")
+    }
+}
+
+fn find<'a>(by_slot: &'a mut BTreeMap<u32, Trainer>, id: &TrainerId) -> Option<&'a mut Trainer> {
+    by_slot.get_mut(&id.slot).filter(|trainer| trainer.id == *id)
+}

@@ -1,0 +1,280 @@
+//! [`CheckpointStore`]: a run's folder, through `object_store`.
+
+use super::Error;
+use futures::TryStreamExt as _;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime};
+use thaw_core::manifest::BlobRef;
+use thaw_proto::ids::{Generation, Step};
+use thaw_proto::run::CheckpointRef;
+use url::Url;
+
+const BLOBS: &str = "blobs";
+const MANIFESTS: &str = "manifests";
+/// Hex digits of a BLAKE3 hash.
+const HASH_DIGITS: usize = 64;
+
+/// A manifest that is durable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrittenManifest {
+    /// Path below the run's folder.
+    pub path: String,
+    /// Of its bytes, hex.
+    pub blake3: String,
+}
+
+/// What [`CheckpointStore::retain`] deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Manifests.
+    pub manifests: usize,
+    /// Blobs.
+    pub blobs: usize,
+    /// Bytes of those blobs.
+    pub bytes: u64,
+}
+
+/// A run's folder. Blocking: made for the trainer's threads, not for async code. Shared between threads by reference; one
+/// operation at a time.
+#[derive(Debug)]
+pub struct CheckpointStore {
+    store: LocalFileSystem,
+    folder: PathBuf,
+    /// Drives `object_store`, whose calls are async even on files.
+    runtime: Mutex<tokio::runtime::Runtime>,
+}
+
+impl CheckpointStore {
+    /// Opens the folder `runs/<run>`, making it where it is missing.
+    ///
+    /// # Errors
+    /// [`Error::Url`]: not a `file` URL. [`Error::Storage`]: the folder cannot be made.
+    pub fn open(run_url: &Url) -> Result<Self, Error> {
+        let refused = |what: String| Error::Url { url: run_url.to_string(), what };
+        if run_url.scheme() != "file" {
+            return Err(refused(format!("{:?} storage is not supported", run_url.scheme())));
+        }
+        let folder = run_url.to_file_path().map_err(|()| refused("it is not a path on this machine".to_owned()))?;
+        std::fs::create_dir_all(&folder).map_err(|error| refused(error.to_string()))?;
+        let store = LocalFileSystem::new_with_prefix(&folder)
+            .map_err(|source| failed("open", folder.display().to_string(), source))?
+            .with_fsync(true);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(Error::Thread)?;
+        Ok(Self { store, folder, runtime: Mutex::new(runtime) })
+    }
+
+    /// Writes bytes under the name of their content. Bytes that are there already are checked, not written again.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::Storage`]; then no part of the file is there.
+    pub fn put_blob(&self, bytes: Vec<u8>) -> Result<BlobRef, Error> {
+        let blob = BlobRef { blake3: blake3::hash(&bytes).to_hex().to_string(), bytes: bytes.len() as u64 };
+        let path = blob_path(&blob)?;
+        match self.read(&path) {
+            // Rewriting what is damaged is what heals it.
+            Ok(found) if found == bytes => {
+                self.touch(&path);
+                return Ok(blob);
+            }
+            Ok(_) | Err(Error::Missing { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.wait(self.store.put(&path, PutPayload::from(bytes)))
+            .map_err(|source| failed("write", self.named(&path), source))?;
+        Ok(blob)
+    }
+
+    /// Reads a blob and checks it against its name.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Damaged`], [`Error::Storage`], each naming the file.
+    pub fn get_blob(&self, blob: &BlobRef) -> Result<Vec<u8>, Error> {
+        let path = blob_path(blob)?;
+        let bytes = self.read(&path)?;
+        if bytes.len() as u64 != blob.bytes {
+            let what = format!("it has {} bytes instead of {}", bytes.len(), blob.bytes);
+            return Err(Error::Damaged { path: self.named(&path), what });
+        }
+        self.check_hash(&path, &bytes, &blob.blake3)?;
+        Ok(bytes)
+    }
+
+    /// Creates the manifest of a generation's step. Where it is there with the same bytes, an earlier try had succeeded.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`]: it is there with other bytes. [`Error::Full`], [`Error::Storage`]: it is not there.
+    pub fn put_manifest(&self, generation: Generation, step: Step, json: Vec<u8>) -> Result<WrittenManifest, Error> {
+        let name = format!("{MANIFESTS}/{:08}-{:010}.json", generation.0, step.0);
+        let path = Path::from(name.as_str());
+        let written = WrittenManifest { path: name, blake3: blake3::hash(&json).to_hex().to_string() };
+        let put = self.store.put_opts(&path, PutPayload::from(json.clone()), PutMode::Create.into());
+        let Err(error) = self.wait(put) else {
+            return Ok(written);
+        };
+        // The reply may be wrong about what happened (a retried link on a network file system), so the file decides.
+        match self.read(&path) {
+            Ok(found) if found == json => Ok(written),
+            Ok(_) => Err(Error::Fenced { path: self.named(&path) }),
+            Err(_) => Err(failed("write", self.named(&path), error)),
+        }
+    }
+
+    /// Reads the manifest that a checkpoint names and checks it against the checkpoint's hash.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Damaged`], [`Error::Storage`], [`Error::Name`].
+    pub fn get_manifest(&self, checkpoint: &CheckpointRef) -> Result<Vec<u8>, Error> {
+        let path = manifest_path(&checkpoint.manifest)?;
+        let bytes = self.read(&path)?;
+        self.check_hash(&path, &bytes, &checkpoint.manifest_blake3)?;
+        Ok(bytes)
+    }
+
+    /// Deletes manifests of `generation` and older ones that are not in `keep`, and blobs that no remaining manifest names
+    /// (`CKPT-4`). Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
+    /// digits in a manifest counts as the name of a blob, so a newer format cannot lose what it refers to.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]: a manifest to keep is not there; nothing is deleted. [`Error::Storage`].
+    pub fn retain(&self, generation: Generation, keep: &[String], grace: Duration) -> Result<Swept, Error> {
+        let oldest_kept = SystemTime::now().checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
+        let is_young = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified) > oldest_kept;
+        let (mut named, mut doomed) = (BTreeSet::new(), Vec::new());
+        for path in keep {
+            collect_hashes(&self.read(&manifest_path(path)?)?, &mut named);
+        }
+        for meta in self.list(MANIFESTS)? {
+            let name = meta.location.to_string();
+            if keep.contains(&name) {
+                continue;
+            }
+            let is_ours = manifest_generation(&name).is_some_and(|of| of <= generation);
+            if is_ours && !is_young(&meta) {
+                doomed.push(meta.location);
+            } else {
+                collect_hashes(&self.read(&meta.location)?, &mut named);
+            }
+        }
+        // Manifests first: a crash between the two leaves blobs without a manifest, never the reverse.
+        let mut swept = Swept { manifests: doomed.len(), ..Swept::default() };
+        doomed.iter().try_for_each(|path| self.delete(path))?;
+        for meta in self.list(BLOBS)? {
+            let is_named = meta.location.filename().is_some_and(|hash| named.contains(hash));
+            if !is_named && !is_young(&meta) {
+                self.delete(&meta.location)?;
+                swept.blobs += 1;
+                swept.bytes += meta.size;
+            }
+        }
+        Ok(swept)
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<object_store::ObjectMeta>, Error> {
+        let path = Path::from(folder);
+        self.wait(self.store.list(Some(&path)).try_collect())
+            .map_err(|source| failed("list", self.named(&path), source))
+    }
+
+    fn read(&self, path: &Path) -> Result<Vec<u8>, Error> {
+        let bytes = self.wait(async { self.store.get(path).await?.bytes().await });
+        match bytes {
+            Ok(bytes) => Ok(bytes.into()),
+            Err(object_store::Error::NotFound { .. }) => Err(Error::Missing { path: self.named(path) }),
+            Err(source) => Err(failed("read", self.named(path), source)),
+        }
+    }
+
+    fn delete(&self, path: &Path) -> Result<(), Error> {
+        match self.wait(self.store.delete(path)) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(failed("delete", self.named(path), source)),
+        }
+    }
+
+    /// Makes a blob young again, so that a sweep of an older generation lets it live until its new manifest is there.
+    fn touch(&self, path: &Path) {
+        let touched = std::fs::File::options()
+            .append(true)
+            .open(self.folder.join(path.as_ref()))
+            .and_then(|file| file.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!(%error, %path, "cannot renew a blob's time");
+        }
+    }
+
+    fn check_hash(&self, path: &Path, bytes: &[u8], expected: &str) -> Result<(), Error> {
+        let found = blake3::hash(bytes).to_hex();
+        if found.as_str() == expected {
+            return Ok(());
+        }
+        Err(Error::Damaged { path: self.named(path), what: format!("its hash is {found} instead of {expected}") })
+    }
+
+    fn named(&self, path: &Path) -> String {
+        self.folder.join(path.as_ref()).display().to_string()
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        // A poisoned lock says only that another operation panicked; the runtime holds no state of ours.
+        self.runtime.lock().unwrap_or_else(std::sync::PoisonError::into_inner).block_on(work)
+    }
+}
+
+fn blob_path(blob: &BlobRef) -> Result<Path, Error> {
+    if !is_hash(blob.blake3.as_bytes()) {
+        return Err(Error::Name { name: blob.blake3.clone(), expected: "blob" });
+    }
+    Ok(Path::from(format!("{BLOBS}/{}/{}", &blob.blake3[..2], blob.blake3)))
+}
+
+fn manifest_path(name: &str) -> Result<Path, Error> {
+    match manifest_generation(name) {
+        Some(_) => Ok(Path::from(name)),
+        None => Err(Error::Name { name: name.to_owned(), expected: "manifest" }),
+    }
+}
+
+/// The generation in `manifests/<generation>-<step>.json`.
+fn manifest_generation(name: &str) -> Option<Generation> {
+    let stem = name.strip_prefix(MANIFESTS)?.strip_prefix('/')?.strip_suffix(".json")?;
+    let (generation, step) = stem.split_once('-')?;
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number(generation) || !is_number(step) || step.is_empty() {
+        return None;
+    }
+    generation.parse().ok().map(Generation)
+}
+
+fn is_hash(text: &[u8]) -> bool {
+    text.len() == HASH_DIGITS && text.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn collect_hashes(manifest: &[u8], found: &mut BTreeSet<String>) {
+    for word in manifest.split(|byte| !byte.is_ascii_alphanumeric()).filter(|word| is_hash(word)) {
+        found.insert(String::from_utf8_lossy(word).into_owned());
+    }
+}
+
+fn failed(operation: &'static str, path: String, source: object_store::Error) -> Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&source);
+    while let Some(error) = cause {
+        let is_full = error.downcast_ref::<std::io::Error>().is_some_and(|error| {
+            matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+        });
+        if is_full {
+            return Error::Full { operation, path, source };
+        }
+        cause = error.source();
+    }
+    Error::Storage { operation, path, source }
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

@@ -1,0 +1,77 @@
+//! Sums and exchanges over the trainers of one generation.
+//!
+//! Law:
+//! - `SUM-2`: a reduction adds along the tree over logical shards ([`thaw_core::sampler::tree`]), so its result is the same bits on every rank and for
+//!   every world size.
+//! - `COLL-1`: every operation has a deadline, and [`Collective::abort`] from another thread ends it at once.
+//! - `COLL-2`: an interrupted operation never looks finished: it returns an error, what it wrote to `out` has no meaning,
+//!   and every later operation of that collective fails too.
+//! - `COLL-3`: all ranks call the same operations in the same order; where they do not, both sides get
+//!   [`Error::Mismatch`], never a wrong sum.
+//!
+//! It never decides who belongs to the gang, and never mends itself: after an error a new generation builds a new one.
+
+mod error;
+mod handshake;
+mod queue;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod wire;
+
+pub use error::{Error, Refusal};
+pub use handshake::{Listener, Membership, Options};
+pub use queue::{ReduceQueue, Ticket};
+pub use tcp::Tree;
+
+use thaw_proto::ids::Rank;
+
+/// The trainers of one generation, as one of them sees them.
+pub trait Collective: Send + Sync {
+    /// This trainer's position in the gang.
+    fn rank(&self) -> Rank;
+
+    /// How many trainers the gang has.
+    fn world_size(&self) -> u32;
+
+    /// How many logical shards the reductions add over.
+    fn shards(&self) -> u32;
+
+    /// Adds over all shards, in tree order. `parts` are this rank's sums of its maximal subtrees
+    /// ([`thaw_core::sampler::tree::maximal_subtrees`]), ascending, each
+    /// as long as `out`; none where the rank holds no shard. On success every rank has the same bits in `out`.
+    ///
+    /// # Errors
+    /// See [`Error`]; then `out` has no meaning.
+    fn reduce_shards_f32(&self, parts: &[&[f32]], out: &mut [f32]) -> Result<(), Error>;
+
+    /// [`Collective::reduce_shards_f32`] in double precision.
+    ///
+    /// # Errors
+    /// See [`Error`]; then `out` has no meaning.
+    fn reduce_shards_f64(&self, parts: &[&[f64]], out: &mut [f64]) -> Result<(), Error>;
+
+    /// Gives every rank the bytes of every rank, in rank order. Lengths may differ.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
+
+    /// Ends the operation in flight, here and by that on the peers, and every later one. Callable from any thread, at any
+    /// time, more than once; never blocks on an operation.
+    fn abort(&self);
+}
+
+/// A number that can be summed: `f32` or `f64`.
+pub(crate) trait Element: bytemuck::Pod + Default + std::ops::Add<Output = Self> {
+    const KIND: wire::Kind;
+}
+
+impl Element for f32 {
+    const KIND: wire::Kind = wire::Kind::ReduceF32;
+}
+
+impl Element for f64 {
+    const KIND: wire::Kind = wire::Kind::ReduceF64;
+}

@@ -1,0 +1,101 @@
+//! The binary `thaw-worker`: the agent on a node, and the trainers it starts.
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use thaw_worker::trainer::Hold;
+use thaw_worker::{agent, trainer};
+
+/// The worker of a Thaw cluster.
+#[derive(Debug, Parser)]
+#[command(name = "thaw-worker", version)]
+struct Args {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Serve a coordinator from this node, with one trainer process per slot.
+    Agent(AgentOptions),
+    /// Train. Started by the agent, which talks to it over standard input and output.
+    Trainer {
+        /// Host name or address under which the trainers of other nodes reach this one.
+        #[arg(long, default_value = "127.0.0.1")]
+        host: String,
+        /// point@step=path: at point (forward, all-reduce, update, checkpoint-write) of that step, create the file and wait to be killed;
+        /// where the file exists, go on. For tests.
+        #[arg(long)]
+        hold: Option<Hold>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct AgentOptions {
+    /// Address of the coordinator, e.g. http://127.0.0.1:7070.
+    #[arg(long, env = "THAW_COORDINATOR")]
+    coordinator: String,
+    /// Unique name of this worker.
+    #[arg(long, env = "THAW_WORKER_NAME")]
+    name: String,
+    /// Trainers this node can hold at once: one per device.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    slots: u32,
+    /// Host name or address under which the trainers of other nodes reach this one's.
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// End when standard input ends: the process that started this one is gone.
+    #[arg(long)]
+    exit_with_stdin: bool,
+    /// Passed on to the trainers; see `thaw-worker trainer --help`. For tests.
+    #[arg(long, hide = true)]
+    hold: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match Args::parse().role {
+        Role::Trainer { host, hold } => trainer::run(&host, hold),
+        Role::Agent(options) => match serve(options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn serve(options: AgentOptions) -> anyhow::Result<()> {
+    let mut trainer_arguments = vec!["trainer".to_owned(), "--host".to_owned(), options.host.clone()];
+    if let Some(hold) = options.hold {
+        trainer_arguments.extend(["--hold".to_owned(), hold]);
+    }
+    let config = agent::Config {
+        coordinator: options.coordinator.parse()?,
+        name: options.name,
+        slots: options.slots,
+        host: options.host,
+        trainer_program: own_program()?,
+        trainer_arguments,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let _telemetry = thaw_runtime::telemetry::init("thaw-worker", &thaw_runtime::telemetry::Options::from_env("info")?)?;
+        let shutdown = thaw_runtime::shutdown::signal()?;
+        if options.exit_with_stdin {
+            let ended = shutdown.clone();
+            // Never joined: it sits in a read that ends with the parent, or with this process.
+            std::thread::Builder::new().name("stdin".to_owned()).spawn(move || {
+                let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                ended.cancel();
+            })?;
+        }
+        anyhow::Ok(agent::run(config, shutdown).await?)
+    });
+    runtime.shutdown_background();
+    outcome
+}
+
+fn own_program() -> anyhow::Result<PathBuf> {
+    Ok(std::env::current_exe()?)
+}

@@ -1,0 +1,150 @@
+//! What a trainer is to do, made ready: the checked spec and plan, the data, the graph with its new head.
+
+use crate::checkpoint::CheckpointStore;
+use std::path::{Path, PathBuf};
+use thaw_core::manifest::Fingerprints;
+use thaw_data::batch::{Dataset, ElementType, InputWant};
+use thaw_data::index::Index;
+use thaw_graph::{Archive, Attach, GroupRule, HeadSpec, SegmentedGraph};
+use thaw_proto::ids::{RunId, StageIndex};
+use thaw_proto::pb;
+use thaw_proto::plan::Plan;
+use thaw_proto::spec::{self, RunSpec};
+use url::Url;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("the coordinator sent a trainer no valid {what}: {problem}")]
+    Message { what: &'static str, problem: String },
+    #[error("{url} is not a local folder; give shared storage as a file:// URL")]
+    NotLocal { url: String },
+    #[error("cannot load the data index")]
+    Index(#[from] thaw_data::index::Error),
+    #[error("cannot open the data")]
+    Data(#[from] thaw_data::batch::Error),
+    #[error("cannot read the backbone")]
+    Archive(#[from] thaw_graph::archive::Error),
+    #[error("cannot give the backbone its head")]
+    Head(#[from] thaw_graph::head::Error),
+    #[error("cannot divide the backbone into layer groups")]
+    Cuts(#[from] thaw_graph::cuts::Error),
+    #[error("cannot read the tokenizer {path}")]
+    Tokenizer { path: PathBuf, source: std::io::Error },
+    #[error("the data was indexed as {found}, the plan was made for {planned}; submit the run again")]
+    OtherData { found: String, planned: String },
+    #[error("cannot open the run's folder")]
+    Store(#[from] crate::checkpoint::Error),
+}
+
+pub(crate) struct Job {
+    pub(crate) run: RunId,
+    pub(crate) run_url: Url,
+    pub(crate) spec: RunSpec,
+    pub(crate) plan: Plan,
+    pub(crate) folder: PathBuf,
+    pub(crate) shard_sizes: Vec<u64>,
+    pub(crate) dataset: Dataset,
+    /// The exported graph with the run's head.
+    pub(crate) archive: Archive,
+    pub(crate) graph: SegmentedGraph,
+    pub(crate) fingerprints: Fingerprints,
+    pub(crate) store: CheckpointStore,
+}
+
+impl Job {
+    /// Reads everything that `start` names.
+    pub(crate) fn load(start: &pb::StartTrainer) -> Result<Self, Error> {
+        let given = start.spec.clone().ok_or_else(|| message("spec", "it is absent"))?;
+        let mut spec = thaw_proto::convert::spec::check(&given).map_err(|problem| message("spec", problem))?;
+        let plan = start.plan.clone().ok_or_else(|| message("plan", "it is absent"))?;
+        let plan = Plan::try_from(&plan).map_err(|problem| message("plan", problem))?;
+        let run_url: Url = start.run_url.parse().map_err(|problem| message("run_url", problem))?;
+        let folder = local(&run_url)?;
+        let index = Index::load(&folder.join("data"))?;
+        if index.fingerprint() != plan.data.fingerprint {
+            return Err(Error::OtherData { found: index.fingerprint().to_owned(), planned: plan.data.fingerprint });
+        }
+        let archive = Archive::open(&local(&spec.backbone.graph)?)?.with_head(&head(&spec.backbone.head, plan.classes.len()))?;
+        let graph = thaw_graph::segment(&archive.graph()?, &rules(&spec))?;
+        let fingerprint = archive.fingerprint()?;
+        if let Some(most) = thaw_graph::summary(&graph, fingerprint.clone()).max_length {
+            spec.data.max_length = spec.data.max_length.min(u32::try_from(most).unwrap_or(u32::MAX));
+        }
+        let tokenizer = tokenizer(&spec, &archive)?;
+        let dataset = Dataset::open(index, &spec.data, tokenizer.as_deref(), &wants(&graph))?;
+        let fingerprints = Fingerprints {
+            spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes()).to_hex().to_string(),
+            data: plan.data.fingerprint.clone(),
+            graph: fingerprint,
+        };
+        let store = CheckpointStore::open(&run_url)?;
+        let shard_sizes = dataset.index().shard_sizes();
+        Ok(Self { run: RunId(start.run.clone()), run_url, spec, plan, folder, shard_sizes, dataset, archive, graph, fingerprints, store })
+    }
+
+    /// Groups trained in any stage up to `stage`, ascending.
+    pub(crate) fn ever_trained(&self, stage: StageIndex) -> Vec<usize> {
+        let reached = self.plan.stages.iter().take(stage.0 as usize + 1);
+        let mut groups: Vec<usize> = reached.flat_map(|stage| &stage.thawed_groups).map(|group| group.0 as usize).collect();
+        groups.sort_unstable();
+        groups
+    }
+
+    pub(crate) fn model_folder(&self) -> PathBuf {
+        self.folder.join("model")
+    }
+
+    pub(crate) fn model_url(&self) -> String {
+        Url::from_directory_path(self.model_folder()).map_or_else(|()| String::new(), |url| url.to_string())
+    }
+}
+
+fn message(what: &'static str, problem: impl std::fmt::Display) -> Error {
+    Error::Message { what, problem: problem.to_string() }
+}
+
+fn local(url: &Url) -> Result<PathBuf, Error> {
+    let path = if url.scheme() == "file" { url.to_file_path().ok() } else { None };
+    path.ok_or_else(|| Error::NotLocal { url: url.to_string() })
+}
+
+fn head(head: &spec::Head, classes: usize) -> HeadSpec {
+    HeadSpec {
+        attach: match head.attach {
+            spec::HeadAttach::Auto => Attach::Auto,
+            spec::HeadAttach::Replace => Attach::Replace,
+            spec::HeadAttach::Append => Attach::Append,
+        },
+        hidden_sizes: head.hidden_sizes.iter().map(|&size| size as usize).collect(),
+        dropout: head.dropout,
+        batch_norm: head.batch_norm,
+        classes,
+    }
+}
+
+fn rules(spec: &RunSpec) -> Vec<GroupRule> {
+    let rule = |rule: &spec::LayerGroupRule| GroupRule { name: rule.name.clone(), pattern: rule.pattern.clone() };
+    spec.backbone.layer_groups.iter().map(rule).collect()
+}
+
+fn wants(graph: &SegmentedGraph) -> Vec<InputWant> {
+    let want = |input: &thaw_graph::ir::GraphInput| {
+        let meta = graph.graph.values[input.value.0 as usize].tensor.as_ref();
+        let float = meta.is_some_and(|meta| meta.dtype.is_float());
+        InputWant { name: input.name.clone(), dtype: if float { ElementType::F32 } else { ElementType::I64 } }
+    };
+    graph.graph.inputs.iter().map(want).collect()
+}
+
+/// The bytes of tokenizer.json: named in the spec, inside the archive, or beside it.
+fn tokenizer(spec: &RunSpec, archive: &Archive) -> Result<Option<Vec<u8>>, Error> {
+    let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Tokenizer { path: path.to_owned(), source });
+    if let Some(url) = &spec.data.train.tokenizer {
+        return read(&local(url)?).map(Some);
+    }
+    if let Some(bytes) = archive.extra("tokenizer.json")? {
+        return Ok(Some(bytes));
+    }
+    let beside = local(&spec.backbone.graph)?.with_file_name("tokenizer.json");
+    if beside.is_file() { read(&beside).map(Some) } else { Ok(None) }
+}

@@ -1,0 +1,310 @@
+//! The trainer: a process that holds one replica, trains through the plan, and never talks to the coordinator but through its agent.
+//!
+//! ```text
+//! StartTrainer → load → TrainerReady → Propose → connect → GangBuilt → Commit → train … → Finished → stand still until killed
+//!                                         ▲________________________________|  a newer Propose before Commit starts over
+//! ```
+//!
+//! TRN-1: killing it at any moment is safe: what counts is in committed checkpoints.
+//! TRN-2: it ends when its agent does.
+//! TRN-3: every failure is reported once, with its class, before the process ends.
+
+mod feed;
+mod hold;
+mod init;
+mod job;
+mod metrics;
+mod optimizer;
+mod outbox;
+mod reduce;
+mod replica;
+mod save;
+mod session;
+mod shard_tree;
+mod trace;
+
+pub use hold::{Hold, HoldPoint};
+
+use crate::collective::{self, Collective, Listener, Membership, Options};
+use crate::pipe::{TrainerPipe, die_with_parent};
+use job::Job;
+use outbox::{Identity, Outbox};
+use replica::{Replica, Settings};
+use session::{Ending, Session, State};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use thaw_proto::ids::{Generation, Rank};
+use thaw_proto::pb::coordinator_message::Message;
+use thaw_proto::pb::{self, FailureClass};
+use thaw_proto::run::{CheckpointRef, RunReason};
+use thaw_proto::status::ErrorClass;
+use thaw_torch::SegmentedModel;
+use thaw_torch::executor::Options as ModelOptions;
+use thaw_torch::tch::Device;
+
+const DEFAULT_COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A gang whose members do not come within this is formed anew by the coordinator.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("the agent sent {found} where StartTrainer was due")]
+    Protocol { found: &'static str },
+    #[error("cannot read the proposal of generation {generation}: {problem}")]
+    Proposal { generation: u64, problem: String },
+    #[error(transparent)]
+    Job(#[from] job::Error),
+    #[error("cannot load the model")]
+    Model(#[from] thaw_torch::model::Error),
+    #[error("cannot set up libtorch")]
+    Runtime(#[from] thaw_torch::runtime::Error),
+    #[error("cannot join the gang")]
+    Collective(#[from] collective::Error),
+    #[error(transparent)]
+    Replica(#[from] replica::Error),
+    #[error(transparent)]
+    Save(#[from] save::Error),
+    #[error(transparent)]
+    Session(#[from] session::Error),
+    #[error("cannot start a thread")]
+    Thread(#[from] std::io::Error),
+    #[error("the agent is gone")]
+    AgentGone,
+}
+
+/// Runs the trainer of this process until its agent ends it.
+#[must_use]
+pub fn run(host: &str, hold: Option<Hold>) -> ExitCode {
+    let _telemetry = thaw_runtime::telemetry::Options::from_env("info")
+        .and_then(|options| thaw_runtime::telemetry::init("thaw-trainer", &options));
+    // Without it the end of standard input still ends this process (TRN-2).
+    let _ = die_with_parent();
+    let pipe = TrainerPipe::start(std::io::stdin(), std::io::stdout(), || std::process::exit(0));
+    let (pipe, messages) = match pipe {
+        Ok(both) => both,
+        Err(error) => {
+            tracing::error!(error = thaw_runtime::chain(&error), "cannot talk to the agent");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some(start) = first_message(&messages) else { return ExitCode::FAILURE };
+    let identity = Identity { run: start.run.clone(), slot: start.slot, incarnation: start.incarnation.clone() };
+    let outbox = Arc::new(Outbox::new(identity, pipe.sender()));
+    let span = tracing::info_span!("trainer", run = start.run, slot = start.slot);
+    thaw_runtime::telemetry::set_parent(&span, &start.traceparent);
+    let _entered = span.entered();
+    let Err(error) = train(&start, host, messages, &outbox, hold) else { return ExitCode::SUCCESS };
+    let (class, reason) = classify(&error);
+    outbox.send(Outbox::failed(class, reason, thaw_runtime::chain(&error)));
+    drop(outbox);
+    pipe.finish();
+    ExitCode::FAILURE
+}
+
+fn first_message(messages: &Receiver<pb::CoordinatorMessage>) -> Option<pb::StartTrainer> {
+    let message = messages.recv().ok()?;
+    match message.message {
+        Some(Message::Start(start)) => Some(start),
+        other => {
+            let error = Error::Protocol { found: if other.is_some() { "another message" } else { "nothing" } };
+            tracing::error!(error = thaw_runtime::chain(&error), "cannot start");
+            None
+        }
+    }
+}
+
+/// What the training thread waits for; everything else is noted as it comes.
+enum Order {
+    Propose(pb::Propose),
+    Commit(Generation),
+}
+
+fn train(
+    start: &pb::StartTrainer,
+    host: &str,
+    messages: Receiver<pb::CoordinatorMessage>,
+    outbox: &Arc<Outbox>,
+    hold: Option<Hold>,
+) -> Result<(), Error> {
+    let job = Job::load(start)?;
+    thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
+    let model = load_model(&job)?;
+    let timeout = match start.collective_timeout_ms {
+        0 => DEFAULT_COLLECTIVE_TIMEOUT,
+        milliseconds => Duration::from_millis(u64::from(milliseconds)),
+    };
+    let options =
+        Options { shards: job.plan.logical_shards, connect_deadline: CONNECT_TIMEOUT, operation_deadline: timeout };
+    let (listener, address) = Listener::bind(host)?;
+    outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address }));
+    let (orders, ordered) = channel();
+    let noting = Arc::clone(outbox);
+    // Never joined: it listens until the agent is gone, and with the agent this process ends (TRN-2).
+    std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting))?;
+    let (proposal, collective) = form(&listener, &ordered, outbox, options, &start.run)?;
+    drop(listener);
+    let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
+    let resume = resume.map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
+    let ending = session(&job, model, collective, &proposal, resume.as_ref(), outbox, hold)?;
+    match ending {
+        Ending::Finished { result, reason } if proposal.rank == 0 => outbox.send(Outbox::finished(&result, reason)),
+        Ending::Suspended if proposal.rank == 0 => outbox.send(pb::trainer_report::Event::Suspended(pb::Suspended {})),
+        Ending::Finished { .. } | Ending::Suspended => {}
+    }
+    // Leaving by itself would look like a loss; the coordinator says when.
+    while ordered.recv().is_ok() {}
+    Ok(())
+}
+
+fn load_model(job: &Job) -> Result<SegmentedModel, Error> {
+    let precision = match job.spec.precision {
+        thaw_proto::spec::Precision::Fp32 => thaw_torch::Precision::Fp32,
+        thaw_proto::spec::Precision::Bf16 => thaw_torch::Precision::Bf16,
+        thaw_proto::spec::Precision::Fp64 => thaw_torch::Precision::Fp64,
+    };
+    let options = ModelOptions { precision, device: Device::Cpu };
+    let mut initial = init::Initial::new(job);
+    Ok(SegmentedModel::new(job.graph.clone(), &mut |name| initial.weight(name), options)?)
+}
+
+/// Passes on what forms a gang, and notes what concerns the one in training, until the agent is gone.
+fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, outbox: &Outbox) {
+    while let Ok(message) = messages.recv() {
+        match message.message {
+            Some(Message::Propose(propose)) => {
+                let _ = orders.send(Order::Propose(propose));
+            }
+            Some(Message::Commit(commit)) => {
+                let _ = orders.send(Order::Commit(Generation(commit.generation)));
+            }
+            Some(Message::Committed(committed)) => {
+                if let Some(position) = committed.checkpoint.and_then(|checkpoint| checkpoint.position) {
+                    outbox.note_commit(thaw_proto::ids::Step(position.step));
+                }
+            }
+            Some(Message::Suspend(suspend)) => outbox.ask_suspension(Generation(suspend.generation)),
+            // The agent keeps these for itself.
+            Some(Message::Welcome(_) | Message::Start(_) | Message::Stop(_)) | None => {}
+        }
+    }
+}
+
+/// Builds the communicator of the latest proposal, until one is committed.
+fn form(
+    listener: &Listener,
+    orders: &Receiver<Order>,
+    outbox: &Outbox,
+    options: Options,
+    run: &str,
+) -> Result<(pb::Propose, Box<dyn Collective>), Error> {
+    let mut built: Option<(pb::Propose, Box<dyn Collective>)> = None;
+    loop {
+        match orders.recv().map_err(|_| Error::AgentGone)? {
+            Order::Propose(proposal) => {
+                outbox.enter(Generation(proposal.generation));
+                let membership = Membership {
+                    run: run.to_owned(),
+                    generation: Generation(proposal.generation),
+                    rank: Rank(proposal.rank),
+                    addresses: proposal.addresses.clone(),
+                    key: proposal.key.clone(),
+                };
+                let collective = listener.connect(&membership, options)?;
+                outbox.send(pb::trainer_report::Event::Built(pb::GangBuilt {}));
+                built = Some((proposal, Box::new(collective)));
+            }
+            Order::Commit(generation) => {
+                if let Some(ready) = built.take_if(|(proposal, _)| proposal.generation == generation.0) {
+                    return Ok(ready);
+                }
+            }
+        }
+    }
+}
+
+fn session(
+    job: &Job,
+    model: SegmentedModel,
+    collective: Box<dyn Collective>,
+    proposal: &pb::Propose,
+    resume: Option<&CheckpointRef>,
+    outbox: &Arc<Outbox>,
+    hold: Option<Hold>,
+) -> Result<Ending, Error> {
+    let span = tracing::info_span!("generation", generation = proposal.generation, rank = proposal.rank);
+    let _entered = span.entered();
+    let settings = Settings {
+        seed: job.spec.seed,
+        logical_shards: job.plan.logical_shards,
+        optimizer: job.spec.optimizer,
+        max_grad_norm: job.spec.max_grad_norm,
+        classes: job.plan.classes.len(),
+        hold: hold.clone(),
+    };
+    let mut replica = Replica::new(model, settings, collective)?;
+    let state = match resume {
+        Some(checkpoint) => save::load(job, checkpoint, &mut replica)?,
+        None => State::beginning(job),
+    };
+    let leads = proposal.rank == 0;
+    if leads {
+        // The coordinator may have missed what the last generation said just before it ended.
+        state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
+    }
+    let saver = if leads { Some(save::Saver::start(job, Arc::clone(outbox), hold, resume)?) } else { None };
+    let trace = if leads && job.spec.verification.trace { Some(trace::Trace::open(job, &replica, resume.is_none())?) } else { None };
+    let generation = Generation(proposal.generation);
+    Ok(Session { job, generation, replica, state, outbox, saver, trace }.run()?)
+}
+
+/// What the coordinator should do about a failure, and what to call it.
+fn classify(error: &Error) -> (FailureClass, RunReason) {
+    let of_collective = |error: &collective::Error| match error.class() {
+        ErrorClass::Retry => (FailureClass::Retry, RunReason::TrainerLost),
+        ErrorClass::Fenced => (FailureClass::Fenced, RunReason::TrainerLost),
+        ErrorClass::Invalid | ErrorClass::NotFound | ErrorClass::AlreadyExists | ErrorClass::Precondition => {
+            (FailureClass::Invalid, RunReason::TrainerError)
+        }
+        ErrorClass::Fatal => (FailureClass::Fatal, RunReason::TrainerError),
+    };
+    let of_replica = |error: &replica::Error| match error {
+        replica::Error::Collective(error) => of_collective(error),
+        replica::Error::Diverged { .. } => (FailureClass::Fatal, RunReason::ReplicasDiverged),
+        replica::Error::Model(_)
+        | replica::Error::Update(_)
+        | replica::Error::Runtime(_)
+        | replica::Error::Restore { .. }
+        | replica::Error::Tally { .. } => (FailureClass::Fatal, RunReason::TrainerError),
+    };
+    let of_save = |error: &save::Error| match error {
+        save::Error::Checkpoint(error) if error.is_storage() => (FailureClass::Invalid, RunReason::StorageError),
+        save::Error::File { .. } => (FailureClass::Invalid, RunReason::StorageError),
+        save::Error::NotCommitted => (FailureClass::Retry, RunReason::TrainerLost),
+        save::Error::Checkpoint(_)
+        | save::Error::Manifest { .. }
+        | save::Error::Unfit { .. }
+        | save::Error::Model(_)
+        | save::Error::Optimizer(_)
+        | save::Error::Archive(_)
+        | save::Error::Weights(_) => (FailureClass::Invalid, RunReason::TrainerError),
+    };
+    match error {
+        Error::Collective(error) => of_collective(error),
+        Error::Replica(error) | Error::Session(session::Error::Replica(error)) => of_replica(error),
+        Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
+        Error::AgentGone | Error::Thread(_) | Error::Session(session::Error::Thread(_)) => {
+            (FailureClass::Retry, RunReason::TrainerLost)
+        }
+        Error::Job(_)
+        | Error::Model(_)
+        | Error::Session(session::Error::Data(_) | session::Error::NeverFinite | session::Error::Trace(_)) => {
+            (FailureClass::Invalid, RunReason::TrainerError)
+        }
+        Error::Protocol { .. }
+        | Error::Proposal { .. }
+        | Error::Runtime(_)
+        | Error::Session(session::Error::DataEnded) => (FailureClass::Fatal, RunReason::TrainerError),
+    }
+}

@@ -1,0 +1,124 @@
+//! The optimizer of a run and the state of each group that has thawed, as values that can be copied, saved and read back.
+
+use thaw_proto::spec;
+use thaw_torch::model::GroupParameters;
+use thaw_torch::optim::{AdamWSettings, AdamWState, Error, Optimizers, SgdSettings, SgdState};
+use thaw_torch::tch::{Kind, Tensor};
+
+/// The update rule with its settings; the rate comes with each step.
+#[derive(Debug)]
+pub(crate) struct Optimizer {
+    rule: Rule,
+    operators: Optimizers,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Rule {
+    AdamW(AdamWSettings),
+    Sgd(SgdSettings),
+}
+
+/// One group's state.
+#[derive(Debug)]
+pub(crate) enum OptimizerState {
+    AdamW(AdamWState),
+    Sgd(SgdState),
+}
+
+impl Optimizer {
+    pub(crate) fn new(optimizer: &spec::Optimizer) -> Result<Self, Error> {
+        let rule = match *optimizer {
+            spec::Optimizer::AdamW { weight_decay, beta1, beta2, epsilon } => {
+                Rule::AdamW(AdamWSettings { beta1, beta2, eps: epsilon, weight_decay })
+            }
+            spec::Optimizer::Sgd { weight_decay, momentum, nesterov } => {
+                Rule::Sgd(SgdSettings { momentum, dampening: 0.0, nesterov, weight_decay })
+            }
+        };
+        Ok(Self { rule, operators: Optimizers::resolve()? })
+    }
+
+    /// Zero state for a group that thaws.
+    pub(crate) fn fresh(&self, group: &GroupParameters) -> Result<OptimizerState, Error> {
+        Ok(match &self.rule {
+            Rule::AdamW(_) => OptimizerState::AdamW(AdamWState::zeros_for(group)?),
+            Rule::Sgd(settings) => OptimizerState::Sgd(SgdState::zeros_for(group, settings)?),
+        })
+    }
+
+    /// Updates the group's weights in place.
+    pub(crate) fn step(
+        &self,
+        group: &GroupParameters,
+        gradient: &Tensor,
+        rate: f64,
+        state: &mut OptimizerState,
+    ) -> Result<(), Error> {
+        match (&self.rule, state) {
+            (Rule::AdamW(settings), OptimizerState::AdamW(state)) => self.operators.adamw(settings, rate, group, gradient, state),
+            (Rule::Sgd(settings), OptimizerState::Sgd(state)) => self.operators.sgd(settings, rate, group, gradient, state),
+            (Rule::AdamW(_), OptimizerState::Sgd(_)) | (Rule::Sgd(_), OptimizerState::AdamW(_)) => {
+                unreachable!("state is made by the optimizer that uses it")
+            }
+        }
+    }
+
+    /// The state that [`OptimizerState::tensors`] and [`OptimizerState::steps`] described. `None` where a tensor is missing or does not fit.
+    pub(crate) fn restore(
+        &self,
+        group: &GroupParameters,
+        mut tensor: impl FnMut(&str) -> Option<Tensor>,
+        steps: u64,
+    ) -> Result<Option<OptimizerState>, Error> {
+        let mut state = self.fresh(group)?;
+        for (name, target) in state.tensors() {
+            let Some(saved) = tensor(name) else { return Ok(None) };
+            if saved.size() != target.size() || saved.kind() != target.kind() {
+                return Ok(None);
+            }
+            target.shallow_clone().copy_(&saved);
+        }
+        match &mut state {
+            OptimizerState::AdamW(state) => state.step = counter(steps, state.step.kind()),
+            OptimizerState::Sgd(state) => state.steps = steps,
+        }
+        Ok(Some(state))
+    }
+}
+
+impl OptimizerState {
+    /// What is saved besides the number of updates.
+    pub(crate) fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::AdamW(state) => vec![("exp_avg", &state.exp_avg), ("exp_avg_sq", &state.exp_avg_sq)],
+            Self::Sgd(state) => state.momentum.iter().map(|momentum| ("momentum", momentum)).collect(),
+        }
+    }
+
+    /// Updates the group has had.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the counter holds whole numbers that are not negative")]
+    pub(crate) fn steps(&self) -> u64 {
+        match self {
+            Self::AdamW(state) => state.step.double_value(&[]) as u64,
+            Self::Sgd(state) => state.steps,
+        }
+    }
+
+    pub(crate) fn copy(&self) -> Self {
+        match self {
+            Self::AdamW(state) => Self::AdamW(AdamWState {
+                exp_avg: state.exp_avg.copy(),
+                exp_avg_sq: state.exp_avg_sq.copy(),
+                step: state.step.copy(),
+            }),
+            Self::Sgd(state) => {
+                Self::Sgd(SgdState { momentum: state.momentum.as_ref().map(Tensor::copy), steps: state.steps })
+            }
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "the kernel counts in fp32, so the counter has never passed 2^24 unrounded")]
+fn counter(steps: u64, kind: Kind) -> Tensor {
+    Tensor::from(steps as f64).to_kind(kind)
+}

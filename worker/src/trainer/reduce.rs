@@ -1,0 +1,102 @@
+//! Sums and gathers over ranks, on a thread of their own, so that they overlap with what the caller computes meanwhile.
+
+use crate::collective::{Collective, Error, ReduceQueue, Ticket};
+use std::sync::Arc;
+use thaw_torch::runtime::{with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
+use thaw_torch::tch::{Kind, Tensor};
+
+enum Work {
+    Tensors { parts: Vec<Tensor>, sum: Tensor },
+    Numbers { parts: Vec<Vec<f64>>, sum: Vec<f64> },
+    Gather { mine: Vec<u8>, all: Vec<Vec<u8>> },
+}
+
+/// A sum that needs no other rank is its own result.
+pub(crate) enum Exchanged<T> {
+    Here(T),
+    Pending(Ticket),
+}
+
+pub(crate) struct Exchange {
+    queue: ReduceQueue<Work>,
+    alone: bool,
+}
+
+impl Exchange {
+    pub(crate) fn new(collective: Box<dyn Collective>) -> Self {
+        let alone = collective.world_size() == 1;
+        Self { queue: ReduceQueue::new(Arc::from(collective)), alone }
+    }
+
+    /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
+    pub(crate) fn sum_tensors(&mut self, mut parts: Vec<Tensor>) -> Exchanged<Tensor> {
+        if self.alone && parts.len() == 1 {
+            return Exchanged::Here(parts.remove(0));
+        }
+        let sum = parts[0].zeros_like();
+        Exchanged::Pending(self.queue.submit(Work::Tensors { parts, sum }, work))
+    }
+
+    /// [`Exchange::sum_tensors`] for a few numbers.
+    pub(crate) fn sum_numbers(&mut self, mut parts: Vec<Vec<f64>>) -> Exchanged<Vec<f64>> {
+        if self.alone && parts.len() == 1 {
+            return Exchanged::Here(parts.remove(0));
+        }
+        let sum = vec![0.0; parts[0].len()];
+        Exchanged::Pending(self.queue.submit(Work::Numbers { parts, sum }, work))
+    }
+
+    pub(crate) fn wait_tensor(&mut self, exchanged: Exchanged<Tensor>) -> Result<Tensor, Error> {
+        match exchanged {
+            Exchanged::Here(sum) => Ok(sum),
+            Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
+                Work::Tensors { sum, .. } => Ok(sum),
+                Work::Numbers { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),
+            },
+        }
+    }
+
+    pub(crate) fn wait_numbers(&mut self, exchanged: Exchanged<Vec<f64>>) -> Result<Vec<f64>, Error> {
+        match exchanged {
+            Exchanged::Here(sum) => Ok(sum),
+            Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
+                Work::Numbers { sum, .. } => Ok(sum),
+                Work::Tensors { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),
+            },
+        }
+    }
+
+    /// Every rank's bytes, in rank order.
+    pub(crate) fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
+        let ticket = self.queue.submit(Work::Gather { mine, all: Vec::new() }, work);
+        match self.queue.wait(ticket)? {
+            Work::Gather { all, .. } => Ok(all),
+            Work::Tensors { .. } | Work::Numbers { .. } => unreachable!("a ticket gives back its own work"),
+        }
+    }
+}
+
+fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
+    match work {
+        Work::Tensors { parts, sum } => sum_tensors(collective, parts, sum),
+        Work::Numbers { parts, sum } => {
+            let parts: Vec<&[f64]> = parts.iter().map(Vec::as_slice).collect();
+            collective.reduce_shards_f64(&parts, sum)
+        }
+        Work::Gather { mine, all } => {
+            *all = collective.all_gather(mine)?;
+            Ok(())
+        }
+    }
+}
+
+/// Master weights are fp32 or fp64, contiguous and on the CPU, so lending their memory cannot fail.
+fn sum_tensors(collective: &dyn Collective, parts: &[Tensor], sum: &mut Tensor) -> Result<(), Error> {
+    const LENT: &str = "gradients are contiguous and on the CPU, in the master type";
+    if sum.kind() == Kind::Double {
+        with_slices_f64(parts, |parts| with_slice_f64_mut(sum, |sum| collective.reduce_shards_f64(parts, sum)).expect(LENT))
+    } else {
+        with_slices_f32(parts, |parts| with_slice_f32_mut(sum, |sum| collective.reduce_shards_f32(parts, sum)).expect(LENT))
+    }
+    .expect(LENT)
+}

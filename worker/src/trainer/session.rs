@@ -1,0 +1,365 @@
+//! One generation's training: the plan's stages, step by step, from where the head pointer stands to the end.
+//!
+//! TRAIN-1: every rank takes every decision itself, from reduced values that all hold; nothing waits for the coordinator but the end.
+//! TRAIN-2: what a checkpoint holds is enough to come to the same weights as a run that was never interrupted.
+//! TRAIN-3: entering a stage restores the best weights with the optimizer state and counters of that same step.
+
+use super::feed::{self, Feed, Order};
+use super::job::Job;
+use super::outbox::Outbox;
+use super::replica::{self, GroupSnapshot, Replica, StepPlan, StepReport};
+use super::save::{self, Saver};
+use super::trace::{Trace, TraceStep};
+use std::collections::BTreeMap;
+use std::time::Instant;
+use thaw_core::schedule::Rates;
+use thaw_core::stage_end::{self, AfterStage, Decision, Judge, RunTracker, Standing};
+use thaw_data::batch::Error as DataError;
+use thaw_data::index::Part;
+use thaw_proto::ids::{Generation, StageIndex};
+use thaw_proto::plan::PlannedStage;
+use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
+use thaw_proto::spec::OnEnter;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Replica(#[from] replica::Error),
+    #[error("cannot load samples")]
+    Data(#[from] DataError),
+    #[error("cannot start a loading thread")]
+    Thread(#[source] std::io::Error),
+    #[error(transparent)]
+    Save(#[from] save::Error),
+    #[error("cannot write the trace")]
+    Trace(#[source] std::io::Error),
+    #[error("no evaluation was ever finite, so there are no weights worth keeping; lower learning_rate or set max_grad_norm")]
+    NeverFinite,
+    #[error("the data ended before the stage did")]
+    DataEnded,
+}
+
+/// How a session ended, where it did not fail.
+pub(crate) enum Ending {
+    Finished { result: Box<RunResult>, reason: RunReason },
+    Suspended,
+}
+
+/// The best weights so far, as they were evaluated.
+pub(crate) struct Best {
+    pub(crate) groups: BTreeMap<usize, GroupSnapshot>,
+}
+
+/// Everything about the training that is not in the replica; what a manifest records.
+pub(crate) struct State {
+    pub(crate) position: Position,
+    /// Updates of each ended stage.
+    pub(crate) ended: Vec<u32>,
+    /// Epoch, counted from the run's start, with which the present stage began.
+    pub(crate) first_epoch: u32,
+    pub(crate) tracker: RunTracker,
+    pub(crate) best: Option<Best>,
+    pub(crate) results: Vec<StageResult>,
+    /// The last evaluation of the present stage; made anew after a resume before it is needed.
+    pub(crate) deciding: Option<Evaluation>,
+    /// Before this stage.
+    pub(crate) seconds: f64,
+    pub(crate) stage_seconds: f64,
+}
+
+impl State {
+    pub(crate) fn beginning(job: &Job) -> Self {
+        Self {
+            position: Position::default(),
+            ended: Vec::new(),
+            first_epoch: 0,
+            tracker: RunTracker::new(Judge::of_run(&job.spec)),
+            best: None,
+            results: Vec::new(),
+            deciding: None,
+            seconds: 0.0,
+            stage_seconds: 0.0,
+        }
+    }
+}
+
+pub(crate) struct Session<'a> {
+    pub(crate) job: &'a Job,
+    pub(crate) generation: Generation,
+    pub(crate) replica: Replica,
+    pub(crate) state: State,
+    pub(crate) outbox: &'a Outbox,
+    /// On rank 0 only.
+    pub(crate) saver: Option<Saver>,
+    /// On rank 0, where the spec asks for it.
+    pub(crate) trace: Option<Trace>,
+}
+
+impl Session<'_> {
+    /// Trains to the end of the run, or to a suspension.
+    pub(crate) fn run(mut self) -> Result<Ending, Error> {
+        let Some(reason) = self.stages()? else { return Ok(Ending::Suspended) };
+        self.finish(reason)
+    }
+
+    /// `None` for a suspension.
+    fn stages(&mut self) -> Result<Option<RunReason>, Error> {
+        if let Some(reason) = self.after_ended_stage()? {
+            return Ok(Some(reason));
+        }
+        loop {
+            let index = self.state.position.stage;
+            let stage = &self.job.plan.stages[index.0 as usize];
+            let _span = tracing::info_span!("stage", name = stage.name, generation = self.generation.0).entered();
+            let Some(end) = self.stage(stage)? else { return Ok(None) };
+            self.end_stage(index, end)?;
+            if let Some(reason) = self.after_ended_stage()? {
+                return Ok(Some(reason));
+            }
+        }
+    }
+
+    /// At the boundary after a stage: the reason to end the run, if there is one.
+    fn after_ended_stage(&self) -> Result<Option<RunReason>, Error> {
+        let Position { stage, stage_step, .. } = self.state.position;
+        if stage.0 == 0 || stage_step > 0 {
+            return Ok(None);
+        }
+        let ended = StageIndex(stage.0 - 1);
+        match self.state.tracker.after_stage(&self.job.plan, ended, self.job.spec.stop_when_no_gain) {
+            AfterStage::NextStage(_) => Ok(None),
+            AfterStage::EndRun(reason) => Ok(Some(reason)),
+            AfterStage::Fail(_) => Err(Error::NeverFinite),
+        }
+    }
+
+    /// Trains one stage from where it stands. `None` for a suspension.
+    fn stage(&mut self, stage: &PlannedStage) -> Result<Option<StageEnd>, Error> {
+        let started = Instant::now();
+        let before = self.state.stage_seconds;
+        if self.state.position.stage_step == 0 {
+            self.enter(stage)?;
+        } else {
+            self.replica.set_trainable(indices(stage))?;
+        }
+        let steps = self.state.position.stage_step..stage.max_steps;
+        let order = Order::new(&self.job.plan, self.job.spec.seed, &self.job.shard_sizes);
+        let mut feed = Feed::start(&self.job.dataset, order.clone(), self.state.first_epoch, steps, self.replica.shards())
+            .map_err(Error::Thread)?;
+        let rates = Rates::entering(&self.job.plan, &self.state.ended).expect("the stage is in the plan");
+        let mut pace = Pace::new();
+        loop {
+            let waited = Instant::now();
+            let batches = feed.next().ok_or(Error::DataEnded)??;
+            let data_wait = waited.elapsed().as_secs_f64();
+            let at = self.state.position;
+            let plan = StepPlan {
+                step: at.step,
+                samples: order.step_size(at.stage_step),
+                rates: rates.at(at.stage_step),
+                suspend: self.outbox.suspension_asked(),
+            };
+            let report = self.replica.train_step(&plan, batches)?;
+            self.state.position.stage_step += 1;
+            self.state.position.step = at.step.next();
+            self.state.stage_seconds = before + started.elapsed().as_secs_f64();
+            pace.add(&report, data_wait, plan.samples);
+            self.after_step(stage, &order, at, &plan, &report, &mut pace)?;
+            if let Decision::End(end) = self.decide(stage)? {
+                self.state.stage_seconds = before + started.elapsed().as_secs_f64();
+                return Ok(Some(end));
+            }
+            self.state.stage_seconds = before + started.elapsed().as_secs_f64();
+            self.save_if_due(report.suspend)?;
+            if report.suspend {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Restores the best weights, thaws, and evaluates what the stage starts from.
+    fn enter(&mut self, stage: &PlannedStage) -> Result<(), Error> {
+        let mut restored = None;
+        if let (OnEnter::RestoreBest, Some(best)) = (stage.on_enter, &self.state.best) {
+            self.replica.restore(&best.groups)?;
+            restored = self.state.tracker.best.as_ref().map(|best| best.position.step);
+        }
+        self.replica.set_trainable(indices(stage))?;
+        if let Some(trace) = &mut self.trace {
+            trace.enter(restored);
+        }
+        let baseline = self.evaluate(Part::Eval)?;
+        if self.state.tracker.enter_stage(stage, &baseline) == Standing::Best {
+            self.keep_best();
+        }
+        Ok(())
+    }
+
+    /// Evaluates where that is due, and decides whether the stage goes on.
+    fn decide(&mut self, stage: &PlannedStage) -> Result<Decision, Error> {
+        let (spec, plan) = (&self.job.spec, &self.job.plan);
+        let step = self.state.position.stage_step;
+        if stage_end::evaluation_due(stage, spec.eval_steps, plan.steps_per_epoch, step) {
+            let evaluation = self.evaluate(Part::Eval)?;
+            if self.state.tracker.observe(&evaluation) == Standing::Best {
+                self.keep_best();
+            }
+            self.state.deciding = Some(evaluation);
+        }
+        Ok(self.state.tracker.decide(stage, plan.steps_per_epoch, step))
+    }
+
+    fn keep_best(&mut self) {
+        let groups = self.replica.snapshot(&self.job.ever_trained(self.state.position.stage));
+        self.state.best = Some(Best { groups });
+    }
+
+    fn evaluate(&mut self, part: Part) -> Result<Evaluation, Error> {
+        let batches = feed::evaluation_batches(self.job.dataset.index().size(part));
+        let share = self.replica.evaluation_share(batches);
+        let feed = feed::evaluation_feed(&self.job.dataset, part, share).map_err(Error::Thread)?;
+        let evaluation = self.replica.evaluate(self.state.position, feed.map(|batch| batch.map_err(Error::from)))?;
+        if self.replica.rank() == 0 && part == Part::Eval {
+            self.outbox.evaluation(&evaluation);
+        }
+        Ok(evaluation)
+    }
+
+    /// Digest, trace and progress, where they are due.
+    fn after_step(
+        &mut self,
+        stage: &PlannedStage,
+        order: &Order,
+        at: Position,
+        plan: &StepPlan,
+        report: &StepReport,
+        pace: &mut Pace,
+    ) -> Result<(), Error> {
+        let done = self.state.position.step;
+        if !report.applied {
+            tracing::warn!(step = done.0, grad_norm = report.grad_norm, "every trainer skipped an update whose gradient is not finite");
+        }
+        let digest = match self.job.spec.verification.digest_steps {
+            Some(every) if done.0.is_multiple_of(u64::from(every)) => Some(self.replica.digest(done)?),
+            Some(_) | None => None,
+        };
+        if let Some(trace) = &mut self.trace {
+            let step = TraceStep { position: at, plan, loss: report.loss, first_epoch: self.state.first_epoch, digest };
+            trace.step(order, self.job, &step).map_err(Error::Trace)?;
+        }
+        let due = done.0.is_multiple_of(u64::from(self.job.spec.logging_steps)) || self.state.position.stage_step == stage.max_steps;
+        if due && self.replica.rank() == 0 {
+            let epoch = f64::from(self.state.position.stage_step) / f64::from(self.job.plan.steps_per_epoch);
+            self.outbox.progress(self.state.position, &pace.take(), report, &plan.rates, epoch);
+        }
+        Ok(())
+    }
+
+    fn save_if_due(&mut self, must: bool) -> Result<(), Error> {
+        let step = self.state.position.step.0;
+        if must || step.is_multiple_of(u64::from(self.job.spec.checkpoint.save_steps)) {
+            self.save(must, Vec::new())?;
+        }
+        Ok(())
+    }
+
+    /// Moves to the boundary after the stage, and saves it with the stage's result.
+    fn end_stage(&mut self, index: StageIndex, end: StageEnd) -> Result<(), Error> {
+        let digest = self.replica.digest(self.state.position.step)?;
+        if let Some(trace) = &self.trace {
+            trace.end(self.job, &self.replica, index)?;
+        }
+        let steps = self.state.position.stage_step;
+        let deciding = self.state.deciding.clone();
+        let result = StageResult {
+            stage: index,
+            steps,
+            epochs: f64::from(steps) / f64::from(self.job.plan.steps_per_epoch),
+            seconds: self.state.stage_seconds,
+            end,
+            eval: self.state.tracker.best.clone().or_else(|| deciding.clone()).ok_or(Error::NeverFinite)?,
+            deciding_eval: deciding.ok_or(Error::NeverFinite)?,
+            replica_digest: digest.to_hex().to_string(),
+        };
+        self.state.results.push(result.clone());
+        self.state.ended.push(steps);
+        self.state.first_epoch += steps.div_ceil(self.job.plan.steps_per_epoch);
+        self.state.seconds += self.state.stage_seconds;
+        self.state.stage_seconds = 0.0;
+        self.state.position.stage = index.next();
+        self.state.position.stage_step = 0;
+        self.save(true, vec![Outbox::stage_ended(&result)])
+    }
+
+    fn save(&mut self, must: bool, then: Vec<super::outbox::Event>) -> Result<(), Error> {
+        if let Some(saver) = &mut self.saver {
+            saver.save(self.job, self.generation, &self.replica, &self.state, must, then)?;
+        }
+        Ok(())
+    }
+
+    /// Tests the best weights and, on rank 0, waits until the last checkpoint is committed and writes the model.
+    fn finish(mut self, reason: RunReason) -> Result<Ending, Error> {
+        let best = self.state.best.as_ref().ok_or(Error::NeverFinite)?;
+        self.replica.restore(&best.groups)?;
+        let started = Instant::now();
+        let has_test = self.job.dataset.index().size(Part::Test) > 0;
+        let test = if has_test { Some(self.evaluate(Part::Test)?) } else { None };
+        let weights = save::weights_blake3(&self.replica)?;
+        if let Some(saver) = &mut self.saver {
+            saver.wait_for_commit(self.outbox)?;
+            save::write_model(self.job, &self.replica)?;
+        }
+        let result = RunResult {
+            test,
+            best: self.state.tracker.best.clone().ok_or(Error::NeverFinite)?,
+            weights_blake3: weights,
+            model: self.job.model_url(),
+            steps: self.state.position.step,
+            seconds: self.state.seconds + started.elapsed().as_secs_f64(),
+        };
+        Ok(Ending::Finished { result: Box::new(result), reason })
+    }
+}
+
+fn indices(stage: &PlannedStage) -> Vec<usize> {
+    stage.trainable_groups.iter().map(|group| group.0 as usize).collect()
+}
+
+/// Means since the last report.
+pub(crate) struct Pace {
+    since: Instant,
+    steps: u32,
+    samples: u64,
+    sums: [f64; 5],
+}
+
+/// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer.
+pub(crate) struct PaceReport {
+    pub(crate) samples_per_second: f64,
+    pub(crate) step_seconds: [f64; 5],
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { since: Instant::now(), steps: 0, samples: 0, sums: [0.0; 5] }
+    }
+
+    fn add(&mut self, report: &StepReport, data_wait: f64, samples: u32) {
+        let parts = [data_wait, report.forward, report.backward, report.exposed_all_reduce, report.optimizer];
+        for (sum, part) in self.sums.iter_mut().zip(parts) {
+            *sum += part;
+        }
+        self.steps += 1;
+        self.samples += u64::from(samples);
+    }
+
+    fn take(&mut self) -> PaceReport {
+        let seconds = self.since.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
+        let steps = f64::from(self.steps.max(1));
+        #[expect(clippy::cast_precision_loss, reason = "samples since the last report are few")]
+        let report = PaceReport { samples_per_second: self.samples as f64 / seconds, step_seconds: self.sums.map(|sum| sum / steps) };
+        *self = Self::new();
+        report
+    }
+}

@@ -1,0 +1,197 @@
+//! Building a model: weights into flat buffers, views into the frame.
+
+use std::collections::BTreeMap;
+
+use tch::{Kind, TchError, Tensor};
+use thaw_graph::ir::{DType, Weight};
+use thaw_graph::segment::{Segment, SegmentedGraph};
+
+use super::{BatchNorm, Error, FlatParameter, GroupParameters, Options, SegmentedModel, SourceError, tensor_error};
+use crate::autograd::GradMode;
+use crate::executor::{Cell, Frame, Program, kind_of};
+use crate::op;
+
+/// A parameter's alignment in its flat buffer: kernels may choose their path by it, and a parameter on its own is aligned so.
+const ALIGNMENT_BYTES: usize = 64;
+
+/// A weight: element type, shape, raw little-endian bytes.
+pub type WeightBytes = (DType, Vec<i64>, Vec<u8>);
+
+/// Reads a weight by its dotted name.
+pub type WeightSource<'a> = dyn FnMut(&str) -> Result<WeightBytes, SourceError> + 'a;
+
+impl SegmentedModel {
+    /// Compiles the graph and loads its weights. All groups are frozen at first.
+    ///
+    /// # Errors
+    /// [`Error::Program`] where the graph cannot run, [`Error::Weight`] and [`Error::WeightShape`] where a weight is missing or another.
+    pub fn new(graph: SegmentedGraph, weights: &mut WeightSource<'_>, options: Options) -> Result<Self, Error> {
+        let program = Program::compile(&graph, &options)?;
+        let mut loader = Loader { frame: Frame::new(program.values), source: weights, options };
+        let _mode = GradMode::set(false);
+        let mut owners = BTreeMap::new();
+        let mut groups = Vec::new();
+        for (index, segment) in graph.segments.iter().enumerate() {
+            owners.extend(segment.parameters.iter().map(|parameter| (*parameter, index)));
+            groups.push(loader.group(&graph, segment)?);
+        }
+        // Buffers of no group are those of the prologue, which never change.
+        for weight in graph.graph.buffers.iter().chain(&graph.graph.constants) {
+            if matches!(loader.frame.cells[weight.value.0 as usize], Cell::Empty) {
+                let _handle = loader.whole(weight)?;
+            }
+        }
+        let transient = loader.frame.cells.iter().enumerate().filter(|(_, cell)| matches!(cell, Cell::Empty));
+        let transient = transient.map(|(index, _)| index).collect();
+        let gradients = groups.iter().map(|_| None).collect();
+        let loss = op::resolve("aten::cross_entropy_loss", "").map_err(Error::Loss)?;
+        let frame = loader.frame;
+        Ok(Self {
+            graph,
+            program,
+            options,
+            frame,
+            groups,
+            gradients,
+            owners,
+            transient,
+            batch_norm: BatchNorm::BatchStatistics,
+            loss,
+        })
+    }
+}
+
+struct Loader<'a, 's> {
+    frame: Frame,
+    source: &'a mut WeightSource<'s>,
+    options: Options,
+}
+
+impl Loader<'_, '_> {
+    fn group(&mut self, graph: &SegmentedGraph, segment: &Segment) -> Result<GroupParameters, Error> {
+        let master = self.options.precision.master();
+        let (parameters, decay_elements, total) = layout(&graph.graph.parameters, &segment.parameters, master);
+        let failed = || tensor_error("a flat weight buffer");
+        let flat = Tensor::f_zeros([signed(total)], (master, self.options.device)).map_err(failed())?;
+        for parameter in &parameters {
+            let weight = &graph.graph.parameters[parameter.index];
+            let values = self.read(weight)?;
+            let mut place = view(&flat, parameter).map_err(failed())?;
+            place.f_copy_(&values).map_err(failed())?;
+            self.frame.cells[weight.value.0 as usize] = Cell::Tensor(place.f_detach().map_err(failed())?);
+        }
+        let mut buffers = Vec::new();
+        for index in &segment.buffers {
+            let weight = &graph.graph.buffers[*index];
+            buffers.push((weight.name.clone(), self.whole(weight)?));
+        }
+        Ok(GroupParameters { name: segment.name.clone(), flat, decay_elements, parameters, buffers })
+    }
+
+    /// Loads a weight that is not in a flat buffer. Returns another handle to it.
+    fn whole(&mut self, weight: &Weight) -> Result<Tensor, Error> {
+        let values = self.read(weight)?;
+        let kind = if weight.dtype.is_float() { self.options.precision.master() } else { values.kind() };
+        let tensor = values
+            .f_to_device(self.options.device)
+            .and_then(|tensor| tensor.f_to_kind(kind))
+            .map_err(tensor_error("a buffer"))?;
+        let handle = tensor.shallow_clone();
+        self.frame.cells[weight.value.0 as usize] = Cell::Tensor(tensor);
+        Ok(handle)
+    }
+
+    fn read(&mut self, weight: &Weight) -> Result<Tensor, Error> {
+        let (dtype, shape, bytes) =
+            (self.source)(&weight.name).map_err(|source| Error::Weight { name: weight.name.clone(), source })?;
+        if dtype != weight.dtype || shape != weight.shape {
+            return Err(Error::WeightShape {
+                name: weight.name.clone(),
+                expected: format!("{:?} {:?}", weight.dtype, weight.shape),
+                found: format!("{dtype:?} {shape:?}"),
+            });
+        }
+        tensor_from_bytes(&weight.name, dtype, &shape, &bytes)
+    }
+}
+
+/// Where each parameter lies: those with weight decay first, each in graph order. Also the first part's length and the whole's.
+fn layout(weights: &[Weight], indices: &[usize], master: Kind) -> (Vec<FlatParameter>, usize, usize) {
+    let mut sorted = indices.to_vec();
+    sorted.sort_unstable();
+    let step = ALIGNMENT_BYTES / master.elt_size_in_bytes();
+    let mut parameters = Vec::new();
+    let (mut offset, mut decay_elements) = (0, 0);
+    for decays in [true, false] {
+        for index in sorted.iter().filter(|index| (weights[**index].shape.len() >= 2) == decays) {
+            let weight = &weights[*index];
+            let elements = weight.shape.iter().map(|size| usize::try_from(*size).unwrap_or(0)).product();
+            parameters.push(FlatParameter {
+                name: weight.name.clone(),
+                shape: weight.shape.clone(),
+                offset,
+                elements,
+                index: *index,
+            });
+            offset = (offset + elements).next_multiple_of(step);
+        }
+        if decays {
+            decay_elements = offset;
+        }
+    }
+    (parameters, decay_elements, offset)
+}
+
+fn signed(count: usize) -> i64 {
+    i64::try_from(count).expect("a buffer has fewer than 2^63 elements")
+}
+
+/// A parameter's part of a flat buffer, in its own shape.
+pub(super) fn view(flat: &Tensor, parameter: &FlatParameter) -> Result<Tensor, TchError> {
+    flat.f_narrow(0, signed(parameter.offset), signed(parameter.elements))?.f_view(parameter.shape.as_slice())
+}
+
+/// A tensor from raw little-endian bytes.
+pub(super) fn tensor_from_bytes(name: &str, dtype: DType, shape: &[i64], bytes: &[u8]) -> Result<Tensor, Error> {
+    let elements: i64 = shape.iter().product();
+    let expected = usize::try_from(elements).unwrap_or(0) * dtype.size();
+    if bytes.len() != expected {
+        return Err(Error::WeightShape {
+            name: name.to_owned(),
+            expected: format!("{expected} bytes"),
+            found: format!("{} bytes", bytes.len()),
+        });
+    }
+    if bytes.is_empty() {
+        return Tensor::f_zeros(shape, (kind_of(dtype), tch::Device::Cpu)).map_err(tensor_error("an empty weight"));
+    }
+    Tensor::f_from_data_size(bytes, shape, kind_of(dtype)).map_err(tensor_error("a weight from its bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use thaw_graph::ir::ValueId;
+
+    #[test]
+    fn decayed_parameters_come_first_and_each_is_aligned() {
+        let weight = |name: &str, shape: &[i64]| Weight {
+            value: ValueId(0),
+            name: name.to_owned(),
+            dtype: DType::Float32,
+            shape: shape.to_vec(),
+            flag: true,
+        };
+        let weights = [
+            weight("a.bias", &[3]),
+            weight("a.weight", &[3, 7]),
+            weight("other", &[2, 2]),
+            weight("b.weight", &[2, 3]),
+        ];
+        let (parameters, decay, total) = layout(&weights, &[3, 1, 0], Kind::Float);
+        let places: Vec<_> =
+            parameters.iter().map(|place| (place.name.as_str(), place.offset, place.elements)).collect();
+        assert_eq!(places, [("a.weight", 0, 21), ("b.weight", 32, 6), ("a.bias", 48, 3)]);
+        assert_eq!((decay, total), (48, 64));
+    }
+}

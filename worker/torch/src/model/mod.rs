@@ -1,0 +1,210 @@
+//! A model in training: the weights of every layer group in one flat buffer each, and steps that run segment by segment.
+//!
+//! MODEL-1: a group's parameters are views into its flat buffer, so an update of the buffer moves them. The buffer holds first the
+//!          parameters with weight decay, then those without (biases, norms: fewer than two dimensions), each in graph order and each from
+//!          a multiple of 64 bytes on; the gaps are zero and stay zero.
+//! MODEL-2: frozen means absent: no gradient, no gradient buffer, dropout off, batch statistics neither used nor updated.
+//! MODEL-3: backward runs from the head down; a group's gradient is final when it is handed over, before the segment below starts.
+//! MODEL-4: gradients are summed in the order of one backward pass over the whole graph, so they equal it bit for bit.
+
+mod load;
+mod state;
+mod step;
+
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+use thaw_graph::segment::SegmentedGraph;
+
+pub use crate::executor::Options;
+use crate::executor::{self, Frame, Phase, Program};
+pub use load::{WeightBytes, WeightSource};
+pub use state::StateTensor;
+pub use step::StepOutput;
+
+/// What a weight's reader may fail with.
+pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a model could not be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Program(#[from] executor::Error),
+    #[error("cannot read the weight {name}")]
+    Weight { name: String, source: SourceError },
+    #[error("cannot load the weight {name}: the graph says {expected}, the file has {found}")]
+    WeightShape { name: String, expected: String, found: String },
+    #[error("cannot load the state of the layer group {group}: {name} is missing")]
+    StateMissing { group: String, name: String },
+    #[error("cannot load the state of the layer group {group}: {name} does not belong to it")]
+    StateUnknown { group: String, name: String },
+    #[error("cannot run a batch")]
+    Batch(#[from] thaw_graph::guards::Error),
+    #[error("cannot run a batch: the input `{name}` must hold {expected}, not {found}")]
+    Input { name: String, expected: String, found: String },
+    #[error("cannot train: no layer group is trainable; call set_trainable first")]
+    NothingTrainable,
+    #[error("cannot use the layer group {index}: the model has {groups}")]
+    NoSuchGroup { index: usize, groups: usize },
+    #[error("cannot use the model's output: {0} was not computed")]
+    NoOutput(String),
+    #[error(transparent)]
+    Gradient(#[from] crate::autograd::Error),
+    #[error("cannot compute {what}")]
+    Tensor { what: &'static str, source: tch::TchError },
+    #[error("cannot compute the loss")]
+    Loss(#[source] crate::op::Error),
+}
+
+fn tensor_error(what: &'static str) -> impl FnOnce(tch::TchError) -> Error {
+    move |source| Error::Tensor { what, source }
+}
+
+/// One parameter's place in its group's flat buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlatParameter {
+    pub name: String,
+    pub shape: Vec<i64>,
+    /// Elements from the buffer's start; a multiple of 64 bytes.
+    pub offset: usize,
+    pub elements: usize,
+    /// Index into the graph's parameters.
+    index: usize,
+}
+
+/// A layer group's weights.
+#[derive(Debug)]
+pub struct GroupParameters {
+    pub name: String,
+    /// All parameters, one-dimensional, in the master type; see MODEL-1.
+    pub flat: Tensor,
+    /// Elements at its start that take weight decay, gaps included.
+    pub decay_elements: usize,
+    pub parameters: Vec<FlatParameter>,
+    /// Handles to the group's buffers (batch-norm statistics): they share memory with the model's.
+    pub buffers: Vec<(String, Tensor)>,
+}
+
+impl GroupParameters {
+    /// Elements of all parameters, gaps not counted.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.parameters.iter().map(|parameter| parameter.elements).sum()
+    }
+}
+
+/// What thawed batch norms normalise by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchNorm {
+    /// The batch's statistics, which also move the running ones.
+    BatchStatistics,
+    /// The running statistics, left alone: for micro-batches too small to have statistics.
+    FrozenStatistics,
+}
+
+/// A thawed group's gradient: one flat buffer, and a view of it per parameter.
+#[derive(Debug)]
+struct GradientBuffer {
+    flat: Tensor,
+    views: Vec<Tensor>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct SegmentedModel {
+    graph: SegmentedGraph,
+    program: Program,
+    options: Options,
+    frame: Frame,
+    groups: Vec<GroupParameters>,
+    /// By group; `Some` where it is trainable.
+    gradients: Vec<Option<GradientBuffer>>,
+    /// Index into the graph's parameters → its group.
+    owners: BTreeMap<usize, usize>,
+    /// Cells that a batch fills.
+    transient: Vec<usize>,
+    batch_norm: BatchNorm,
+    loss: crate::op::Operator,
+}
+
+impl SegmentedModel {
+    /// The layer groups, group 0 nearest the input.
+    #[must_use]
+    pub fn groups(&self) -> &[GroupParameters] {
+        &self.groups
+    }
+
+    /// The graph that it runs.
+    #[must_use]
+    pub fn graph(&self) -> &SegmentedGraph {
+        &self.graph
+    }
+
+    /// The type of weights, gradients and optimizer state.
+    #[must_use]
+    pub fn master_kind(&self) -> Kind {
+        self.options.precision.master()
+    }
+
+    /// What thawed batch norms do from now on; batch statistics at first.
+    pub fn set_batch_norm(&mut self, batch_norm: BatchNorm) {
+        self.batch_norm = batch_norm;
+    }
+
+    /// Thaws these groups and freezes all others. A group that stays thawed keeps its gradient buffer.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchGroup`]; nothing has changed then.
+    pub fn set_trainable(&mut self, groups: &[usize]) -> Result<(), Error> {
+        if let Some(index) = groups.iter().find(|index| **index >= self.groups.len()) {
+            return Err(Error::NoSuchGroup { index: *index, groups: self.groups.len() });
+        }
+        for index in 0..self.groups.len() {
+            let trainable = groups.contains(&index);
+            for parameter in &self.groups[index].parameters {
+                let value = self.graph.graph.parameters[parameter.index].value.0 as usize;
+                if let Some(tensor) = self.frame.tensor(value) {
+                    let _same = tensor.set_requires_grad(trainable);
+                }
+            }
+            if !trainable {
+                self.gradients[index] = None;
+            } else if self.gradients[index].is_none() {
+                self.gradients[index] = Some(GradientBuffer::zeros_for(&self.groups[index])?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The trainable groups, lowest first.
+    #[must_use]
+    pub fn trainable(&self) -> Vec<usize> {
+        (0..self.groups.len()).filter(|index| self.gradients[*index].is_some()).collect()
+    }
+
+    /// How a group runs in a training step.
+    fn phase(&self, group: usize) -> Phase {
+        if self.gradients[group].is_none() {
+            return Phase::EVAL;
+        }
+        match self.batch_norm {
+            BatchNorm::BatchStatistics => Phase::TRAIN,
+            BatchNorm::FrozenStatistics => Phase { batch_statistics: false, ..Phase::TRAIN },
+        }
+    }
+
+    /// The tensor of a parameter, by its index in the graph.
+    fn parameter(&self, index: usize) -> Option<&Tensor> {
+        self.frame.tensor(self.graph.graph.parameters[index].value.0 as usize)
+    }
+}
+
+impl GradientBuffer {
+    fn zeros_for(group: &GroupParameters) -> Result<Self, Error> {
+        let failed = || tensor_error("a gradient buffer");
+        let flat = group.flat.f_zeros_like().map_err(failed())?;
+        let view = |parameter: &FlatParameter| load::view(&flat, parameter).map_err(failed());
+        let views = group.parameters.iter().map(view).collect::<Result<_, _>>()?;
+        Ok(Self { flat, views })
+    }
+}

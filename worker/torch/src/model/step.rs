@@ -1,0 +1,296 @@
+//! A batch through the model: evaluation, and a training step.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use tch::{Kind, Tensor};
+use thaw_graph::guards;
+use thaw_graph::ir::{DType, GraphInput};
+
+use super::{Error, SegmentedModel, tensor_error};
+use crate::autograd::{self, GradMode};
+use crate::executor::{Cell, Phase, dtype_of};
+use crate::op::Value;
+
+/// What a training step gives besides gradients.
+#[derive(Debug)]
+pub struct StepOutput {
+    /// Mean cross-entropy of the batch before its weight: no dimensions, master type, detached.
+    pub loss: Tensor,
+    /// On a GPU these are the times to enqueue, unless the caller synchronises.
+    pub forward: Duration,
+    /// Without the time spent in the callback.
+    pub backward: Duration,
+}
+
+/// What one segment's backward needs.
+struct Record {
+    /// Detached cut values from below.
+    inputs: Vec<(usize, Tensor)>,
+    /// Cut values for above.
+    outputs: Vec<(usize, Tensor)>,
+}
+
+/// Gradients that wait for a lower segment.
+#[derive(Default)]
+struct Pending {
+    /// By cut value.
+    cuts: BTreeMap<usize, Tensor>,
+    /// By index into the graph's parameters.
+    parameters: BTreeMap<usize, Tensor>,
+}
+
+impl SegmentedModel {
+    /// Logits of a batch in evaluation, without gradient: [batch, classes], master type.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the batch does not fit the graph, else what its operators say.
+    pub fn forward(&mut self, inputs: &[Tensor]) -> Result<Tensor, Error> {
+        let _mode = GradMode::set(false);
+        let result = self.bind(inputs).and_then(|()| self.run_frozen(self.groups.len())).and_then(|()| self.logits());
+        self.clear();
+        result
+    }
+
+    /// One forward and backward of a batch; the weights stay as they are.
+    ///
+    /// The gradient is that of `weight` times the mean cross-entropy against `labels` (i64, [batch]). Each trainable group's flat gradient
+    /// goes to `on_group` with the group's index as soon as it is final, from the head down; it lies in a buffer that the next step reuses.
+    ///
+    /// # Errors
+    /// [`Error::NothingTrainable`], [`Error::Input`], else what libtorch says.
+    pub fn train_step(
+        &mut self,
+        inputs: &[Tensor],
+        labels: &Tensor,
+        weight: f64,
+        on_group: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<StepOutput, Error> {
+        let result = self.step(inputs, labels, weight, on_group);
+        self.clear();
+        result
+    }
+
+    fn step(
+        &mut self,
+        inputs: &[Tensor],
+        labels: &Tensor,
+        weight: f64,
+        on_group: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<StepOutput, Error> {
+        let started = Instant::now();
+        let boundary = self.trainable().first().copied().ok_or(Error::NothingTrainable)?;
+        {
+            let _mode = GradMode::set(false);
+            self.bind(inputs)?;
+            self.run_frozen(boundary)?;
+        }
+        let _mode = GradMode::set(true);
+        let mut records = Vec::new();
+        for segment in boundary..self.groups.len() {
+            records.push(self.forward_segment(segment, segment == boundary)?);
+        }
+        let loss = self.cross_entropy(labels)?;
+        let forward = started.elapsed();
+        let backward = self.backward(boundary, records, &loss, weight, on_group)?;
+        Ok(StepOutput { loss: loss.detach(), forward, backward })
+    }
+
+    /// Puts a batch into the frame, checked against the graph: sizes, then element types.
+    fn bind(&mut self, inputs: &[Tensor]) -> Result<(), Error> {
+        let graph = &self.graph.graph;
+        let shapes: Vec<Vec<i64>> = inputs.iter().map(Tensor::size).collect();
+        guards::bind(graph, &shapes)?;
+        for (slot, tensor) in graph.inputs.iter().zip(inputs) {
+            let value = slot.value.0 as usize;
+            if let Some(meta) = &graph.values[value].tensor {
+                check_kind(slot, meta.dtype, tensor.kind())?;
+            }
+            let kind = if tensor.is_floating_point() { self.master_kind() } else { tensor.kind() };
+            let moved = tensor.f_to_device(self.options.device).and_then(|tensor| tensor.f_to_kind(kind));
+            self.frame.cells[value] = Cell::Tensor(moved.map_err(tensor_error("an input on the device"))?);
+        }
+        Ok(())
+    }
+
+    /// The prologue and the segments below `boundary`, as in evaluation. The caller has switched gradients off.
+    fn run_frozen(&mut self, boundary: usize) -> Result<(), Error> {
+        self.program.prologue.run(&mut self.frame, Phase::EVAL)?;
+        for block in &self.program.blocks[..boundary] {
+            block.run(&mut self.frame, Phase::EVAL)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a segment on detached inputs, so that its backward can run alone.
+    fn forward_segment(&mut self, segment: usize, lowest: bool) -> Result<Record, Error> {
+        let cut = &self.graph.segments[segment];
+        let mut inputs = Vec::new();
+        for value in cut.inputs.iter().map(|value| value.0 as usize) {
+            let Some(tensor) = self.frame.tensor(value) else { continue };
+            let needs_gradient = !lowest && tensor.requires_grad();
+            let detached = tensor.f_detach().map_err(tensor_error("a detached cut"))?;
+            if needs_gradient {
+                let leaf = detached.set_requires_grad(true);
+                inputs.push((value, leaf.shallow_clone()));
+                self.frame.cells[value] = Cell::Tensor(leaf);
+            } else {
+                self.frame.cells[value] = Cell::Tensor(detached);
+            }
+        }
+        let phase = self.phase(segment);
+        self.program.blocks[segment].run(&mut self.frame, phase)?;
+        let outputs = self.graph.segments[segment].outputs.iter().map(|value| value.0 as usize);
+        let outputs = outputs.filter_map(|value| Some((value, self.frame.tensor(value)?.shallow_clone())));
+        let outputs = outputs.filter(|(_, tensor)| tensor.requires_grad()).collect();
+        Ok(Record { inputs, outputs })
+    }
+
+    fn logits(&self) -> Result<Tensor, Error> {
+        let output = self.graph.graph.output.0 as usize;
+        let missing = || Error::NoOutput(self.graph.graph.values[output].name.clone());
+        let logits = self.frame.tensor(output).ok_or_else(missing)?;
+        logits.f_to_kind(self.master_kind()).map_err(tensor_error("the logits"))
+    }
+
+    fn cross_entropy(&self, labels: &Tensor) -> Result<Tensor, Error> {
+        let labels = labels.f_to_device(self.options.device).map_err(tensor_error("the labels on the device"))?;
+        self.loss.call_tensor(&[Value::Tensor(&self.logits()?), Value::Tensor(&labels)]).map_err(Error::Loss)
+    }
+
+    /// Backward from the head down to `boundary`. Returns the time it took without the callback.
+    fn backward(
+        &mut self,
+        boundary: usize,
+        mut records: Vec<Record>,
+        loss: &Tensor,
+        weight: f64,
+        on_group: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<Duration, Error> {
+        let finishing = self.groups_by_last_segment(boundary);
+        let mut pending = Pending::default();
+        let mut spent = Duration::ZERO;
+        for segment in (boundary..self.groups.len()).rev() {
+            let started = Instant::now();
+            let record = records.pop().expect("one record per segment that ran");
+            let is_head = segment + 1 == self.groups.len();
+            let head = if is_head { Some((loss, self.loss_gradient(loss, weight)?)) } else { None };
+            self.backward_segment(segment, record, head, &mut pending)?;
+            spent += started.elapsed();
+            for group in finishing.get(&segment).into_iter().flatten() {
+                let started = Instant::now();
+                self.write_gradient(*group, &mut pending)?;
+                spent += started.elapsed();
+                if let Some(buffer) = &self.gradients[*group] {
+                    on_group(*group, &buffer.flat);
+                }
+            }
+        }
+        Ok(spent)
+    }
+
+    /// The gradient that the loss starts with; `None` stands for one.
+    fn loss_gradient(&self, loss: &Tensor, weight: f64) -> Result<Option<Tensor>, Error> {
+        #[expect(clippy::float_cmp, reason = "exactly one needs no multiplication")]
+        if weight == 1.0 {
+            return Ok(None);
+        }
+        let full =
+            loss.f_detach().and_then(|like| like.f_full_like(weight)).map_err(tensor_error("the loss's weight"))?;
+        Ok(Some(full))
+    }
+
+    /// One segment's gradients into `pending`: by its cut values from below and by the trainable parameters it reads.
+    fn backward_segment(
+        &self,
+        segment: usize,
+        record: Record,
+        head: Option<(&Tensor, Option<Tensor>)>,
+        pending: &mut Pending,
+    ) -> Result<(), Error> {
+        let is_trainable = |index: &usize| self.owners.get(index).is_some_and(|group| self.gradients[*group].is_some());
+        let indices: Vec<usize> =
+            self.program.blocks[segment].parameters.iter().copied().filter(is_trainable).collect();
+        let mut roots: Vec<(Tensor, Option<Tensor>)> = Vec::new();
+        match head {
+            Some((loss, gradient)) => roots.push((loss.shallow_clone(), gradient)),
+            None => {
+                for (value, output) in record.outputs {
+                    if let Some(gradient) = pending.cuts.remove(&value) {
+                        roots.push((output, Some(gradient)));
+                    }
+                }
+            }
+        }
+        let mut leaves: Vec<Tensor> = Vec::new();
+        for index in &indices {
+            let leaf = self.parameter(*index).expect("every parameter of a group is loaded").shallow_clone();
+            // A tied parameter's gradient so far comes first, as in one pass over the whole graph (MODEL-4).
+            if let Some(gradient) = pending.parameters.remove(index) {
+                roots.push((leaf.shallow_clone(), Some(gradient)));
+            }
+            leaves.push(leaf);
+        }
+        leaves.extend(record.inputs.iter().map(|(_, leaf)| leaf.shallow_clone()));
+        roots.retain(|(root, _)| root.requires_grad());
+        if roots.is_empty() || leaves.is_empty() {
+            return Ok(());
+        }
+        let outputs: Vec<(&Tensor, Option<&Tensor>)> =
+            roots.iter().map(|(root, gradient)| (root, gradient.as_ref())).collect();
+        let gradients = autograd::grad(&outputs, &leaves.iter().collect::<Vec<_>>())?;
+        let mut gradients = gradients.into_iter();
+        for (index, gradient) in indices.into_iter().zip(gradients.by_ref()) {
+            pending.parameters.extend(gradient.map(|gradient| (index, gradient)));
+        }
+        for ((value, _), gradient) in record.inputs.into_iter().zip(gradients) {
+            pending.cuts.extend(gradient.map(|gradient| (value, gradient)));
+        }
+        Ok(())
+    }
+
+    /// Segment → trainable groups whose gradient is final after it, highest first. A tied parameter makes a group wait for its lowest reader.
+    fn groups_by_last_segment(&self, boundary: usize) -> BTreeMap<usize, Vec<usize>> {
+        let mut finishing: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for group in self.trainable().into_iter().rev() {
+            let reads = |segment: &usize| {
+                let parameters = &self.program.blocks[*segment].parameters;
+                parameters.iter().any(|index| self.owners.get(index) == Some(&group))
+            };
+            let last = (boundary..group).find(reads).unwrap_or(group);
+            finishing.entry(last).or_default().push(group);
+        }
+        finishing
+    }
+
+    /// Copies a group's gradients into its flat buffer; zeros where a parameter was not used.
+    fn write_gradient(&mut self, group: usize, pending: &mut Pending) -> Result<(), Error> {
+        let _mode = GradMode::set(false);
+        let Some(buffer) = &mut self.gradients[group] else { return Ok(()) };
+        for (parameter, view) in self.groups[group].parameters.iter().zip(&mut buffer.views) {
+            let written = match pending.parameters.remove(&parameter.index) {
+                Some(gradient) => view.f_copy_(&gradient),
+                None => view.f_zero_().map(drop),
+            };
+            written.map_err(tensor_error("a flat gradient"))?;
+        }
+        Ok(())
+    }
+
+    /// Empties the cells of the batch.
+    fn clear(&mut self) {
+        for value in &self.transient {
+            self.frame.cells[*value] = Cell::Empty;
+        }
+    }
+}
+
+/// Any floating type will do for a floating input: it becomes the master type.
+fn check_kind(input: &GraphInput, expected: DType, found: Kind) -> Result<(), Error> {
+    let found_dtype = dtype_of(found);
+    let both_float = expected.is_float() && found_dtype.is_some_and(DType::is_float);
+    if both_float || found_dtype == Some(expected) {
+        return Ok(());
+    }
+    Err(Error::Input { name: input.name.clone(), expected: format!("{expected:?}"), found: format!("{found:?}") })
+}

@@ -1,0 +1,131 @@
+//! What holds for the whole process: threads, seed, determinism; and a tensor's memory as a slice.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::ffi;
+
+/// Why the process could not be set up, or a tensor's memory not be lent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot set {what}: {message}")]
+    Set { what: &'static str, message: String },
+    #[error(
+        "cannot read a tensor of {kind:?} on {device:?} as a slice of {expected:?}: it must be contiguous, on the CPU and of that type"
+    )]
+    Slice { kind: Kind, device: Device, expected: Kind },
+}
+
+fn checked(what: &'static str, code: i32) -> Result<(), Error> {
+    if code < 0 { Err(Error::Set { what, message: ffi::last_error() }) } else { Ok(()) }
+}
+
+/// Seeds every generator (CPU and devices), as `torch.manual_seed`.
+///
+/// # Errors
+/// With libtorch's text.
+pub fn manual_seed(seed: u64) -> Result<(), Error> {
+    // SAFETY: takes a number.
+    checked("the seed", unsafe { ffi::thaw_manual_seed(seed) })
+}
+
+/// Threads within one operator.
+#[must_use]
+pub fn num_threads() -> usize {
+    // SAFETY: takes nothing.
+    usize::try_from(unsafe { ffi::thaw_get_num_threads() }).unwrap_or(1)
+}
+
+/// Sets the threads within one operator.
+///
+/// # Errors
+/// With libtorch's text.
+pub fn set_num_threads(threads: usize) -> Result<(), Error> {
+    // SAFETY: takes a number.
+    checked("the number of threads", unsafe { ffi::thaw_set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX)) })
+}
+
+/// Whether operators without a deterministic form fail, as `torch.use_deterministic_algorithms`.
+///
+/// # Errors
+/// With libtorch's text.
+pub fn set_deterministic(enabled: bool) -> Result<(), Error> {
+    // SAFETY: takes a flag.
+    checked("deterministic algorithms", unsafe { ffi::thaw_set_deterministic(i32::from(enabled)) })
+}
+
+fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
+    let (kind, device) = (tensor.kind(), tensor.device());
+    if kind == expected && device == Device::Cpu && tensor.is_contiguous() {
+        Ok(())
+    } else {
+        Err(Error::Slice { kind, device, expected })
+    }
+}
+
+/// A contiguous tensor's memory. What it points to lives as long as the tensor.
+fn memory<Element>(tensor: &Tensor) -> *mut [Element] {
+    let elements = tensor.numel();
+    // An empty tensor may have no memory, and a slice must not be null.
+    let start =
+        if elements == 0 { std::ptr::NonNull::dangling().as_ptr() } else { tensor.data_ptr().cast::<Element>() };
+    std::ptr::slice_from_raw_parts_mut(start, elements)
+}
+
+macro_rules! slices {
+    ($read:ident, $read_all:ident, $write:ident, $element:ty, $kind:expr) => {
+        #[doc = concat!("Lends the memory of a contiguous CPU tensor of `", stringify!($element), "`.")]
+        ///
+        /// # Errors
+        /// [`Error::Slice`] for any other tensor.
+        pub fn $read<R>(tensor: &Tensor, body: impl FnOnce(&[$element]) -> R) -> Result<R, Error> {
+            check_slice(tensor, $kind)?;
+            // SAFETY: the tensor is contiguous, on the CPU and of this type; libtorch runs nothing in the background on the CPU, and
+            // `body` only reads.
+            Ok(body(unsafe { &*memory::<$element>(tensor) }))
+        }
+
+        #[doc = concat!("Lends the memory of several contiguous CPU tensors of `", stringify!($element), "`.")]
+        ///
+        /// # Errors
+        /// [`Error::Slice`] where one is any other tensor.
+        pub fn $read_all<R>(tensors: &[Tensor], body: impl FnOnce(&[&[$element]]) -> R) -> Result<R, Error> {
+            tensors.iter().try_for_each(|tensor| check_slice(tensor, $kind))?;
+            let lend = |tensor: &Tensor| {
+                let memory = memory::<$element>(tensor);
+                // SAFETY: as for one tensor; the borrow of `tensors` outlives `body`.
+                unsafe { &*memory }
+            };
+            let slices: Vec<&[$element]> = tensors.iter().map(lend).collect();
+            Ok(body(&slices))
+        }
+
+        #[doc = concat!("Lends the memory of a contiguous CPU tensor of `", stringify!($element), "`, to be written.")]
+        /// The tensor is taken exclusively; other handles to the same storage must not be used inside `body`.
+        ///
+        /// # Errors
+        /// [`Error::Slice`] for any other tensor.
+        pub fn $write<R>(tensor: &mut Tensor, body: impl FnOnce(&mut [$element]) -> R) -> Result<R, Error> {
+            check_slice(tensor, $kind)?;
+            // SAFETY: the tensor is contiguous, on the CPU and of this type; the caller keeps other handles to the storage out of `body`.
+            Ok(body(unsafe { &mut *memory::<$element>(tensor) }))
+        }
+    };
+}
+
+slices!(with_slice_f32, with_slices_f32, with_slice_f32_mut, f32, Kind::Float);
+slices!(with_slice_f64, with_slices_f64, with_slice_f64_mut, f64, Kind::Double);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_the_tensors_memory() {
+        let mut x = Tensor::from_slice(&[1.0_f32, 2.0, 3.0]);
+        with_slice_f32_mut(&mut x, |values| values[1] = 7.0).unwrap();
+        assert_eq!(with_slice_f32(&x, <[f32]>::to_vec).unwrap(), [1.0, 7.0, 3.0]);
+        assert!(with_slice_f64(&x, |_| ()).is_err());
+        let transposed = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).transpose(0, 1);
+        assert!(with_slice_f32(&transposed, |_| ()).is_err());
+    }
+}
