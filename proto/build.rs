@@ -4,13 +4,8 @@ use prost::Message as _;
 use std::path::PathBuf;
 use std::{env, error, fs};
 
-const PROTOS: [&str; 5] = [
-    "thaw/v1/spec.proto",
-    "thaw/v1/plan.proto",
-    "thaw/v1/run.proto",
-    "thaw/v1/worker.proto",
-    "thaw/v1/cluster.proto",
-];
+const PROTOS: [&str; 5] =
+    ["thaw/v1/spec.proto", "thaw/v1/plan.proto", "thaw/v1/run.proto", "thaw/v1/worker.proto", "thaw/v1/cluster.proto"];
 
 fn main() -> Result<(), Box<dyn error::Error>> {
     println!("cargo::rerun-if-changed=thaw");

@@ -2,7 +2,8 @@
 //! path.
 //!
 //! JOURNAL-1: a full disk costs lines, never the run: what cannot be written is counted and said once per run.
-//! JOURNAL-2: a reader is told the length of the file that is safely written, and reads up to there.
+//! JOURNAL-2: readers are told when the log has grown; a line is one write, and a reader keeps half a line until the
+//!            rest comes.
 
 use crate::folder::{Lines, RunFolder};
 use std::collections::BTreeMap;

@@ -203,17 +203,8 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Optimizer {
-    AdamW {
-        weight_decay: f64,
-        beta1: f64,
-        beta2: f64,
-        epsilon: f64,
-    },
-    Sgd {
-        weight_decay: f64,
-        momentum: f64,
-        nesterov: bool,
-    },
+    AdamW { weight_decay: f64, beta1: f64, beta2: f64, epsilon: f64 },
+    Sgd { weight_decay: f64, momentum: f64, nesterov: bool },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -48,20 +48,13 @@ impl ErrorClass {
     #[must_use]
     pub fn of(status: &Status) -> Self {
         match status.code() {
-            Code::Unavailable
-            | Code::DeadlineExceeded
-            | Code::ResourceExhausted
-            | Code::Cancelled => Self::Retry,
+            Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Cancelled => Self::Retry,
             Code::Aborted => Self::Fenced,
             Code::InvalidArgument | Code::OutOfRange => Self::Invalid,
             Code::NotFound => Self::NotFound,
             Code::AlreadyExists => Self::AlreadyExists,
-            Code::FailedPrecondition | Code::PermissionDenied | Code::Unauthenticated => {
-                Self::Precondition
-            }
-            Code::Ok | Code::Unknown | Code::Unimplemented | Code::Internal | Code::DataLoss => {
-                Self::Fatal
-            }
+            Code::FailedPrecondition | Code::PermissionDenied | Code::Unauthenticated => Self::Precondition,
+            Code::Ok | Code::Unknown | Code::Unimplemented | Code::Internal | Code::DataLoss => Self::Fatal,
         }
     }
 }
@@ -70,12 +63,7 @@ impl ErrorClass {
 ///
 /// `reason` is stable and in UPPER_SNAKE_CASE (`RUN_NOT_FOUND`); `metadata` holds what it is about (`run`, `leader`).
 #[must_use]
-pub fn error(
-    class: ErrorClass,
-    reason: &str,
-    message: impl Into<String>,
-    metadata: &[(&str, &str)],
-) -> Status {
+pub fn error(class: ErrorClass, reason: &str, message: impl Into<String>, metadata: &[(&str, &str)]) -> Status {
     Status::with_error_details(class.code(), message, details(reason, metadata))
 }
 
@@ -95,55 +83,34 @@ pub fn invalid(reason: &str, violations: &Violations) -> Status {
 /// The stable reason of a status. `None`: it has none, so Thaw did not make it.
 #[must_use]
 pub fn reason(status: &Status) -> Option<String> {
-    status
-        .get_details_error_info()
-        .filter(|info| info.domain == DOMAIN)
-        .map(|info| info.reason)
+    status.get_details_error_info().filter(|info| info.domain == DOMAIN).map(|info| info.reason)
 }
 
 /// A value from the metadata of a status's `ErrorInfo`.
 #[must_use]
 pub fn metadata(status: &Status, key: &str) -> Option<String> {
-    status
-        .get_details_error_info()
-        .and_then(|mut info| info.metadata.remove(key))
+    status.get_details_error_info().and_then(|mut info| info.metadata.remove(key))
 }
 
 /// The mistakes in fields that a status carries; none where it carries none.
 #[must_use]
 pub fn violations(status: &Status) -> Violations {
-    let fields = status
-        .get_details_bad_request()
-        .map(|request| request.field_violations)
-        .unwrap_or_default();
-    let violation = |field: FieldViolation| Violation {
-        path: field.field,
-        message: field.description,
-        line: None,
-    };
+    let fields = status.get_details_bad_request().map(|request| request.field_violations).unwrap_or_default();
+    let violation = |field: FieldViolation| Violation { path: field.field, message: field.description, line: None };
     Violations(fields.into_iter().map(violation).collect())
 }
 
 /// A status as a person reads it: the sentence, its reason, then one mistake a line.
 #[must_use]
 pub fn describe(status: &Status) -> String {
-    let what = if status.message().is_empty() {
-        status.code().description()
-    } else {
-        status.message()
-    };
+    let what = if status.message().is_empty() { status.code().description() } else { status.message() };
     let mut text = what.to_owned();
     if let Some(reason) = reason(status) {
         text.push_str(&format!(" [{reason}]"));
     }
     let violations = violations(status);
     // One mistake is the sentence itself.
-    if violations.0.len() > 1
-        || violations
-            .0
-            .first()
-            .is_some_and(|only| only.to_string() != what)
-    {
+    if violations.0.len() > 1 || violations.0.first().is_some_and(|only| only.to_string() != what) {
         for violation in &violations.0 {
             text.push_str(&format!("\n  {violation}"));
         }
@@ -152,18 +119,13 @@ pub fn describe(status: &Status) -> String {
 }
 
 fn details(reason: &str, metadata: &[(&str, &str)]) -> ErrorDetails {
-    let metadata: HashMap<String, String> = metadata
-        .iter()
-        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-        .collect();
+    let metadata: HashMap<String, String> =
+        metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     ErrorDetails::with_error_info(reason, DOMAIN, metadata)
 }
 
 fn field_violation(violation: &Violation) -> FieldViolation {
-    let without_path = Violation {
-        path: String::new(),
-        ..violation.clone()
-    };
+    let without_path = Violation { path: String::new(), ..violation.clone() };
     FieldViolation::new(violation.path.clone(), without_path.to_string())
 }
 

@@ -45,17 +45,8 @@ impl Violations {
     }
 
     /// Adds a mistake found at a line, from 1.
-    pub fn push_at(
-        &mut self,
-        path: impl Into<String>,
-        message: impl Into<String>,
-        line: Option<usize>,
-    ) {
-        self.0.push(Violation {
-            path: path.into(),
-            message: message.into(),
-            line,
-        });
+    pub fn push_at(&mut self, path: impl Into<String>, message: impl Into<String>, line: Option<usize>) {
+        self.0.push(Violation { path: path.into(), message: message.into(), line });
     }
 
     /// Adds the mistakes of a nested message, with `prefix` before each path.
@@ -83,11 +74,7 @@ impl Violations {
     /// # Errors
     /// Where there is at least one mistake.
     pub fn or_ok<T>(self, value: T) -> Result<T, Self> {
-        if self.is_empty() {
-            Ok(value)
-        } else {
-            Err(self)
-        }
+        if self.is_empty() { Ok(value) } else { Err(self) }
     }
 }
 

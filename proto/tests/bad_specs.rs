@@ -78,14 +78,8 @@ fn what_could_not_be_read_has_no_second_mistake() {
             "optimizer: {type: sdg, momentum: 0.5}",
             "optimizer.type: \"sdg\" is not a known value: did you mean sgd? (line 5)",
         ),
-        (
-            "until: {max_epochs: three}",
-            "until.max_epochs: expected a whole number, found the text \"three\" (line 5)",
-        ),
-        (
-            "workers: 4",
-            "workers: expected fields (min, max, threads_per_trainer), found the number 4 (line 5)",
-        ),
+        ("until: {max_epochs: three}", "until.max_epochs: expected a whole number, found the text \"three\" (line 5)"),
+        ("workers: 4", "workers: expected fields (min, max, threads_per_trainer), found the number 4 (line 5)"),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");
@@ -116,18 +110,12 @@ fn rules_over_several_fields() {
             "logical_shards: 2\nworkers: {max: 4}",
             "logical_shards: must be at least workers.max (4), not 2: raise it, or lower workers.max (line 5)",
         ),
-        (
-            "logical_shards: 9",
-            "logical_shards: must be at most global_batch_size (8), not 9: lower it (line 5)",
-        ),
+        ("logical_shards: 9", "logical_shards: must be at most global_batch_size (8), not 9: lower it (line 5)"),
         (
             "workers: {max: 9}",
             "workers.max: must be at most global_batch_size (8), not 9: each worker needs a sample (line 5)",
         ),
-        (
-            "strategy: custom",
-            "stages: is required for strategy custom: give at least one stage",
-        ),
+        ("strategy: custom", "stages: is required for strategy custom: give at least one stage"),
         (
             "stages: [{name: s, thaw: [head]}]",
             "stages: must be empty unless strategy is custom: remove the stages, or set strategy to custom (line 5)",
@@ -152,30 +140,18 @@ fn rules_over_several_fields() {
             "until: {}",
             "until: must give at least one of max_epochs, max_steps and early_stopping, or be left out (line 5)",
         ),
-        (
-            "optimizer: {momentum: 0.5}",
-            "optimizer.momentum: belongs to sgd: remove it, or set type to sgd (line 5)",
-        ),
+        ("optimizer: {momentum: 0.5}", "optimizer.momentum: belongs to sgd: remove it, or set type to sgd (line 5)"),
         (
             "optimizer: {type: sgd, beta1: 0.5}",
             "optimizer.beta1: belongs to adamw: remove it, or set type to adamw (line 5)",
         ),
-        (
-            "learning_rate: .nan",
-            "learning_rate: must be a finite number > 0, not NaN; leave it out for 0.001 (line 5)",
-        ),
+        ("learning_rate: .nan", "learning_rate: must be a finite number > 0, not NaN; leave it out for 0.001 (line 5)"),
         (
             "max_grad_norm: .inf",
             "max_grad_norm: must be a finite number > 0, not inf; leave it out for no clipping (line 5)",
         ),
-        (
-            "layer_decay: 0",
-            "layer_decay: must be in (0, 1], not 0; leave it out for learning_rate_spread (line 5)",
-        ),
-        (
-            "learning_rate: 1e999",
-            "learning_rate: \"1e999\" is too large: at most 1.7976931348623157e308 (line 5)",
-        ),
+        ("layer_decay: 0", "layer_decay: must be in (0, 1], not 0; leave it out for learning_rate_spread (line 5)"),
+        ("learning_rate: 1e999", "learning_rate: \"1e999\" is too large: at most 1.7976931348623157e308 (line 5)"),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");
@@ -184,11 +160,8 @@ fn rules_over_several_fields() {
 
 #[test]
 fn data_rules() {
-    let spec = |data: &str| {
-        mistakes(&format!(
-            "name: a\nbackbone: {{graph: /m.pt2}}\nglobal_batch_size: 8\ndata: {data}\n"
-        ))
-    };
+    let spec =
+        |data: &str| mistakes(&format!("name: a\nbackbone: {{graph: /m.pt2}}\nglobal_batch_size: 8\ndata: {data}\n"));
     let table = [
         (
             "{train: {path: /d, format: image_folder, text: t}, max_length: 8}",
@@ -241,31 +214,13 @@ fn text_rules() {
     let deep = format!("stages: {}{}", "[".repeat(40), "]".repeat(40));
     let long = format!("name: {}", "a".repeat(1 << 20));
     let table = [
-        (
-            "name: &a b\nseed: *a",
-            "the text has an anchor (&name): write the value out where it is needed (line 1)",
-        ),
-        (
-            "name: a\n---\nname: b",
-            "the text holds several documents: give one a file (line 2)",
-        ),
-        (
-            "name: !x a",
-            "the text has a tag (!name): remove it, the field decides the type (line 1)",
-        ),
-        (
-            deep.as_str(),
-            "the text is nested deeper than 32 levels (line 1)",
-        ),
-        (
-            long.as_str(),
-            "the text has 1048582 bytes: at most 1048576 are read",
-        ),
+        ("name: &a b\nseed: *a", "the text has an anchor (&name): write the value out where it is needed (line 1)"),
+        ("name: a\n---\nname: b", "the text holds several documents: give one a file (line 2)"),
+        ("name: !x a", "the text has a tag (!name): remove it, the field decides the type (line 1)"),
+        (deep.as_str(), "the text is nested deeper than 32 levels (line 1)"),
+        (long.as_str(), "the text has 1048582 bytes: at most 1048576 are read"),
         ("", "the text is empty: give at least the required fields"),
-        (
-            "[a]: b",
-            "the text has a list or map as a key: keys are field names (line 1)",
-        ),
+        ("[a]: b", "the text has a list or map as a key: keys are field names (line 1)"),
     ];
     for (spec, expected) in table {
         assert_eq!(text::parse_spec(spec).unwrap_err().to_string(), expected);
@@ -275,31 +230,16 @@ fn text_rules() {
 #[test]
 fn wrong_types_name_what_was_expected() {
     let table = [
-        (
-            "name: 7",
-            "name: expected a text, found the number 7: put it in quotes (\"7\") (line 1)",
-        ),
+        ("name: 7", "name: expected a text, found the number 7: put it in quotes (\"7\") (line 1)"),
         ("name: [a]", "name: expected a text, found a list (line 1)"),
         (
             "data: x",
             "data: expected fields (train, eval, test, split, max_length, image), found the text \"x\" (line 1)",
         ),
-        (
-            "stages: {}",
-            "stages: expected a list ([a, b]), found fields (line 1)",
-        ),
-        (
-            "global_batch_size: 4294967296",
-            "global_batch_size: must be in 0-4294967295, not 4294967296 (line 1)",
-        ),
-        (
-            "stop_when_no_gain: yes",
-            "stop_when_no_gain: expected true or false, found the text \"yes\" (line 1)",
-        ),
-        (
-            "learning_rate: \"1e-3\"",
-            "learning_rate: expected a number, found the text \"1e-3\" (line 1)",
-        ),
+        ("stages: {}", "stages: expected a list ([a, b]), found fields (line 1)"),
+        ("global_batch_size: 4294967296", "global_batch_size: must be in 0-4294967295, not 4294967296 (line 1)"),
+        ("stop_when_no_gain: yes", "stop_when_no_gain: expected true or false, found the text \"yes\" (line 1)"),
+        ("learning_rate: \"1e-3\"", "learning_rate: expected a number, found the text \"1e-3\" (line 1)"),
         (
             "backbone: {head: {hidden_sizes: [8, x]}}",
             "backbone.head.hidden_sizes[1]: expected a whole number, found the text \"x\" (line 1)",
@@ -313,10 +253,7 @@ fn wrong_types_name_what_was_expected() {
     for (spec, expected) in table {
         let said = text::parse_spec(spec).unwrap_err().to_string();
         if expected.is_empty() {
-            assert!(
-                said.starts_with("zzz: is not a field: known are name, backbone, "),
-                "{said}"
-            );
+            assert!(said.starts_with("zzz: is not a field: known are name, backbone, "), "{said}");
             assert!(said.contains("\n\"a b\": is not a field"), "{said}");
         } else {
             assert_eq!(said, expected, "{spec}");

@@ -37,54 +37,28 @@ fn the_designs_example() {
     assert_eq!(spec.rate_decay, RateDecay::Spread(Some(40.0)));
     assert_eq!(spec.until.max_epochs, Some(3));
     let stopping: EarlyStopping = spec.until.early_stopping.unwrap();
-    assert_eq!(
-        (stopping.metric, stopping.patience, stopping.min_delta),
-        (Metric::EvalLoss, 1, 1e-3)
-    );
-    assert_eq!(
-        (spec.workers.min, spec.workers.max, spec.logical_shards),
-        (1, 4, 4)
-    );
+    assert_eq!((stopping.metric, stopping.patience, stopping.min_delta), (Metric::EvalLoss, 1, 1e-3));
+    assert_eq!((spec.workers.min, spec.workers.max, spec.logical_shards), (1, 4, 4));
     assert_eq!(spec.checkpoint.url.unwrap().as_str(), "s3://lab/runs");
     assert_eq!(spec.seed, 7);
-    assert_eq!(
-        (
-            spec.data.split.train,
-            spec.data.split.eval,
-            spec.data.split.test
-        ),
-        (0.7, 0.15, 0.15)
-    );
+    assert_eq!((spec.data.split.train, spec.data.split.eval, spec.data.split.test), (0.7, 0.15, 0.15));
     assert!(spec.stop_when_no_gain && !spec.thaw_embeddings);
     assert_eq!(
-        (
-            spec.head_rate_after_thaw,
-            spec.thaw_units,
-            spec.logging_steps,
-            spec.data.max_length
-        ),
+        (spec.head_rate_after_thaw, spec.thaw_units, spec.logging_steps, spec.data.max_length),
         (0.5, 4, 10, 128)
     );
 }
 
 #[test]
 fn defaults_follow_the_strategy_and_the_optimizer() {
-    let base = "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\ndata: {train: {path: ../d, format: image_folder}}\n";
-    let spec = check(&format!(
-        "{base}strategy: from_scratch\noptimizer: {{type: sgd}}\n"
-    ));
+    let base =
+        "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\ndata: {train: {path: ../d, format: image_folder}}\n";
+    let spec = check(&format!("{base}strategy: from_scratch\noptimizer: {{type: sgd}}\n"));
     assert_eq!(spec.backbone.graph.as_str(), "file:///specs/m.pt2");
     assert_eq!(spec.data.train.path.as_str(), "file:///d");
     assert_eq!(spec.rate_decay, RateDecay::Spread(Some(1.0)));
     assert_eq!(spec.learning_rate, 1e-2);
-    assert_eq!(
-        spec.optimizer,
-        Optimizer::Sgd {
-            weight_decay: 0.0,
-            momentum: 0.9,
-            nesterov: false
-        }
-    );
+    assert_eq!(spec.optimizer, Optimizer::Sgd { weight_decay: 0.0, momentum: 0.9, nesterov: false });
     assert!(!spec.stop_when_no_gain && spec.thaw_embeddings);
     assert_eq!(spec.head_rate_after_thaw, 1.0);
     assert_eq!(spec.until.max_epochs, Some(3));
@@ -97,27 +71,14 @@ fn defaults_follow_the_strategy_and_the_optimizer() {
 fn a_part_with_its_own_source_takes_no_share() {
     let base = "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\n";
     let shares = |parts: &str| {
-        let split = check(&format!(
-            "{base}data: {{train: {{path: d, format: image_folder}}{parts}}}\n"
-        ))
-        .data
-        .split;
+        let split = check(&format!("{base}data: {{train: {{path: d, format: image_folder}}{parts}}}\n")).data.split;
         (split.train, split.eval, split.test)
     };
     assert_eq!(shares(""), (0.8, 0.1, 0.1));
     assert_eq!(shares(", split: {stratified: false}"), (0.8, 0.1, 0.1));
-    assert_eq!(
-        shares(", eval: {path: e, format: image_folder}"),
-        (1.0, 0.0, 0.0)
-    );
-    assert_eq!(
-        shares(", test: {path: e, format: image_folder}"),
-        (0.9, 0.1, 0.0)
-    );
-    assert_eq!(
-        shares(", eval: {path: e, format: image_folder}, split: {train: 0.9, test: 0.1}"),
-        (0.9, 0.0, 0.1)
-    );
+    assert_eq!(shares(", eval: {path: e, format: image_folder}"), (1.0, 0.0, 0.0));
+    assert_eq!(shares(", test: {path: e, format: image_folder}"), (0.9, 0.1, 0.0));
+    assert_eq!(shares(", eval: {path: e, format: image_folder}, split: {train: 0.9, test: 0.1}"), (0.9, 0.0, 0.1));
 }
 
 #[test]
@@ -151,8 +112,7 @@ fn a_checked_spec_survives_every_form() {
 
 #[test]
 fn yaml_reads_like_one_wrote_it() {
-    let raw =
-        text::parse_spec(&format!("{EXAMPLE}strategy_: 1").replace("strategy_: 1", "")).unwrap();
+    let raw = text::parse_spec(&format!("{EXAMPLE}strategy_: 1").replace("strategy_: 1", "")).unwrap();
     let yaml = text::to_yaml(&raw);
     assert!(yaml.starts_with(
         "name: debian-sections\nbackbone:\n  graph: file:///models/minilm.pt2\ndata:\n  train:\n    path: file:///data/packages.csv\n    \
@@ -161,17 +121,10 @@ fn yaml_reads_like_one_wrote_it() {
     assert!(yaml.contains("\nstrategy: gradual_unfreezing\n"));
     let staged = pb::RunSpec {
         stages: vec![
-            pb::Stage {
-                name: "one".into(),
-                thaw: vec!["head".into(), "/b: 1/".into()],
-                ..Default::default()
-            },
+            pb::Stage { name: "one".into(), thaw: vec!["head".into(), "/b: 1/".into()], ..Default::default() },
             pb::Stage::default(),
         ],
         ..Default::default()
     };
-    assert_eq!(
-        text::to_yaml(&staged),
-        "stages:\n  - name: one\n    thaw: [head, \"/b: 1/\"]\n  - {}\n"
-    );
+    assert_eq!(text::to_yaml(&staged), "stages:\n  - name: one\n    thaw: [head, \"/b: 1/\"]\n  - {}\n");
 }

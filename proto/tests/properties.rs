@@ -21,34 +21,18 @@ fn any_text() -> impl Strategy<Value = String> {
 }
 
 fn source() -> impl Strategy<Value = pb::DataSource> {
-    (any_text(), 0..4, any_text(), any_text(), any_text()).prop_map(
-        |(path, format, text, label, tokenizer)| pb::DataSource {
-            path,
-            format,
-            text,
-            label,
-            tokenizer,
-        },
-    )
+    (any_text(), 0..4, any_text(), any_text(), any_text())
+        .prop_map(|(path, format, text, label, tokenizer)| pb::DataSource { path, format, text, label, tokenizer })
 }
 
 fn stage() -> impl Strategy<Value = pb::Stage> {
-    (
-        any_text(),
-        prop::collection::vec(any_text(), 0..3),
-        option::of(any::<f64>()),
-        0..3,
-        option::of(any::<u32>()),
-    )
+    (any_text(), prop::collection::vec(any_text(), 0..3), option::of(any::<f64>()), 0..3, option::of(any::<u32>()))
         .prop_map(|(name, thaw, rate, on_enter, steps)| pb::Stage {
             name,
             thaw,
             learning_rate: rate.filter(|rate| !rate.is_nan()),
             on_enter,
-            until: steps.map(|steps| pb::Until {
-                max_steps: Some(steps),
-                ..Default::default()
-            }),
+            until: steps.map(|steps| pb::Until { max_steps: Some(steps), ..Default::default() }),
             ..Default::default()
         })
 }

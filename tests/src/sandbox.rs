@@ -1,7 +1,7 @@
 //! A folder of its own for each test, and `thaw` run in it.
 
-use crate::process::{Ended, Process, binary};
 use crate::fixtures;
+use crate::process::{Ended, Process, binary};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -76,13 +76,15 @@ impl Sandbox {
     pub fn train_summary(&self, spec: &Path, workers: u32, more: &[&str]) -> Value {
         let ended = self.train(spec, workers, more);
         assert!(ended.status.success(), "thaw train failed:\n{}\n{}", ended.stderr, ended.stdout);
-        serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("not one JSON document ({error}): {}", ended.stdout))
+        serde_json::from_str(&ended.stdout)
+            .unwrap_or_else(|error| panic!("not one JSON document ({error}): {}", ended.stdout))
     }
 
     /// The folder of the only run.
     #[must_use]
     pub fn run_folder(&self) -> PathBuf {
-        let runs: Vec<_> = std::fs::read_dir(self.data_dir().join("runs")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let runs: Vec<_> =
+            std::fs::read_dir(self.data_dir().join("runs")).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(runs.len(), 1, "expected one run, found {runs:?}");
         runs[0].clone()
     }

@@ -37,7 +37,11 @@ fn with(from: &str, to: &str) -> String {
 
 #[test]
 fn an_unknown_key_names_the_nearest_known_one() {
-    refused(&Sandbox::new(), &with("global_batch_size", "global_batchsize"), &["global_batchsize", "global_batch_size"]);
+    refused(
+        &Sandbox::new(),
+        &with("global_batch_size", "global_batchsize"),
+        &["global_batchsize", "global_batch_size"],
+    );
 }
 
 #[test]
@@ -123,7 +127,8 @@ fn a_pickle_renamed_to_pt2() {
     let sandbox = Sandbox::new();
     let path = sandbox.path().join("pickle.pt2");
     let script = "import sys, torch; torch.save({'weight': torch.zeros(3)}, sys.argv[1])";
-    let ended = Process::start(std::process::Command::new(fixtures::python()).args(["-c", script]).arg(&path)).wait(DEADLINE);
+    let ended =
+        Process::start(std::process::Command::new(fixtures::python()).args(["-c", script]).arg(&path)).wait(DEADLINE);
     assert!(ended.status.success(), "{}", ended.stderr);
     let text = with("$FIXTURES/text.pt2", &path.display().to_string());
     refused(&sandbox, &text, &["pickle.pt2", "pickle"]);
@@ -144,8 +149,11 @@ fn a_port_in_use_is_named() {
 fn a_second_coordinator_on_the_same_store_is_refused() {
     let sandbox = Sandbox::new();
     let first = Process::start(sandbox.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"]));
-    thaw_tests::process::eventually("the first coordinator", DEADLINE, || first.stderr().contains("coordinator at").then_some(()));
-    let second = Process::start(sandbox.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"])).wait(DEADLINE);
+    thaw_tests::process::eventually("the first coordinator", DEADLINE, || {
+        first.stderr().contains("coordinator at").then_some(())
+    });
+    let second =
+        Process::start(sandbox.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"])).wait(DEADLINE);
     let found = errors(&second);
     assert_eq!(found.len(), 1, "{}", second.stderr);
     assert!(found[0].contains("store.redb"), "{}", found[0]);
@@ -157,7 +165,8 @@ fn a_full_disk_at_a_checkpoint_fails_the_run_by_name() {
     let sandbox = Sandbox::new();
     let small = sandbox.path().join("small");
     fs::create_dir(&small).unwrap();
-    let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=96k", "tmpfs"]).arg(&small).status();
+    let mounted =
+        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=96k", "tmpfs"]).arg(&small).status();
     if !mounted.is_ok_and(|status| status.success()) {
         assert!(!thaw_tests::in_ci() || !nix::unistd::geteuid().is_root(), "root in CI can mount a tmpfs");
         eprintln!("skipped: mounting a small tmpfs needs root");
@@ -168,7 +177,8 @@ fn a_full_disk_at_a_checkpoint_fails_the_run_by_name() {
         small.display()
     ));
     let ended = sandbox.train(&sandbox.spec(&text), 1, &[]);
-    let leftovers: Vec<_> = walk(&small).into_iter().filter(|path| path.contains(".tmp") || path.contains('#')).collect();
+    let leftovers: Vec<_> =
+        walk(&small).into_iter().filter(|path| path.contains(".tmp") || path.contains('#')).collect();
     let unmounted = std::process::Command::new("umount").arg(&small).status().unwrap();
     assert!(unmounted.success());
     assert!(!ended.status.success(), "{}", ended.stdout);

@@ -69,12 +69,16 @@ fn every_line_of_the_readme_works() {
     let described = cluster.run(find(&lines, &["describe"]), "");
     assert!(described.contains("CreateRun"), "{described}");
 
-    let validated: Value = serde_json::from_str(&cluster.run(find(&lines, &["CreateRun", "validate_only"]), "")).unwrap();
+    let validated: Value =
+        serde_json::from_str(&cluster.run(find(&lines, &["CreateRun", "validate_only"]), "")).unwrap();
     assert!(validated["plan"]["stages"].as_array().unwrap().len() > 1, "{validated}");
     let none = cluster.run(find(&lines, &["ListRuns"]), "");
     assert_eq!(serde_json::from_str::<Value>(&none).unwrap(), serde_json::json!({}), "validate_only kept a run");
 
-    let create = lines.iter().find(|line| line.contains("CreateRun") && !line.contains("validate_only")).expect("a CreateRun line");
+    let create = lines
+        .iter()
+        .find(|line| line.contains("CreateRun") && !line.contains("validate_only"))
+        .expect("a CreateRun line");
     let created: Value = serde_json::from_str(&cluster.run(create, "")).unwrap();
     let name = created["name"].as_str().unwrap().trim_start_matches("runs/").to_owned();
     let watched = cluster.run(find(&lines, &["WatchRun"]), &name);
@@ -85,7 +89,8 @@ fn every_line_of_the_readme_works() {
 
     for line in &lines {
         // Those above have run; a cancelled or resumed run must be one that has not ended.
-        if ["CreateRun", "WatchRun", "CancelRun", "SuspendRun", "ResumeRun"].iter().all(|method| !line.contains(method)) {
+        if ["CreateRun", "WatchRun", "CancelRun", "SuspendRun", "ResumeRun"].iter().all(|method| !line.contains(method))
+        {
             let _ = cluster.run(line, &name);
         }
     }
@@ -97,9 +102,13 @@ fn a_bad_spec_names_its_fields() {
     let Some(grpcurl) = thaw_tests::tool("grpcurl") else { return };
     let cluster = Cluster::start();
     let request = r#"{"spec": {"name": "Bad Name", "global_batch_size": 0}}"#;
-    let ended = Process::start(
-        Command::new(grpcurl).args(["-plaintext", "-d", request, &cluster.address, "thaw.v1.RunService/CreateRun"]),
-    )
+    let ended = Process::start(Command::new(grpcurl).args([
+        "-plaintext",
+        "-d",
+        request,
+        &cluster.address,
+        "thaw.v1.RunService/CreateRun",
+    ]))
     .wait(DEADLINE);
     assert!(!ended.status.success());
     for word in ["InvalidArgument", "google.rpc.BadRequest", "google.rpc.ErrorInfo", "global_batch_size", "backbone"] {

@@ -16,8 +16,10 @@ fn weights(summary: &Value) -> String {
 }
 
 fn manifest_steps(run: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(run.join("manifests")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = fs::read_dir(run.join("manifests"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -25,7 +27,8 @@ fn manifest_steps(run: &Path) -> Vec<String> {
 #[test]
 fn a_run_reports_what_it_did() {
     let sandbox = Sandbox::new();
-    let spec = sandbox.spec(&text_spec("until: {max_epochs: 3}\nthaw_units: 2\nlearning_rate: 5e-3\nstop_when_no_gain: false"));
+    let spec = sandbox
+        .spec(&text_spec("until: {max_epochs: 3}\nthaw_units: 2\nlearning_rate: 5e-3\nstop_when_no_gain: false"));
     let summary = sandbox.train_summary(&spec, 2, &[]);
     assert_eq!(summary["state"], "SUCCEEDED");
     assert_eq!(summary["strategy"], "gradual_unfreezing");
@@ -46,7 +49,10 @@ fn a_run_reports_what_it_did() {
         assert!(Path::new(&model).join(file).is_file(), "{file} is missing from {model}");
     }
     let run = sandbox.run_folder();
-    assert_eq!(fs::read_to_string(run.join("report/summary.json")).unwrap().trim(), serde_json::to_string_pretty(&summary).unwrap().trim());
+    assert_eq!(
+        fs::read_to_string(run.join("report/summary.json")).unwrap().trim(),
+        serde_json::to_string_pretty(&summary).unwrap().trim()
+    );
     for file in ["metrics.jsonl", "events.jsonl", "data/index.json"] {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
@@ -78,10 +84,9 @@ assert not any('embeddings' in name for name in moved), moved
 ",
     );
     let original = thaw_tests::fixtures::folder().join("text.pt2");
-    let ended = Process::start(
-        std::process::Command::new(thaw_tests::fixtures::python()).arg(script).arg(model).arg(original),
-    )
-    .wait(DEADLINE);
+    let ended =
+        Process::start(std::process::Command::new(thaw_tests::fixtures::python()).arg(script).arg(model).arg(original))
+            .wait(DEADLINE);
     assert!(ended.status.success(), "{}", ended.stderr);
 }
 
@@ -102,7 +107,9 @@ fn world_sizes_one_two_and_four_end_with_the_same_weights() {
 
 #[test]
 fn twenty_steps_are_ten_a_death_and_ten() {
-    let spec_text = text_spec("strategy: full_fine_tuning\nuntil: {max_steps: 20}\ncheckpoint: {save_steps: 10}\nverification: {digest_steps: 1}");
+    let spec_text = text_spec(
+        "strategy: full_fine_tuning\nuntil: {max_steps: 20}\ncheckpoint: {save_steps: 10}\nverification: {digest_steps: 1}",
+    );
     let straight = Sandbox::new();
     let expected = weights(&straight.train_summary(&straight.spec(&spec_text), 1, &[]));
 
@@ -140,7 +147,9 @@ fn survives(point: &str) {
     let hold = format!("{point}={}", reached.display());
     let training = Process::start(disturbed.train_command(&spec, 2, &["--hold", &hold]).arg("-ojson"));
     process::file(&reached, DEADLINE);
-    let id = process::eventually("the held trainer's id", DEADLINE, || fs::read_to_string(&reached).ok()?.trim().parse().ok());
+    let id = process::eventually("the held trainer's id", DEADLINE, || {
+        fs::read_to_string(&reached).ok()?.trim().parse().ok()
+    });
     process::kill_by_id(id);
     let ended = training.wait(DEADLINE);
     assert!(ended.status.success(), "{}", ended.stderr);

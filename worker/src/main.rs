@@ -80,7 +80,8 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let _telemetry = thaw_runtime::telemetry::init("thaw-worker", &thaw_runtime::telemetry::Options::from_env("info")?)?;
+        let _telemetry =
+            thaw_runtime::telemetry::init("thaw-worker", &thaw_runtime::telemetry::Options::from_env("info")?)?;
         let shutdown = thaw_runtime::shutdown::signal()?;
         if options.exit_with_stdin {
             let ended = shutdown.clone();

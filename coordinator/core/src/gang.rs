@@ -43,17 +43,11 @@ pub fn choose(free: &[FreeSlot], min: u32, max: u32) -> Decision {
     }
     let needed = min.max(1) as usize;
     if in_turn.len() < needed {
-        return Decision::Wait(WaitReason::TooFewSlots {
-            free: in_turn.len(),
-            needed,
-        });
+        return Decision::Wait(WaitReason::TooFewSlots { free: in_turn.len(), needed });
     }
     in_turn.sort();
-    let mut chosen: Vec<FreeSlot> = in_turn
-        .into_iter()
-        .take(max.max(1) as usize)
-        .map(|(_, slot)| slot.clone())
-        .collect();
+    let mut chosen: Vec<FreeSlot> =
+        in_turn.into_iter().take(max.max(1) as usize).map(|(_, slot)| slot.clone()).collect();
     chosen.sort();
     Decision::Form(chosen)
 }
@@ -64,26 +58,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn slots(given: &[(&str, u32)]) -> Vec<FreeSlot> {
-        given
-            .iter()
-            .map(|(worker, slot)| FreeSlot {
-                worker: (*worker).into(),
-                slot: Slot(*slot),
-            })
-            .collect()
+        given.iter().map(|(worker, slot)| FreeSlot { worker: (*worker).into(), slot: Slot(*slot) }).collect()
     }
 
     #[test]
     fn gang_3_workers_take_turns_and_ranks_are_neighbours() {
         let free = slots(&[("b", 0), ("a", 1), ("a", 0), ("a", 2), ("b", 1)]);
-        assert_eq!(
-            choose(&free, 1, 3),
-            Decision::Form(slots(&[("a", 0), ("a", 1), ("b", 0)]))
-        );
-        assert_eq!(
-            choose(&free, 1, 2),
-            Decision::Form(slots(&[("a", 0), ("b", 0)]))
-        );
+        assert_eq!(choose(&free, 1, 3), Decision::Form(slots(&[("a", 0), ("a", 1), ("b", 0)])));
+        assert_eq!(choose(&free, 1, 2), Decision::Form(slots(&[("a", 0), ("b", 0)])));
     }
 
     #[test]

@@ -95,11 +95,7 @@ pub enum Error {
     #[error(
         "reading a checkpoint manifest: it belongs to another {what} ({theirs}, not {ours}); give the run its own folder"
     )]
-    Foreign {
-        what: &'static str,
-        theirs: String,
-        ours: String,
-    },
+    Foreign { what: &'static str, theirs: String, ours: String },
 }
 
 /// Path below the run's folder (CKPT-1).
@@ -129,8 +125,7 @@ impl Manifest {
     /// The bytes to store; equal manifests have equal bytes.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        let mut bytes =
-            serde_json::to_vec_pretty(self).expect("plain data with text keys is always JSON");
+        let mut bytes = serde_json::to_vec_pretty(self).expect("plain data with text keys is always JSON");
         bytes.push(b'\n');
         bytes
     }
@@ -145,9 +140,7 @@ impl Manifest {
     #[must_use]
     pub fn blobs(&self) -> Vec<&BlobRef> {
         let groups = self.groups.iter().chain(self.best_groups.iter().flatten());
-        let mut blobs: Vec<&BlobRef> = groups
-            .flat_map(|group| group.weights.iter().chain(&group.optimizer))
-            .collect();
+        let mut blobs: Vec<&BlobRef> = groups.flat_map(|group| group.weights.iter().chain(&group.optimizer)).collect();
         blobs.sort();
         blobs.dedup();
         blobs
@@ -159,18 +152,12 @@ impl Manifest {
     /// The first field that contradicts another, by name.
     pub fn validate(&self) -> Result<(), Error> {
         if self.format_version != FORMAT_VERSION {
-            return Err(Error::Version {
-                found: self.format_version,
-            });
+            return Err(Error::Version { found: self.format_version });
         }
         if self.ended_stage_steps.len() != self.position.stage.0 as usize {
             return Err(field(
                 "ended_stage_steps",
-                format!(
-                    "has {} entries in stage {}",
-                    self.ended_stage_steps.len(),
-                    self.position.stage
-                ),
+                format!("has {} entries in stage {}", self.ended_stage_steps.len(), self.position.stage),
             ));
         }
         let ended: u64 = self.ended_stage_steps.iter().copied().map(u64::from).sum();
@@ -187,17 +174,10 @@ impl Manifest {
         if self.stage_results.len() != self.ended_stage_steps.len() {
             return Err(field(
                 "stage_results",
-                format!(
-                    "has {} entries for {} ended stages",
-                    self.stage_results.len(),
-                    self.ended_stage_steps.len()
-                ),
+                format!("has {} entries for {} ended stages", self.stage_results.len(), self.ended_stage_steps.len()),
             ));
         }
-        for (name, seconds) in [
-            ("seconds", self.seconds),
-            ("stage_seconds", self.stage_seconds),
-        ] {
+        for (name, seconds) in [("seconds", self.seconds), ("stage_seconds", self.stage_seconds)] {
             if !(seconds.is_finite() && seconds >= 0.0) {
                 return Err(field(name, "is not a duration".to_owned()));
             }
@@ -206,23 +186,13 @@ impl Manifest {
             return Err(field("world_size", "is 0".to_owned()));
         }
         if self.tracker.best.is_some() != self.best_groups.is_some() {
-            return Err(field(
-                "best_groups",
-                "and tracker.best are not present together".to_owned(),
-            ));
+            return Err(field("best_groups", "and tracker.best are not present together".to_owned()));
         }
         validate_groups("groups", &self.groups)?;
         if let Some(best) = &self.best_groups {
             validate_groups("best_groups", best)?;
-            if !best
-                .iter()
-                .map(|group| &group.name)
-                .eq(self.groups.iter().map(|group| &group.name))
-            {
-                return Err(field(
-                    "best_groups",
-                    "names other groups than groups".to_owned(),
-                ));
+            if !best.iter().map(|group| &group.name).eq(self.groups.iter().map(|group| &group.name)) {
+                return Err(field("best_groups", "names other groups than groups".to_owned()));
             }
         }
         Ok(())
@@ -232,12 +202,7 @@ impl Manifest {
     ///
     /// # Errors
     /// What differs, with both values.
-    pub fn check_belongs(
-        &self,
-        run: &RunId,
-        plan: &Plan,
-        fingerprints: &Fingerprints,
-    ) -> Result<(), Error> {
+    pub fn check_belongs(&self, run: &RunId, plan: &Plan, fingerprints: &Fingerprints) -> Result<(), Error> {
         let pairs = [
             ("run", self.run.as_str(), run.as_str()),
             ("run spec", &self.fingerprints.spec, &fingerprints.spec),
@@ -246,29 +211,16 @@ impl Manifest {
         ];
         for (what, theirs, ours) in pairs {
             if theirs != ours {
-                return Err(Error::Foreign {
-                    what,
-                    theirs: theirs.to_owned(),
-                    ours: ours.to_owned(),
-                });
+                return Err(Error::Foreign { what, theirs: theirs.to_owned(), ours: ours.to_owned() });
             }
         }
-        if !self
-            .groups
-            .iter()
-            .map(|group| &group.name)
-            .eq(plan.groups.iter().map(|group| &group.name))
-        {
+        if !self.groups.iter().map(|group| &group.name).eq(plan.groups.iter().map(|group| &group.name)) {
             return Err(field("groups", "are not those of the plan".to_owned()));
         }
         if self.position.stage.0 as usize > plan.stages.len() {
             return Err(field(
                 "position.stage",
-                format!(
-                    "is {}, but the plan has {} stages",
-                    self.position.stage,
-                    plan.stages.len()
-                ),
+                format!("is {}, but the plan has {} stages", self.position.stage, plan.stages.len()),
             ));
         }
         Ok(())
@@ -287,10 +239,7 @@ fn validate_groups(name: &str, groups: &[GroupState]) -> Result<(), Error> {
     }
     for (index, group) in groups.iter().enumerate() {
         if groups[..index].iter().any(|other| other.name == group.name) {
-            return Err(field(
-                &format!("{name}[{index}].name"),
-                format!("`{}` is there twice", group.name),
-            ));
+            return Err(field(&format!("{name}[{index}].name"), format!("`{}` is there twice", group.name)));
         }
         if let Some(weights) = &group.weights {
             validate_blob(&format!("{name}[{index}].weights"), weights)?;
@@ -310,24 +259,15 @@ fn validate_groups(name: &str, groups: &[GroupState]) -> Result<(), Error> {
 }
 
 fn validate_blob(name: &str, blob: &BlobRef) -> Result<(), Error> {
-    let hex = blob
-        .blake3
-        .bytes()
-        .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let hex = blob.blake3.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     if blob.blake3.len() != 64 || !hex {
-        return Err(field(
-            &format!("{name}.blake3"),
-            "is not 64 lower-case hex digits".to_owned(),
-        ));
+        return Err(field(&format!("{name}.blake3"), "is not 64 lower-case hex digits".to_owned()));
     }
     Ok(())
 }
 
 fn field(name: &str, problem: String) -> Error {
-    Error::Field {
-        field: name.to_owned(),
-        problem,
-    }
+    Error::Field { field: name.to_owned(), problem }
 }
 
 #[cfg(test)]
@@ -340,10 +280,7 @@ mod tests {
     use thaw_proto::run::StageEnd;
 
     fn blob(digit: &str) -> BlobRef {
-        BlobRef {
-            blake3: digit.repeat(64),
-            bytes: 12,
-        }
+        BlobRef { blake3: digit.repeat(64), bytes: 12 }
     }
 
     fn sample() -> Manifest {
@@ -354,11 +291,8 @@ mod tests {
             optimizer: trained.then(|| blob("b")),
             optimizer_steps: if trained { 7 } else { 0 },
         };
-        let groups: Vec<GroupState> = plan_of(&spec)
-            .groups
-            .iter()
-            .map(|planned| group(&planned.name, planned.name == "head"))
-            .collect();
+        let groups: Vec<GroupState> =
+            plan_of(&spec).groups.iter().map(|planned| group(&planned.name, planned.name == "head")).collect();
         let mut tracker = RunTracker::new(Judge::of_run(&spec));
         let _ = tracker.observe(&evaluation(0.1 + 0.2));
         Manifest {
@@ -366,11 +300,7 @@ mod tests {
             run: "demo-00000001".into(),
             generation: Generation(3),
             leader_epoch: None,
-            position: Position {
-                stage: StageIndex(1),
-                stage_step: 2,
-                step: Step(7),
-            },
+            position: Position { stage: StageIndex(1), stage_step: 2, step: Step(7) },
             ended_stage_steps: vec![5],
             stage_first_epoch: 1,
             tracker,
@@ -387,11 +317,7 @@ mod tests {
             seconds: 2.5,
             stage_seconds: 1.0,
             world_size: 2,
-            fingerprints: Fingerprints {
-                spec: "1".into(),
-                data: "2".into(),
-                graph: "3".into(),
-            },
+            fingerprints: Fingerprints { spec: "1".into(), data: "2".into(), graph: "3".into() },
             best_groups: Some(groups.clone()),
             groups,
         }
@@ -427,23 +353,15 @@ mod tests {
             manifest.validate().unwrap_err().to_string()
         };
         assert!(broken(|m| m.format_version = 2).contains("version is 2"));
-        assert!(
-            broken(|m| m.ended_stage_steps.clear())
-                .contains("ended_stage_steps has 0 entries in stage 1")
-        );
-        assert!(
-            broken(|m| m.position.step = Step(9)).contains("is step 9, but its stages add up to 7")
-        );
+        assert!(broken(|m| m.ended_stage_steps.clear()).contains("ended_stage_steps has 0 entries in stage 1"));
+        assert!(broken(|m| m.position.step = Step(9)).contains("is step 9, but its stages add up to 7"));
         assert!(broken(|m| m.stage_results.clear()).contains("stage_results"));
         assert!(broken(|m| m.seconds = f64::NAN).contains("seconds"));
         assert!(broken(|m| m.world_size = 0).contains("world_size"));
         assert!(broken(|m| m.groups.clear()).contains("groups is empty"));
         assert!(
-            broken(|m| m.groups[0].weights = Some(BlobRef {
-                blake3: "xyz".into(),
-                bytes: 1
-            }))
-            .contains("groups[0].weights.blake3")
+            broken(|m| m.groups[0].weights = Some(BlobRef { blake3: "xyz".into(), bytes: 1 }))
+                .contains("groups[0].weights.blake3")
         );
         assert!(broken(|m| m.groups[0].optimizer_steps = 3).contains("absent after 3 updates"));
         assert!(broken(|m| m.groups[1].name = m.groups[0].name.clone()).contains("twice"));
@@ -452,32 +370,17 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_refused() {
-        let text = String::from_utf8(sample().to_json()).unwrap().replacen(
-            "\"run\"",
-            "\"more\": 1, \"run\"",
-            1,
-        );
-        assert!(matches!(
-            Manifest::from_json(text.as_bytes()),
-            Err(Error::Json(_))
-        ));
+        let text = String::from_utf8(sample().to_json()).unwrap().replacen("\"run\"", "\"more\": 1, \"run\"", 1);
+        assert!(matches!(Manifest::from_json(text.as_bytes()), Err(Error::Json(_))));
     }
 
     #[test]
     fn ckpt_4_another_runs_manifest_is_refused() {
         let manifest = sample();
         let plan = plan_of(&spec(json!({})));
-        manifest
-            .check_belongs(&manifest.run, &plan, &manifest.fingerprints)
-            .unwrap();
-        let other = Fingerprints {
-            data: "9".into(),
-            ..manifest.fingerprints.clone()
-        };
-        let error = manifest
-            .check_belongs(&manifest.run, &plan, &other)
-            .unwrap_err()
-            .to_string();
+        manifest.check_belongs(&manifest.run, &plan, &manifest.fingerprints).unwrap();
+        let other = Fingerprints { data: "9".into(), ..manifest.fingerprints.clone() };
+        let error = manifest.check_belongs(&manifest.run, &plan, &other).unwrap_err().to_string();
         assert!(error.contains("another data set (2, not 9)"), "{error}");
     }
 }

@@ -23,10 +23,7 @@ pub struct Permutation {
 #[must_use]
 pub fn permutation(seed: u64, epoch: u32, shard: u32, len: u32) -> Permutation {
     let mut hasher = blake3::Hasher::new_derive_key("thaw.v1 order of a shard's samples");
-    hasher
-        .update(&seed.to_le_bytes())
-        .update(&epoch.to_le_bytes())
-        .update(&shard.to_le_bytes());
+    hasher.update(&seed.to_le_bytes()).update(&epoch.to_le_bytes()).update(&shard.to_le_bytes());
     let mut stream = hasher.finalize_xof();
     let keys = std::array::from_fn(|_| {
         let mut key = [0; 8];
@@ -34,11 +31,7 @@ pub fn permutation(seed: u64, epoch: u32, shard: u32, len: u32) -> Permutation {
         u64::from_le_bytes(key)
     });
     let bits = u32::BITS - len.saturating_sub(1).leading_zeros();
-    Permutation {
-        len,
-        half_bits: bits.div_ceil(2).max(1),
-        keys,
-    }
+    Permutation { len, half_bits: bits.div_ceil(2).max(1), keys }
 }
 
 impl Permutation {
@@ -48,11 +41,7 @@ impl Permutation {
     /// When `position` is not below the length.
     #[must_use]
     pub fn at(&self, position: u32) -> u32 {
-        assert!(
-            position < self.len,
-            "position {position} is outside a shard of {} samples",
-            self.len
-        );
+        assert!(position < self.len, "position {position} is outside a shard of {} samples", self.len);
         let mut value = u64::from(position);
         loop {
             value = self.encrypt(value);
@@ -124,9 +113,7 @@ impl ShardSampler {
         let end = (start + u64::from(self.batch)).min(u64::from(self.len));
         let order = permutation(self.seed, epoch, self.shard, self.len);
         let position = |index: u64| u32::try_from(index).expect("it is below the shard's length");
-        (start..end)
-            .map(|index| order.at(position(index)))
-            .collect()
+        (start..end).map(|index| order.at(position(index))).collect()
     }
 }
 
@@ -134,10 +121,7 @@ impl ShardSampler {
 #[must_use]
 pub fn shard_seed(seed: u64, step: u64, shard: u32) -> i64 {
     let mut hasher = blake3::Hasher::new_derive_key("thaw.v1 randomness of a shard's step");
-    hasher
-        .update(&seed.to_le_bytes())
-        .update(&step.to_le_bytes())
-        .update(&shard.to_le_bytes());
+    hasher.update(&seed.to_le_bytes()).update(&step.to_le_bytes()).update(&shard.to_le_bytes());
     let mut first = [0; 8];
     hasher.finalize_xof().fill(&mut first);
     i64::from_le_bytes(first) & i64::MAX
@@ -185,11 +169,7 @@ pub mod tree {
     }
 
     /// Sums node `[lo, hi)`: `leaf` gives a shard's value, `add` joins lower and upper half, in that order.
-    pub fn reduce<T>(
-        node: Range<u32>,
-        leaf: &mut impl FnMut(u32) -> T,
-        add: &mut impl FnMut(T, T) -> T,
-    ) -> Option<T> {
+    pub fn reduce<T>(node: Range<u32>, leaf: &mut impl FnMut(u32) -> T, add: &mut impl FnMut(T, T) -> T) -> Option<T> {
         match node.end.saturating_sub(node.start) {
             0 => None,
             1 => Some(leaf(node.start)),
@@ -214,32 +194,16 @@ mod tests {
         let order = permutation(7, 0, 0, 10);
         let first: Vec<u32> = (0..10).map(|position| order.at(position)).collect();
         assert_eq!(first, GOLDEN_ORDER);
-        assert_eq!(
-            [
-                shard_seed(7, 0, 0),
-                shard_seed(7, 1, 0),
-                shard_seed(7, 0, 1)
-            ],
-            GOLDEN_SEEDS
-        );
+        assert_eq!([shard_seed(7, 0, 0), shard_seed(7, 1, 0), shard_seed(7, 0, 1)], GOLDEN_SEEDS);
     }
 
     // Changing these changes every run's result: they may change only with the API's version.
     const GOLDEN_ORDER: [u32; 10] = [5, 4, 6, 3, 8, 9, 0, 7, 2, 1];
-    const GOLDEN_SEEDS: [i64; 3] = [
-        5033027887019559995,
-        4748423348240702881,
-        5499617546501209346,
-    ];
+    const GOLDEN_SEEDS: [i64; 3] = [5033027887019559995, 4748423348240702881, 5499617546501209346];
 
     #[test]
     fn batches_add_up_to_the_global_batch() {
-        assert_eq!(
-            (0..3)
-                .map(|shard| shard_batch(8, 3, shard))
-                .collect::<Vec<_>>(),
-            [3, 3, 2]
-        );
+        assert_eq!((0..3).map(|shard| shard_batch(8, 3, shard)).collect::<Vec<_>>(), [3, 3, 2]);
         assert_eq!(steps_per_epoch(8, &[10, 9, 9]), 5);
         assert_eq!(steps_per_epoch(1, &[10]), 10);
     }

@@ -59,9 +59,7 @@ impl<'plan> Rates<'plan> {
                 last[position(*group)] = Some(rate);
             }
         }
-        plan.stages
-            .get(ended.len())
-            .map(|stage| Self::with_last(stage, &last))
+        plan.stages.get(ended.len()).map(|stage| Self::with_last(stage, &last))
     }
 
     fn with_last(stage: &'plan PlannedStage, last: &[Option<f64>]) -> Self {
@@ -78,21 +76,12 @@ impl<'plan> Rates<'plan> {
     #[must_use]
     pub fn at(&self, stage_step: u32) -> Vec<f64> {
         let stage = self.stage;
-        let shape = shape(
-            stage.schedule,
-            stage_step,
-            stage.max_steps,
-            stage.warmup_steps,
-        );
+        let shape = shape(stage.schedule, stage_step, stage.max_steps, stage.warmup_steps);
         let warm = |start: Option<f64>| match start {
             None => warmup(0.0, stage_step, stage.warmup_steps),
             Some(start) => warmup(start, stage_step, stage.warmup_steps.max(SHORTEST_WARMUP)),
         };
-        self.start
-            .iter()
-            .zip(&stage.learning_rates)
-            .map(|(&start, &peak)| peak * (shape * warm(start)))
-            .collect()
+        self.start.iter().zip(&stage.learning_rates).map(|(&start, &peak)| peak * (shape * warm(start))).collect()
     }
 }
 
@@ -115,17 +104,9 @@ fn warmup(start: f64, stage_step: u32, steps: u32) -> f64 {
 /// The stage's factor after `stage_step` updates, in [0, 1].
 #[must_use]
 pub fn shape(kind: LrSchedulerType, stage_step: u32, max_steps: u32, warmup_steps: u32) -> f64 {
-    let (t, total, warm) = (
-        f64::from(stage_step),
-        f64::from(max_steps),
-        f64::from(warmup_steps),
-    );
+    let (t, total, warm) = (f64::from(stage_step), f64::from(max_steps), f64::from(warmup_steps));
     // How far the stage is between the end of its warmup and its own end.
-    let decayed = if stage_step < warmup_steps {
-        0.0
-    } else {
-        ((t - warm) / (total - warm).max(1.0)).min(1.0)
-    };
+    let decayed = if stage_step < warmup_steps { 0.0 } else { ((t - warm) / (total - warm).max(1.0)).min(1.0) };
     match kind {
         LrSchedulerType::Constant => 1.0,
         LrSchedulerType::InverseSqrt => (warm.max(1.0) / (t + 1.0)).sqrt().min(1.0),
@@ -138,11 +119,7 @@ pub fn shape(kind: LrSchedulerType, stage_step: u32, max_steps: u32, warmup_step
 
 fn slanted_triangular(t: f64, total: f64) -> f64 {
     let cut = (total * STLR_CUT).floor().max(1.0);
-    let rise = if t < cut {
-        t / cut
-    } else {
-        (1.0 - (t - cut) / (cut * (1.0 / STLR_CUT - 1.0))).max(0.0)
-    };
+    let rise = if t < cut { t / cut } else { (1.0 - (t - cut) / (cut * (1.0 / STLR_CUT - 1.0))).max(0.0) };
     (1.0 + rise * (STLR_RATIO - 1.0)) / STLR_RATIO
 }
 
@@ -154,11 +131,7 @@ fn one_cycle(t: f64, total: f64) -> f64 {
     if progress < ONE_CYCLE_UP {
         cosine(ONE_CYCLE_START, 1.0, progress / ONE_CYCLE_UP)
     } else {
-        cosine(
-            1.0,
-            ONE_CYCLE_END,
-            (progress - ONE_CYCLE_UP) / (1.0 - ONE_CYCLE_UP),
-        )
+        cosine(1.0, ONE_CYCLE_END, (progress - ONE_CYCLE_UP) / (1.0 - ONE_CYCLE_UP))
     }
 }
 
@@ -187,8 +160,7 @@ pub fn warmup_steps(kind: LrSchedulerType, given: Option<u32>, max_steps: u32) -
         | LrSchedulerType::Linear
         | LrSchedulerType::Cosine => {
             // Below 2^32, and not negative.
-            ((f64::from(max_steps) * WARMUP_SHARE).round() as u32)
-                .clamp(SHORTEST_WARMUP, LONGEST_WARMUP)
+            ((f64::from(max_steps) * WARMUP_SHARE).round() as u32).clamp(SHORTEST_WARMUP, LONGEST_WARMUP)
         }
         LrSchedulerType::SlantedTriangular | LrSchedulerType::OneCycle => 0,
     };
@@ -207,10 +179,7 @@ mod tests {
     use serde_json::json;
 
     fn close(left: f64, right: f64) {
-        assert!(
-            (left - right).abs() <= 1e-15 * right.abs().max(1.0),
-            "{left} is not {right}"
-        );
+        assert!((left - right).abs() <= 1e-15 * right.abs().max(1.0), "{left} is not {right}");
     }
 
     #[test]
@@ -221,31 +190,13 @@ mod tests {
             close(shape(LrSchedulerType::Constant, t, total, warm), 1.0);
             close(
                 shape(LrSchedulerType::InverseSqrt, t, total, warm),
-                if t < 10 {
-                    1.0
-                } else {
-                    (10.0 / (x + 1.0)).sqrt()
-                },
+                if t < 10 { 1.0 } else { (10.0 / (x + 1.0)).sqrt() },
             );
-            close(
-                shape(LrSchedulerType::Linear, t, total, warm),
-                if t < 10 { 1.0 } else { (100.0 - x) / 90.0 },
-            );
-            let cosine = if t < 10 {
-                1.0
-            } else {
-                (PI * (x - 10.0) / 180.0).cos().powi(2)
-            };
+            close(shape(LrSchedulerType::Linear, t, total, warm), if t < 10 { 1.0 } else { (100.0 - x) / 90.0 });
+            let cosine = if t < 10 { 1.0 } else { (PI * (x - 10.0) / 180.0).cos().powi(2) };
             close(shape(LrSchedulerType::Cosine, t, total, warm), cosine);
-            let rise = if t < 10 {
-                x / 10.0
-            } else {
-                1.0 - (x - 10.0) / 90.0
-            };
-            close(
-                shape(LrSchedulerType::SlantedTriangular, t, total, 0),
-                (1.0 + 31.0 * rise) / 32.0,
-            );
+            let rise = if t < 10 { x / 10.0 } else { 1.0 - (x - 10.0) / 90.0 };
+            close(shape(LrSchedulerType::SlantedTriangular, t, total, 0), (1.0 + 31.0 * rise) / 32.0);
         }
     }
 
@@ -262,10 +213,7 @@ mod tests {
     #[test]
     fn warmup_is_six_percent_between_ten_and_five_hundred() {
         let derived = |steps| warmup_steps(LrSchedulerType::Linear, None, steps);
-        assert_eq!(
-            [derived(5), derived(100), derived(1000), derived(100_000)],
-            [5, 10, 60, 500]
-        );
+        assert_eq!([derived(5), derived(100), derived(1000), derived(100_000)], [5, 10, 60, 500]);
         assert_eq!(warmup_steps(LrSchedulerType::Linear, Some(7), 100), 7);
         assert_eq!(warmup_steps(LrSchedulerType::Linear, Some(700), 100), 100);
         assert_eq!(warmup_steps(LrSchedulerType::OneCycle, None, 100), 0);
@@ -274,14 +222,9 @@ mod tests {
     /// RATE-2, RATE-3: with a constant schedule the head goes on at its new peak while the new unit warms up from 0.
     #[test]
     fn rate_2_new_groups_warm_up_alone() {
-        let plan = plan_of(&spec(
-            json!({"lr_scheduler": {"kind": "constant", "warmup_steps": 4}}),
-        ));
+        let plan = plan_of(&spec(json!({"lr_scheduler": {"kind": "constant", "warmup_steps": 4}})));
         let first = Rates::entering(&plan, &[]).unwrap();
-        assert_eq!(
-            (0..5).map(|t| first.at(t)[0] / 1e-3).collect::<Vec<_>>(),
-            [0.25, 0.5, 0.75, 1.0, 1.0]
-        );
+        assert_eq!((0..5).map(|t| first.at(t)[0] / 1e-3).collect::<Vec<_>>(), [0.25, 0.5, 0.75, 1.0, 1.0]);
         let second = Rates::entering(&plan, &[20]).unwrap();
         let peaks = &plan.stages[1].learning_rates;
         assert_eq!(second.at(0), [peaks[0] * 0.25, peaks[1]]);
@@ -308,20 +251,8 @@ mod tests {
     fn a_stage_without_steps_changes_nothing() {
         let plan = plan_of(&spec(json!({})));
         assert!(Rates::entering(&plan, &vec![1; plan.stages.len()]).is_none());
-        let skipped = rates_at(
-            &plan,
-            &[0],
-            Position {
-                stage: thaw_proto::ids::StageIndex(1),
-                ..Position::default()
-            },
-        );
-        assert!(
-            skipped
-                .iter()
-                .zip(&plan.stages[1].learning_rates)
-                .all(|(rate, peak)| rate < peak)
-        );
+        let skipped = rates_at(&plan, &[0], Position { stage: thaw_proto::ids::StageIndex(1), ..Position::default() });
+        assert!(skipped.iter().zip(&plan.stages[1].learning_rates).all(|(rate, peak)| rate < peak));
     }
 
     fn kinds() -> impl Strategy<Value = LrSchedulerType> {

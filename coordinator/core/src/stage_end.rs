@@ -33,13 +33,8 @@ impl Judge {
     #[must_use]
     pub fn of_run(spec: &RunSpec) -> Self {
         match spec.until.early_stopping {
-            Some(EarlyStopping {
-                metric, min_delta, ..
-            }) => Self { metric, min_delta },
-            None => Self {
-                metric: Metric::EvalLoss,
-                min_delta: DEFAULT_MIN_DELTA,
-            },
+            Some(EarlyStopping { metric, min_delta, .. }) => Self { metric, min_delta },
+            None => Self { metric: Metric::EvalLoss, min_delta: DEFAULT_MIN_DELTA },
         }
     }
 
@@ -94,26 +89,13 @@ pub struct StageTracker {
 
 impl StageTracker {
     /// The tracker after a stage's entry evaluation (STAGE-1).
-    fn enter(
-        stage: &PlannedStage,
-        run: Judge,
-        baseline: &Evaluation,
-        run_best_before: Option<f64>,
-    ) -> Self {
+    fn enter(stage: &PlannedStage, run: Judge, baseline: &Evaluation, run_best_before: Option<f64>) -> Self {
         let judge = match stage.until.early_stopping {
-            Some(EarlyStopping {
-                metric, min_delta, ..
-            }) => Judge { metric, min_delta },
+            Some(EarlyStopping { metric, min_delta, .. }) => Judge { metric, min_delta },
             None => run,
         };
         let best = judge.value(baseline);
-        Self {
-            judge,
-            best,
-            without_gain: 0,
-            non_finite: u32::from(best.is_none()),
-            run_best_before,
-        }
+        Self { judge, best, without_gain: 0, non_finite: u32::from(best.is_none()), run_best_before }
     }
 
     fn observe(&mut self, evaluation: &Evaluation) {
@@ -123,10 +105,7 @@ impl StageTracker {
             return;
         };
         self.non_finite = 0;
-        if self
-            .best
-            .is_none_or(|best| self.judge.improves(value, best))
-        {
+        if self.best.is_none_or(|best| self.judge.improves(value, best)) {
             self.best = Some(value);
             self.without_gain = 0;
         } else {
@@ -144,22 +123,14 @@ pub enum Decision {
 
 /// Decides after `stage_step` updates in the stage, once the evaluation due at that step (if any) has been observed.
 #[must_use]
-pub fn decide(
-    stage: &PlannedStage,
-    steps_per_epoch: u32,
-    stage_step: u32,
-    tracker: &StageTracker,
-) -> Decision {
+pub fn decide(stage: &PlannedStage, steps_per_epoch: u32, stage_step: u32, tracker: &StageTracker) -> Decision {
     if tracker.non_finite >= NON_FINITE_LIMIT {
         return Decision::End(StageEnd::NotFinite);
     }
     if stage.until.max_steps.is_some_and(|most| stage_step >= most) {
         return Decision::End(StageEnd::MaxSteps);
     }
-    let by_epochs = stage
-        .until
-        .max_epochs
-        .map(|most| most.saturating_mul(steps_per_epoch));
+    let by_epochs = stage.until.max_epochs.map(|most| most.saturating_mul(steps_per_epoch));
     if by_epochs.is_some_and(|most| stage_step >= most) {
         return Decision::End(StageEnd::MaxEpochs);
     }
@@ -168,21 +139,14 @@ pub fn decide(
         return Decision::End(StageEnd::MaxSteps);
     }
     match stage.until.early_stopping {
-        Some(stopping) if tracker.without_gain >= stopping.patience => {
-            Decision::End(StageEnd::Patience)
-        }
+        Some(stopping) if tracker.without_gain >= stopping.patience => Decision::End(StageEnd::Patience),
         Some(_) | None => Decision::Continue,
     }
 }
 
 /// Whether an evaluation is due after `stage_step` updates: every `eval_steps`, else at each epoch's end, and at the stage's end.
 #[must_use]
-pub fn evaluation_due(
-    stage: &PlannedStage,
-    eval_steps: Option<u32>,
-    steps_per_epoch: u32,
-    stage_step: u32,
-) -> bool {
+pub fn evaluation_due(stage: &PlannedStage, eval_steps: Option<u32>, steps_per_epoch: u32, stage_step: u32) -> bool {
     let every = eval_steps.unwrap_or(steps_per_epoch).max(1);
     stage_step >= stage.max_steps || (stage_step > 0 && stage_step.is_multiple_of(every))
 }
@@ -221,11 +185,7 @@ impl RunTracker {
     /// The tracker of a run that has not begun.
     #[must_use]
     pub fn new(judge: Judge) -> Self {
-        Self {
-            judge,
-            best: None,
-            stage: None,
-        }
+        Self { judge, best: None, stage: None }
     }
 
     /// Takes in the evaluation made on entering `stage`, after its weights were restored.
@@ -254,12 +214,7 @@ impl RunTracker {
 
     /// What follows once stage `ended` has ended.
     #[must_use]
-    pub fn after_stage(
-        &self,
-        plan: &Plan,
-        ended: StageIndex,
-        stop_when_no_gain: bool,
-    ) -> AfterStage {
+    pub fn after_stage(&self, plan: &Plan, ended: StageIndex, stop_when_no_gain: bool) -> AfterStage {
         let Some(best) = self.best_value() else {
             return AfterStage::Fail(RunReason::TrainerError);
         };
@@ -284,10 +239,7 @@ impl RunTracker {
         let Some(value) = self.judge.value(evaluation) else {
             return Standing::NotBest;
         };
-        if self
-            .best_value()
-            .is_none_or(|best| self.judge.is_better(value, best))
-        {
+        if self.best_value().is_none_or(|best| self.judge.is_better(value, best)) {
             self.best = Some(evaluation.clone());
             return Standing::Best;
         }
@@ -308,10 +260,7 @@ mod tests {
     }
 
     fn tracker(plan: &Plan, losses: &[f64]) -> RunTracker {
-        let mut tracker = RunTracker::new(Judge {
-            metric: Metric::EvalLoss,
-            min_delta: 1e-3,
-        });
+        let mut tracker = RunTracker::new(Judge { metric: Metric::EvalLoss, min_delta: 1e-3 });
         let _ = tracker.enter_stage(&plan.stages[0], &evaluation(losses[0]));
         for loss in &losses[1..] {
             let _ = tracker.observe(&evaluation(*loss));
@@ -327,30 +276,18 @@ mod tests {
     #[test]
     fn stage_1_patience_counts_from_the_entry_evaluation() {
         assert_eq!(decision(&[1.0, 1.1]), Decision::Continue);
-        assert_eq!(
-            decision(&[1.0, 1.1, 1.05]),
-            Decision::End(StageEnd::Patience)
-        );
+        assert_eq!(decision(&[1.0, 1.1, 1.05]), Decision::End(StageEnd::Patience));
         assert_eq!(decision(&[1.0, 1.1, 0.9, 0.95]), Decision::Continue);
         // A gain below min_delta is none.
-        assert_eq!(
-            decision(&[1.0, 0.9995, 0.9992]),
-            Decision::End(StageEnd::Patience)
-        );
+        assert_eq!(decision(&[1.0, 0.9995, 0.9992]), Decision::End(StageEnd::Patience));
         assert_eq!(decision(&[1.0, 0.9995, 0.9985]), Decision::Continue);
     }
 
     #[test]
     fn stage_2_two_non_finite_in_a_row_end_the_stage() {
         assert_eq!(decision(&[1.0, f64::NAN]), Decision::Continue);
-        assert_eq!(
-            decision(&[1.0, f64::NAN, f64::INFINITY]),
-            Decision::End(StageEnd::NotFinite)
-        );
-        assert_eq!(
-            decision(&[1.0, f64::NAN, 0.5, f64::NAN]),
-            Decision::Continue
-        );
+        assert_eq!(decision(&[1.0, f64::NAN, f64::INFINITY]), Decision::End(StageEnd::NotFinite));
+        assert_eq!(decision(&[1.0, f64::NAN, 0.5, f64::NAN]), Decision::Continue);
     }
 
     #[test]
@@ -358,20 +295,11 @@ mod tests {
         let plan = patient_plan();
         let tracker = tracker(&plan, &[1.0]);
         let last = 9 * plan.steps_per_epoch;
-        assert_eq!(
-            tracker.decide(&plan.stages[0], plan.steps_per_epoch, last - 1),
-            Decision::Continue
-        );
-        assert_eq!(
-            tracker.decide(&plan.stages[0], plan.steps_per_epoch, last),
-            Decision::End(StageEnd::MaxEpochs)
-        );
+        assert_eq!(tracker.decide(&plan.stages[0], plan.steps_per_epoch, last - 1), Decision::Continue);
+        assert_eq!(tracker.decide(&plan.stages[0], plan.steps_per_epoch, last), Decision::End(StageEnd::MaxEpochs));
         let mut stage = plan.stages[0].clone();
         stage.until.max_steps = Some(7);
-        assert_eq!(
-            tracker.decide(&stage, plan.steps_per_epoch, 7),
-            Decision::End(StageEnd::MaxSteps)
-        );
+        assert_eq!(tracker.decide(&stage, plan.steps_per_epoch, 7), Decision::End(StageEnd::MaxSteps));
         assert!(
             evaluation_due(&stage, None, 5, 5)
                 && !evaluation_due(&stage, None, 5, 0)
@@ -391,51 +319,28 @@ mod tests {
     fn stage_4_a_run_ends_after_a_deeper_stage_without_gain() {
         let plan = patient_plan();
         let mut tracker = tracker(&plan, &[1.0, 0.8]);
-        assert_eq!(
-            tracker.after_stage(&plan, StageIndex(0), true),
-            AfterStage::NextStage(StageIndex(1))
-        );
+        assert_eq!(tracker.after_stage(&plan, StageIndex(0), true), AfterStage::NextStage(StageIndex(1)));
         let _ = tracker.enter_stage(&plan.stages[1], &evaluation(0.8));
         assert_eq!(tracker.observe(&evaluation(0.7999)), Standing::Best);
-        assert_eq!(
-            tracker.after_stage(&plan, StageIndex(1), true),
-            AfterStage::EndRun(RunReason::NoGain)
-        );
-        assert_eq!(
-            tracker.after_stage(&plan, StageIndex(1), false),
-            AfterStage::NextStage(StageIndex(2))
-        );
+        assert_eq!(tracker.after_stage(&plan, StageIndex(1), true), AfterStage::EndRun(RunReason::NoGain));
+        assert_eq!(tracker.after_stage(&plan, StageIndex(1), false), AfterStage::NextStage(StageIndex(2)));
         let _ = tracker.observe(&evaluation(0.6));
-        assert_eq!(
-            tracker.after_stage(&plan, StageIndex(1), true),
-            AfterStage::NextStage(StageIndex(2))
-        );
+        assert_eq!(tracker.after_stage(&plan, StageIndex(1), true), AfterStage::NextStage(StageIndex(2)));
         let last = StageIndex(plan.stages.len() as u32 - 1);
-        assert_eq!(
-            tracker.after_stage(&plan, last, true),
-            AfterStage::EndRun(RunReason::LastStageEnded)
-        );
+        assert_eq!(tracker.after_stage(&plan, last, true), AfterStage::EndRun(RunReason::LastStageEnded));
     }
 
     #[test]
     fn a_run_without_a_finite_evaluation_fails() {
         let plan = patient_plan();
         let tracker = tracker(&plan, &[f64::NAN, f64::NAN]);
-        assert_eq!(
-            tracker.after_stage(&plan, StageIndex(0), true),
-            AfterStage::Fail(RunReason::TrainerError)
-        );
+        assert_eq!(tracker.after_stage(&plan, StageIndex(0), true), AfterStage::Fail(RunReason::TrainerError));
     }
 
     #[test]
     fn accuracy_is_better_when_larger_and_trackers_survive_json() {
-        let judge = Judge {
-            metric: Metric::EvalAccuracy,
-            min_delta: 0.0,
-        };
-        assert!(
-            judge.is_better(0.8, 0.7) && !judge.is_better(0.7, 0.7) && !judge.improves(0.6, 0.7)
-        );
+        let judge = Judge { metric: Metric::EvalAccuracy, min_delta: 0.0 };
+        assert!(judge.is_better(0.8, 0.7) && !judge.is_better(0.7, 0.7) && !judge.improves(0.6, 0.7));
         let plan = patient_plan();
         let tracker = tracker(&plan, &[1.0, 0.1 + 0.2, f64::NAN]);
         let text = serde_json::to_string(&tracker).unwrap();

@@ -44,9 +44,7 @@ pub(crate) fn spec(changes: Value) -> RunSpec {
         "head_rate_after_thaw": 0.5,
         "verification": {"digest_steps": null, "trace": false},
     });
-    let Value::Object(changes) = changes else {
-        panic!("changes are an object")
-    };
+    let Value::Object(changes) = changes else { panic!("changes are an object") };
     spec.as_object_mut().unwrap().extend(changes);
     serde_json::from_value(spec).unwrap()
 }
@@ -65,11 +63,7 @@ pub(crate) fn graph() -> GraphFacts {
     groups.extend((0..6).map(|layer| group(&format!("encoder.layer.{layer}"), 1000, 4000, false)));
     groups.push(group("pooling", 0, 50, false));
     groups.push(group("head", 36, 33, false));
-    GraphFacts {
-        groups,
-        feature_size: 11,
-        convolutional: false,
-    }
+    GraphFacts { groups, feature_size: 11, convolutional: false }
 }
 
 pub(crate) fn data() -> DataFacts {
@@ -94,12 +88,5 @@ pub(crate) fn plan_of(spec: &RunSpec) -> Plan {
 }
 
 pub(crate) fn evaluation(loss: f64) -> Evaluation {
-    Evaluation {
-        position: Position::default(),
-        loss,
-        accuracy: 0.5,
-        macro_f1: 0.5,
-        samples: 20,
-        confusion: vec![0; 9],
-    }
+    Evaluation { position: Position::default(), loss, accuracy: 0.5, macro_f1: 0.5, samples: 20, confusion: vec![0; 9] }
 }

@@ -1,10 +1,9 @@
 //! The loop itself: receive, step, save, speak.
 
-use super::inbound::{self, Report, Reported};
 use super::save::{Save, save};
 use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
-use super::workers::{HEARTBEAT_INTERVAL, Workers};
-use super::{Command, Error, NewRun, Outbox, Reply, SessionId, UserAction, outbound};
+use super::workers::Workers;
+use super::{Command, Error, NewRun, Reply, UserAction, outbound};
 use crate::folder::{Lines, RunFolder};
 use crate::journal::Journal;
 use crate::leader::Fenced;
@@ -16,13 +15,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_core::gang::FreeSlot;
-use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection, Trainer};
+use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
 use thaw_proto::convert::WireEnum;
-use thaw_proto::ids::{Incarnation, RunId, WorkerName};
+use thaw_proto::ids::{Generation, Incarnation, RunId, WorkerName};
 use thaw_proto::pb;
-use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::run::RunState;
-use thaw_proto::worker::{Hello, TrainerStatus};
 use thaw_runtime::telemetry;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -176,7 +173,8 @@ impl MainLoop {
         let folder = RunFolder::of(&id, stored.record.spec.checkpoint.url.as_ref(), &self.data_dir)
             .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
         self.views.publish(&id, stored::message(&stored.record, revision.0), stored.kept_events());
-        self.runs.insert(id, Run { stored, revision, observed: Observed::default(), folder, span, generation_span: None });
+        self.runs
+            .insert(id, Run { stored, revision, observed: Observed::default(), folder, span, generation_span: None });
         Ok(())
     }
 
@@ -312,7 +310,9 @@ impl MainLoop {
                 tracing::info!(parent: run.span_of(*generation), run = %id, %generation, %step, "checkpoint committed");
                 None
             }
-            Effect::Propose(_) | Effect::Commit { .. } | Effect::StopTrainer { .. } | Effect::SuspendTrainer { .. } => None,
+            Effect::Propose(_) | Effect::Commit { .. } | Effect::StopTrainer { .. } | Effect::SuspendTrainer { .. } => {
+                None
+            }
         };
         let (worker, message) =
             outbound::message(effect, &run.stored.record, traceparent.as_deref(), self.fenced.epoch());

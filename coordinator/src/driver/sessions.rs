@@ -22,7 +22,11 @@ impl MainLoop {
         self.workers.list(&self.held(), runs_on)
     }
 
-    pub(super) async fn open_session(&mut self, hello: Hello, outbox: Outbox) -> Result<Result<SessionId, Error>, Error> {
+    pub(super) async fn open_session(
+        &mut self,
+        hello: Hello,
+        outbox: Outbox,
+    ) -> Result<Result<SessionId, Error>, Error> {
         let (worker, trainers) = (hello.worker.clone(), hello.trainers.clone());
         let had = self.workers.has(&worker);
         let slots = hello.slots;
@@ -61,7 +65,11 @@ impl MainLoop {
         self.runs.iter().filter(|(_, run)| run.is_on(worker)).map(|(id, _)| id.clone()).collect()
     }
 
-    pub(super) async fn hear(&mut self, session: &SessionId, message: pb::worker_message::Message) -> Result<(), Error> {
+    pub(super) async fn hear(
+        &mut self,
+        session: &SessionId,
+        message: pb::worker_message::Message,
+    ) -> Result<(), Error> {
         use pb::worker_message::Message;
         if !self.workers.is_current(session) {
             return Ok(());

@@ -6,8 +6,7 @@
 //! STORE-1: the store has one revision; every transaction that changes something raises it by one, and all changes of a
 //!          transaction carry that revision.
 //! STORE-2: a key's `create_revision` is that of the transaction that made it, and changes only when it is deleted and
-//!          made again; its
-//!          `mod_revision` is that of its last put.
+//!          made again; its `mod_revision` is that of its last put.
 //! STORE-3: a transaction applies all of its operations or none, and answers applied, not applied, or *unknown*
 //!          ([`Error::Unknown`]). After unknown the caller reads again before it acts.
 //! STORE-4: a watch delivers every change after its revision, in order, or says [`WatchEvent::Resync`] and ends. It

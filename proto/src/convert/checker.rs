@@ -9,9 +9,8 @@ use std::ops::RangeInclusive;
 use url::Url;
 
 /// Schemes the object store knows, besides `file`.
-const REMOTE_SCHEMES: [&str; 11] = [
-    "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https", "memory",
-];
+const REMOTE_SCHEMES: [&str; 11] =
+    ["s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https", "memory"];
 
 #[derive(Debug, Default)]
 pub(super) struct Checker {
@@ -98,22 +97,13 @@ impl Checker {
     }
 
     /// A whole number with a default.
-    pub(super) fn whole(
-        &mut self,
-        field: &str,
-        value: Option<u32>,
-        range: RangeInclusive<u32>,
-        default: u32,
-    ) -> u32 {
+    pub(super) fn whole(&mut self, field: &str, value: Option<u32>, range: RangeInclusive<u32>, default: u32) -> u32 {
         match value {
             None => default,
             Some(value) if range.contains(&value) => value,
             Some(value) => {
                 let (low, high) = range.into_inner();
-                self.refuse(
-                    field,
-                    format!("must be in {low}-{high}, not {value}; leave it out for {default}"),
-                );
+                self.refuse(field, format!("must be in {low}-{high}, not {value}; leave it out for {default}"));
                 default
             }
         }
@@ -130,30 +120,18 @@ impl Checker {
         let value = value?;
         if !range.contains(&value) {
             let (low, high) = range.into_inner();
-            self.refuse(
-                field,
-                format!("must be in {low}-{high}, not {value}; leave it out for {absent}"),
-            );
+            self.refuse(field, format!("must be in {low}-{high}, not {value}; leave it out for {absent}"));
         }
         Some(value)
     }
 
     /// A number with a default.
-    pub(super) fn real(
-        &mut self,
-        field: &str,
-        value: Option<f64>,
-        interval: Interval,
-        default: f64,
-    ) -> f64 {
+    pub(super) fn real(&mut self, field: &str, value: Option<f64>, interval: Interval, default: f64) -> f64 {
         match value {
             None => default,
             Some(value) if interval.contains(value) => value,
             Some(value) => {
-                self.refuse(
-                    field,
-                    format!("must be {interval}, not {value}; leave it out for {default}"),
-                );
+                self.refuse(field, format!("must be {interval}, not {value}; leave it out for {default}"));
                 default
             }
         }
@@ -169,10 +147,7 @@ impl Checker {
     ) -> Option<f64> {
         let value = value?;
         if !interval.contains(value) {
-            self.refuse(
-                field,
-                format!("must be {interval}, not {value}; leave it out for {absent}"),
-            );
+            self.refuse(field, format!("must be {interval}, not {value}; leave it out for {absent}"));
         }
         Some(value)
     }
@@ -182,34 +157,20 @@ impl Checker {
         if let Some(value) = E::from_number(number) {
             return value;
         }
-        self.refuse(
-            field,
-            format!(
-                "{number} is not a known value: use one of {}",
-                E::names().join(", ")
-            ),
-        );
+        self.refuse(field, format!("{number} is not a known value: use one of {}", E::names().join(", ")));
         None
     }
 
     /// A name: 1-63 characters of `[a-z0-9-]`, a letter first.
     pub(super) fn name(&mut self, field: &str, text: &str) -> String {
         let starts_well = text.starts_with(|first: char| first.is_ascii_lowercase());
-        let reads_well = text
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
+        let reads_well = text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
         if text.is_empty() {
-            self.refuse(
-                field,
-                "is required: 1-63 characters of [a-z0-9-], starting with a letter",
-            );
+            self.refuse(field, "is required: 1-63 characters of [a-z0-9-], starting with a letter");
         } else if !starts_well || !reads_well || text.len() > 63 {
             self.refuse(
                 field,
-                format!(
-                    "must be 1-63 characters of [a-z0-9-], starting with a letter, not {}",
-                    quote(text)
-                ),
+                format!("must be 1-63 characters of [a-z0-9-], starting with a letter, not {}", quote(text)),
             );
         }
         text.to_owned()
@@ -235,8 +196,7 @@ impl Checker {
         if text.is_empty() {
             self.refuse(field, format!("is required: {what}"));
         }
-        self.url_or_none(field, text)
-            .unwrap_or_else(|| Url::parse("file:///").expect("is a URL"))
+        self.url_or_none(field, text).unwrap_or_else(|| Url::parse("file:///").expect("is a URL"))
     }
 
     /// A URL that may be absent (empty).
@@ -258,20 +218,8 @@ impl Checker {
         if let Err(error) = regex::Regex::new(pattern) {
             // The last line says what is wrong; those above draw the pattern.
             let text = error.to_string();
-            let cause = text
-                .lines()
-                .last()
-                .unwrap_or_default()
-                .trim()
-                .trim_start_matches("error: ")
-                .to_owned();
-            self.refuse(
-                field,
-                format!(
-                    "{} is not a regular expression (Rust regex syntax): {cause}",
-                    quote(pattern)
-                ),
-            );
+            let cause = text.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned();
+            self.refuse(field, format!("{} is not a regular expression (Rust regex syntax): {cause}", quote(pattern)));
         }
     }
 }
@@ -281,29 +229,18 @@ fn parse_url(text: &str) -> Result<Url, String> {
         return Url::from_file_path(text).map_err(|()| format!("{} is not a path", quote(text)));
     }
     if !text.contains("://") {
-        return Err(format!(
-            "must be a URL or an absolute path, not {}: write file:///... or /...",
-            quote(text)
-        ));
+        return Err(format!("must be a URL or an absolute path, not {}: write file:///... or /...", quote(text)));
     }
     let url = Url::parse(text).map_err(|error| format!("{} is not a URL: {error}", quote(text)))?;
     if url.password().is_some() {
-        return Err(
-            "must not hold a password: give credentials to the server and the workers".to_owned(),
-        );
+        return Err("must not hold a password: give credentials to the server and the workers".to_owned());
     }
     if url.scheme() == "file" {
         if let Some(host) = url.host_str() {
-            return Err(format!(
-                "names the host {}: a file URL has three slashes (file:///...)",
-                quote(host)
-            ));
+            return Err(format!("names the host {}: a file URL has three slashes (file:///...)", quote(host)));
         }
     } else if !REMOTE_SCHEMES.contains(&url.scheme()) {
-        return Err(format!(
-            "has the unknown scheme {}: use file, s3, gs, az or https",
-            quote(url.scheme())
-        ));
+        return Err(format!("has the unknown scheme {}: use file, s3, gs, az or https", quote(url.scheme())));
     }
     Ok(url)
 }

@@ -17,9 +17,7 @@ pub trait WireEnum: Copy + Sized {
 /// `GRADUAL_UNFREEZING` of `STRATEGY_GRADUAL_UNFREEZING`, in lower case: the name without the part it shares with the zero value's.
 pub(crate) fn short_name(name: &str, zero: &str) -> String {
     let prefix = zero.strip_suffix("UNSPECIFIED").unwrap_or_default();
-    name.strip_prefix(prefix)
-        .unwrap_or(name)
-        .to_ascii_lowercase()
+    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
 }
 
 macro_rules! wire_enums {

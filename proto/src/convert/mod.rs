@@ -20,17 +20,10 @@ use crate::violation::{Violations, join};
 fn required_enum<E: WireEnum>(path: &str, number: i32) -> Result<E, Violations> {
     match E::from_number(number) {
         Some(Some(value)) => Ok(value),
-        Some(None) => Err(Violations::one(
-            path,
-            format!("is required: one of {}", E::names().join(", ")),
-        )),
-        None => Err(Violations::one(
-            path,
-            format!(
-                "{number} is not a known value: use one of {}",
-                E::names().join(", ")
-            ),
-        )),
+        Some(None) => Err(Violations::one(path, format!("is required: one of {}", E::names().join(", ")))),
+        None => {
+            Err(Violations::one(path, format!("{number} is not a known value: use one of {}", E::names().join(", "))))
+        }
     }
 }
 

@@ -53,24 +53,14 @@ fn disagreements(plan: &Plan, no_stages: bool) -> Result<(), Violations> {
     }
     if plan.logical_shards > plan.global_batch_size {
         let (shards, batch) = (plan.logical_shards, plan.global_batch_size);
-        violations.push(
-            "logical_shards",
-            format!("must be at most global_batch_size ({batch}), not {shards}"),
-        );
+        violations.push("logical_shards", format!("must be at most global_batch_size ({batch}), not {shards}"));
     }
     for (index, stage) in plan.stages.iter().enumerate() {
-        for (field, groups) in [
-            ("trainable_groups", &stage.trainable_groups),
-            ("thawed_groups", &stage.thawed_groups),
-        ] {
-            if let Some(group) = groups
-                .iter()
-                .find(|group| group.0 as usize >= plan.groups.len())
-            {
-                violations.push(
-                    format!("stages[{index}].{field}"),
-                    format!("names group {group} of {}", plan.groups.len()),
-                );
+        for (field, groups) in [("trainable_groups", &stage.trainable_groups), ("thawed_groups", &stage.thawed_groups)]
+        {
+            if let Some(group) = groups.iter().find(|group| group.0 as usize >= plan.groups.len()) {
+                violations
+                    .push(format!("stages[{index}].{field}"), format!("names group {group} of {}", plan.groups.len()));
             }
         }
     }
@@ -85,10 +75,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
         let until = spec::planned_until(&mut at, raw.until.as_ref());
         let (schedule, warmup_steps) = spec::planned_schedule(&mut at, raw.lr_scheduler.as_ref());
         let on_enter = spec::planned_on_enter(&mut at, raw.on_enter);
-        for (field, groups) in [
-            ("trainable_groups", &raw.trainable_groups),
-            ("thawed_groups", &raw.thawed_groups),
-        ] {
+        for (field, groups) in [("trainable_groups", &raw.trainable_groups), ("thawed_groups", &raw.thawed_groups)] {
             if !groups.is_sorted_by(|low, high| low < high) {
                 at.refuse(field, "must be ascending");
             }
@@ -98,10 +85,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
         }
         if raw.learning_rates.len() != raw.trainable_groups.len() {
             let (rates, groups) = (raw.learning_rates.len(), raw.trainable_groups.len());
-            at.refuse(
-                "learning_rates",
-                format!("must have one rate per trainable group ({groups}), not {rates}"),
-            );
+            at.refuse("learning_rates", format!("must have one rate per trainable group ({groups}), not {rates}"));
         }
         for (index, rate) in raw.learning_rates.iter().enumerate() {
             if !rate.is_finite() || *rate < 0.0 {

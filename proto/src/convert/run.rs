@@ -3,9 +3,7 @@
 use super::{WireEnum, optional, required, required_enum};
 use crate::ids::{Generation, StageIndex, Step};
 use crate::pb;
-use crate::run::{
-    CheckpointRef, Evaluation, Position, RunReason, RunResult, RunState, StageEnd, StageResult,
-};
+use crate::run::{CheckpointRef, Evaluation, Position, RunReason, RunResult, RunState, StageEnd, StageResult};
 use crate::violation::Violations;
 
 /// The state of a [`pb::Run`] or [`pb::Event`].
@@ -28,21 +26,13 @@ impl TryFrom<&pb::Position> for Position {
     type Error = Violations;
 
     fn try_from(raw: &pb::Position) -> Result<Self, Violations> {
-        Ok(Self {
-            stage: StageIndex(raw.stage),
-            stage_step: raw.stage_step,
-            step: Step(raw.step),
-        })
+        Ok(Self { stage: StageIndex(raw.stage), stage_step: raw.stage_step, step: Step(raw.step) })
     }
 }
 
 impl From<&Position> for pb::Position {
     fn from(position: &Position) -> Self {
-        Self {
-            stage: position.stage.0,
-            stage_step: position.stage_step,
-            step: position.step.0,
-        }
+        Self { stage: position.stage.0, stage_step: position.stage_step, step: position.step.0 }
     }
 }
 
@@ -51,17 +41,11 @@ impl TryFrom<&pb::CheckpointRef> for CheckpointRef {
 
     fn try_from(raw: &pb::CheckpointRef) -> Result<Self, Violations> {
         if raw.manifest.is_empty() {
-            return Err(Violations::one(
-                "manifest",
-                "is required: a path below the run's folder",
-            ));
+            return Err(Violations::one("manifest", "is required: a path below the run's folder"));
         }
         // The path is joined to the run's folder: it must not lead out of it.
         if raw.manifest.starts_with('/') || raw.manifest.split('/').any(|part| part == "..") {
-            return Err(Violations::one(
-                "manifest",
-                "must be a path below the run's folder, without ..",
-            ));
+            return Err(Violations::one("manifest", "must be a path below the run's folder, without .."));
         }
         Ok(Self {
             position: required("position", raw.position.as_ref())?,

@@ -10,9 +10,8 @@ use super::checker::{Checker, Interval};
 use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, BatchNormPolicy, Checkpoint, EarlyStopping, Head, HeadAttach, LayerGroupRule,
-    LrScheduler, LrSchedulerType, Metric, OnEnter, Optimizer, Precision, RateDecay, RunSpec,
-    Strategy, Until, Verification, Workers,
+    Backbone, BatchNormPolicy, Checkpoint, EarlyStopping, Head, HeadAttach, LayerGroupRule, LrScheduler,
+    LrSchedulerType, Metric, OnEnter, Optimizer, Precision, RateDecay, RunSpec, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -31,53 +30,25 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         Some(raw) => at.within("backbone", |at| backbone(at, raw)),
         None => at.within("backbone", |at| backbone(at, &pb::Backbone::default())),
     };
-    let data = at.within("data", |at| {
-        data::data(at, &raw.data.clone().unwrap_or_default())
-    });
-    let strategy = at
-        .choice("strategy", raw.strategy)
-        .unwrap_or(Strategy::GradualUnfreezing);
+    let data = at.within("data", |at| data::data(at, &raw.data.clone().unwrap_or_default()));
+    let strategy = at.choice("strategy", raw.strategy).unwrap_or(Strategy::GradualUnfreezing);
     let global_batch_size = global_batch_size(&mut at, raw.global_batch_size);
-    let precision = at
-        .choice("precision", raw.precision)
-        .unwrap_or(Precision::Fp32);
-    let optimizer = at.within("optimizer", |at| {
-        optimizer(at, &raw.optimizer.unwrap_or_default())
-    });
+    let precision = at.choice("precision", raw.precision).unwrap_or(Precision::Fp32);
+    let optimizer = at.within("optimizer", |at| optimizer(at, &raw.optimizer.unwrap_or_default()));
     let default_rate = match optimizer {
         Optimizer::AdamW { .. } => 1e-3,
         Optimizer::Sgd { .. } => 1e-2,
     };
-    let learning_rate = at.real(
-        "learning_rate",
-        raw.learning_rate,
-        Interval::Positive,
-        default_rate,
-    );
+    let learning_rate = at.real("learning_rate", raw.learning_rate, Interval::Positive, default_rate);
     let rate_decay = rate_decay(&mut at, raw, strategy);
     let until = match &raw.until {
         Some(raw) => at.within("until", |at| until(at, raw)),
-        None => Until {
-            max_epochs: Some(3),
-            max_steps: None,
-            early_stopping: None,
-        },
+        None => Until { max_epochs: Some(3), max_steps: None, early_stopping: None },
     };
-    let workers = at.within("workers", |at| {
-        workers(at, &raw.workers.unwrap_or_default())
-    });
-    let checkpoint = at.within("checkpoint", |at| {
-        checkpoint(at, &raw.checkpoint.clone().unwrap_or_default())
-    });
-    let lr_scheduler = at.within("lr_scheduler", |at| {
-        lr_scheduler(at, &raw.lr_scheduler.unwrap_or_default())
-    });
-    let max_grad_norm = at.real_or_none(
-        "max_grad_norm",
-        raw.max_grad_norm,
-        Interval::Positive,
-        "no clipping",
-    );
+    let workers = at.within("workers", |at| workers(at, &raw.workers.unwrap_or_default()));
+    let checkpoint = at.within("checkpoint", |at| checkpoint(at, &raw.checkpoint.clone().unwrap_or_default()));
+    let lr_scheduler = at.within("lr_scheduler", |at| lr_scheduler(at, &raw.lr_scheduler.unwrap_or_default()));
+    let max_grad_norm = at.real_or_none("max_grad_norm", raw.max_grad_norm, Interval::Positive, "no clipping");
     let logical_shards = logical_shards(&mut at, raw.logical_shards, &workers, global_batch_size);
     let stages = stage::stages(&mut at, raw);
     stage::known_lengths(&mut at, strategy, raw);
@@ -104,32 +75,17 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         thaw_units: at.whole("thaw_units", raw.thaw_units, 1..=1000, 4),
         stop_when_no_gain: raw.stop_when_no_gain.unwrap_or(gradual),
         frozen_batch_norm: at.within("batch_norm", |at| {
-            at.choice(
-                "frozen_groups",
-                raw.batch_norm.unwrap_or_default().frozen_groups,
-            )
-            .unwrap_or(BatchNormPolicy::Frozen)
+            at.choice("frozen_groups", raw.batch_norm.unwrap_or_default().frozen_groups)
+                .unwrap_or(BatchNormPolicy::Frozen)
         }),
         thaw_embeddings: raw.thaw_embeddings.unwrap_or(every_group),
-        eval_steps: at.whole_or_none(
-            "eval_steps",
-            raw.eval_steps,
-            1..=u32::MAX,
-            "an evaluation at each epoch's end",
-        ),
+        eval_steps: at.whole_or_none("eval_steps", raw.eval_steps, 1..=u32::MAX, "an evaluation at each epoch's end"),
         logging_steps: at.whole("logging_steps", raw.logging_steps, 1..=u32::MAX, 10),
         head_rate_after_thaw: {
             let default = if gradual { 0.5 } else { 1.0 };
-            at.real(
-                "head_rate_after_thaw",
-                raw.head_rate_after_thaw,
-                Interval::LeftOpen(0.0, 1.0),
-                default,
-            )
+            at.real("head_rate_after_thaw", raw.head_rate_after_thaw, Interval::LeftOpen(0.0, 1.0), default)
         },
-        verification: at.within("verification", |at| {
-            verification(at, &raw.verification.unwrap_or_default())
-        }),
+        verification: at.within("verification", |at| verification(at, &raw.verification.unwrap_or_default())),
     };
     at.finish(spec)
 }
@@ -145,113 +101,51 @@ impl TryFrom<&pb::RunSpec> for RunSpec {
 fn global_batch_size(at: &mut Checker, size: u32) -> u32 {
     match size {
         1..=1_048_576 => {}
-        0 => at.refuse(
-            "global_batch_size",
-            "is required: samples per optimizer update over all workers, 1-1048576",
-        ),
-        _ => at.refuse(
-            "global_batch_size",
-            format!("must be in 1-1048576, not {size}"),
-        ),
+        0 => at.refuse("global_batch_size", "is required: samples per optimizer update over all workers, 1-1048576"),
+        _ => at.refuse("global_batch_size", format!("must be in 1-1048576, not {size}")),
     }
     size
 }
 
 fn backbone(at: &mut Checker, raw: &pb::Backbone) -> Backbone {
-    let graph = at.url(
-        "graph",
-        &raw.graph,
-        "URL of a .pt2 archive, e.g. file:///models/minilm.pt2",
-    );
+    let graph = at.url("graph", &raw.graph, "URL of a .pt2 archive, e.g. file:///models/minilm.pt2");
     let head = at.within("head", |at| head(at, &raw.head.clone().unwrap_or_default()));
     let layer_groups = at.each("layer_groups", &raw.layer_groups, |at, raw| {
         let name = at.text("name", &raw.name, "the group's name");
-        let pattern = at.text(
-            "pattern",
-            &raw.pattern,
-            "a regular expression over module paths",
-        );
+        let pattern = at.text("pattern", &raw.pattern, "a regular expression over module paths");
         at.pattern("pattern", &pattern);
         LayerGroupRule { name, pattern }
     });
-    Backbone {
-        graph,
-        head,
-        layer_groups,
-    }
+    Backbone { graph, head, layer_groups }
 }
 
 fn head(at: &mut Checker, raw: &pb::Head) -> Head {
     let attach = at.choice("attach", raw.attach).unwrap_or(HeadAttach::Auto);
     for (index, &size) in raw.hidden_sizes.iter().enumerate() {
         if !(1..=65536).contains(&size) {
-            at.refuse(
-                &format!("hidden_sizes[{index}]"),
-                format!("must be in 1-65536, not {size}"),
-            );
+            at.refuse(&format!("hidden_sizes[{index}]"), format!("must be in 1-65536, not {size}"));
         }
     }
-    let dropout = at.real(
-        "dropout",
-        Some(raw.dropout),
-        Interval::RightOpen(0.0, 1.0),
-        0.0,
-    );
-    Head {
-        attach,
-        hidden_sizes: raw.hidden_sizes.clone(),
-        dropout,
-        batch_norm: raw.batch_norm,
-    }
+    let dropout = at.real("dropout", Some(raw.dropout), Interval::RightOpen(0.0, 1.0), 0.0);
+    Head { attach, hidden_sizes: raw.hidden_sizes.clone(), dropout, batch_norm: raw.batch_norm }
 }
 
 fn rate_decay(at: &mut Checker, raw: &pb::RunSpec, strategy: Strategy) -> RateDecay {
-    let by_kind = if strategy == Strategy::FromScratch {
-        Some(1.0)
-    } else {
-        None
-    };
-    let absent = if by_kind.is_some() {
-        "1"
-    } else {
-        "100 on convolution nets and 40 on others"
-    };
+    let by_kind = if strategy == Strategy::FromScratch { Some(1.0) } else { None };
+    let absent = if by_kind.is_some() { "1" } else { "100 on convolution nets and 40 on others" };
     let spread = at
-        .real_or_none(
-            "learning_rate_spread",
-            raw.learning_rate_spread,
-            Interval::Closed(1.0, 10_000.0),
-            absent,
-        )
+        .real_or_none("learning_rate_spread", raw.learning_rate_spread, Interval::Closed(1.0, 10_000.0), absent)
         .or(by_kind);
-    let decay = at.real_or_none(
-        "layer_decay",
-        raw.layer_decay,
-        Interval::LeftOpen(0.0, 1.0),
-        "learning_rate_spread",
-    );
+    let decay = at.real_or_none("layer_decay", raw.layer_decay, Interval::LeftOpen(0.0, 1.0), "learning_rate_spread");
     if raw.learning_rate_spread.is_some() && raw.layer_decay.is_some() {
-        at.refuse(
-            "layer_decay",
-            "is the alternative to learning_rate_spread: remove one of the two",
-        );
+        at.refuse("layer_decay", "is the alternative to learning_rate_spread: remove one of the two");
     }
     decay.map_or(RateDecay::Spread(spread), RateDecay::PerLevel)
 }
 
 fn until(at: &mut Checker, raw: &pb::Until) -> Until {
-    let max_epochs = at.whole_or_none(
-        "max_epochs",
-        raw.max_epochs,
-        1..=100_000,
-        "no limit by epochs",
-    );
-    let max_steps = at.whole_or_none(
-        "max_steps",
-        raw.max_steps,
-        1..=1_000_000_000,
-        "no limit by steps",
-    );
+    let max_epochs = at.whole_or_none("max_epochs", raw.max_epochs, 1..=100_000, "no limit by epochs");
+    let max_steps = at.whole_or_none("max_steps", raw.max_steps, 1..=1_000_000_000, "no limit by steps");
     let early_stopping = raw.early_stopping.as_ref().map(|raw| {
         at.within("early_stopping", |at| EarlyStopping {
             metric: at.choice("metric", raw.metric).unwrap_or(Metric::EvalLoss),
@@ -261,34 +155,22 @@ fn until(at: &mut Checker, raw: &pb::Until) -> Until {
     });
     let bounded = max_epochs.is_some() || max_steps.is_some();
     if !bounded && early_stopping.is_none() {
-        at.refuse(
-            "",
-            "must give at least one of max_epochs, max_steps and early_stopping, or be left out",
-        );
+        at.refuse("", "must give at least one of max_epochs, max_steps and early_stopping, or be left out");
     }
-    Until {
-        max_epochs: if bounded {
-            max_epochs
-        } else {
-            Some(PATIENCE_MAX_EPOCHS)
-        },
-        max_steps,
-        early_stopping,
-    }
+    Until { max_epochs: if bounded { max_epochs } else { Some(PATIENCE_MAX_EPOCHS) }, max_steps, early_stopping }
 }
 
 fn workers(at: &mut Checker, raw: &pb::Workers) -> Workers {
     let min = at.whole("min", raw.min, 1..=MOST_TRAINERS, 1);
     let max = at.whole("max", raw.max, 1..=MOST_TRAINERS, min);
     if max < min {
-        at.refuse("max", format!("must be in {min}-{MOST_TRAINERS} (not below min), not {max}: raise max or lower min"));
+        at.refuse(
+            "max",
+            format!("must be in {min}-{MOST_TRAINERS} (not below min), not {max}: raise max or lower min"),
+        );
     }
     let threads_per_trainer = at.whole("threads_per_trainer", raw.threads_per_trainer, 1..=1024, 1);
-    Workers {
-        min,
-        max,
-        threads_per_trainer,
-    }
+    Workers { min, max, threads_per_trainer }
 }
 
 fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {
@@ -300,31 +182,15 @@ fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {
 }
 
 fn optimizer(at: &mut Checker, raw: &pb::Optimizer) -> Optimizer {
-    let decay = |at: &mut Checker, default| {
-        at.real(
-            "weight_decay",
-            raw.weight_decay,
-            Interval::Closed(0.0, 10.0),
-            default,
-        )
-    };
+    let decay =
+        |at: &mut Checker, default| at.real("weight_decay", raw.weight_decay, Interval::Closed(0.0, 10.0), default);
     let fraction = Interval::RightOpen(0.0, 1.0);
-    match at
-        .choice("type", raw.r#type)
-        .unwrap_or(OptimizerType::Adamw)
-    {
+    match at.choice("type", raw.r#type).unwrap_or(OptimizerType::Adamw) {
         OptimizerType::Adamw => {
-            let foreign = [
-                ("momentum", raw.momentum.is_some()),
-                ("nesterov", raw.nesterov),
-            ];
+            let foreign = [("momentum", raw.momentum.is_some()), ("nesterov", raw.nesterov)];
             // An unknown type may be a misspelled sgd.
             if OptimizerType::from_number(raw.r#type).is_some() {
-                refuse_given(
-                    at,
-                    &foreign,
-                    "belongs to sgd: remove it, or set type to sgd",
-                );
+                refuse_given(at, &foreign, "belongs to sgd: remove it, or set type to sgd");
             }
             Optimizer::AdamW {
                 weight_decay: decay(at, 0.01),
@@ -334,28 +200,14 @@ fn optimizer(at: &mut Checker, raw: &pb::Optimizer) -> Optimizer {
             }
         }
         OptimizerType::Sgd => {
-            let foreign = [
-                ("beta1", raw.beta1.is_some()),
-                ("beta2", raw.beta2.is_some()),
-                ("epsilon", raw.epsilon.is_some()),
-            ];
-            refuse_given(
-                at,
-                &foreign,
-                "belongs to adamw: remove it, or set type to adamw",
-            );
+            let foreign =
+                [("beta1", raw.beta1.is_some()), ("beta2", raw.beta2.is_some()), ("epsilon", raw.epsilon.is_some())];
+            refuse_given(at, &foreign, "belongs to adamw: remove it, or set type to adamw");
             let momentum = at.real("momentum", raw.momentum, fraction, 0.9);
             if raw.nesterov && momentum == 0.0 {
-                at.refuse(
-                    "nesterov",
-                    "needs a momentum > 0: raise momentum, or remove nesterov",
-                );
+                at.refuse("nesterov", "needs a momentum > 0: raise momentum, or remove nesterov");
             }
-            Optimizer::Sgd {
-                weight_decay: decay(at, 0.0),
-                momentum,
-                nesterov: raw.nesterov,
-            }
+            Optimizer::Sgd { weight_decay: decay(at, 0.0), momentum, nesterov: raw.nesterov }
         }
     }
 }
@@ -369,10 +221,7 @@ fn refuse_given(at: &mut Checker, fields: &[(&str, bool)], message: &str) {
 }
 
 fn lr_scheduler(at: &mut Checker, raw: &pb::LrScheduler) -> LrScheduler {
-    LrScheduler {
-        kind: at.choice("type", raw.r#type),
-        warmup_steps: raw.warmup_steps,
-    }
+    LrScheduler { kind: at.choice("type", raw.r#type), warmup_steps: raw.warmup_steps }
 }
 
 fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: u32) -> u32 {
@@ -382,33 +231,28 @@ fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: 
     let too_many = batch > 0 && shards > batch;
     if raw.is_none() {
         if too_many {
-            at.refuse("workers.max", format!("must be at most global_batch_size ({batch}), not {most}: each worker needs a sample"));
+            at.refuse(
+                "workers.max",
+                format!("must be at most global_batch_size ({batch}), not {most}: each worker needs a sample"),
+            );
         }
         return shards;
     }
     if shards < most {
-        at.refuse("logical_shards", format!("must be at least workers.max ({most}), not {shards}: raise it, or lower workers.max"));
-    }
-    if too_many {
         at.refuse(
             "logical_shards",
-            format!("must be at most global_batch_size ({batch}), not {shards}: lower it"),
+            format!("must be at least workers.max ({most}), not {shards}: raise it, or lower workers.max"),
         );
+    }
+    if too_many {
+        at.refuse("logical_shards", format!("must be at most global_batch_size ({batch}), not {shards}: lower it"));
     }
     shards
 }
 
 fn verification(at: &mut Checker, raw: &pb::Verification) -> Verification {
-    let digest_steps = at.whole_or_none(
-        "digest_steps",
-        raw.digest_steps,
-        1..=u32::MAX,
-        "a digest at stage ends only",
-    );
-    Verification {
-        digest_steps,
-        trace: raw.trace,
-    }
+    let digest_steps = at.whole_or_none("digest_steps", raw.digest_steps, 1..=u32::MAX, "a digest at stage ends only");
+    Verification { digest_steps, trace: raw.trace }
 }
 
 /// The end of a planned stage: here it is required.
@@ -417,34 +261,21 @@ pub(super) fn planned_until(at: &mut Checker, raw: Option<&pb::Until>) -> Until 
 }
 
 /// The schedule and the warmup of a planned stage: here both are required.
-pub(super) fn planned_schedule(
-    at: &mut Checker,
-    raw: Option<&pb::LrScheduler>,
-) -> (LrSchedulerType, u32) {
+pub(super) fn planned_schedule(at: &mut Checker, raw: Option<&pb::LrScheduler>) -> (LrSchedulerType, u32) {
     at.within("lr_scheduler", |at| {
         let raw = raw.copied().unwrap_or_default();
         let kind = at.choice("type", raw.r#type);
         if raw.r#type == 0 {
-            at.refuse(
-                "type",
-                format!(
-                    "is required: one of {}",
-                    LrSchedulerType::names().join(", ")
-                ),
-            );
+            at.refuse("type", format!("is required: one of {}", LrSchedulerType::names().join(", ")));
         }
         if raw.warmup_steps.is_none() {
             at.refuse("warmup_steps", "is required");
         }
-        (
-            kind.unwrap_or(LrSchedulerType::Constant),
-            raw.warmup_steps.unwrap_or_default(),
-        )
+        (kind.unwrap_or(LrSchedulerType::Constant), raw.warmup_steps.unwrap_or_default())
     })
 }
 
 /// What a planned stage starts from.
 pub(super) fn planned_on_enter(at: &mut Checker, number: i32) -> OnEnter {
-    at.choice("on_enter", number)
-        .unwrap_or(OnEnter::RestoreBest)
+    at.choice("on_enter", number).unwrap_or(OnEnter::RestoreBest)
 }

@@ -18,16 +18,9 @@ impl TryFrom<&pb::Hello> for Hello {
         let mut at = Checker::default();
         at.text("worker", &raw.worker, "the worker's unique name");
         uuid(&mut at, &raw.incarnation);
-        at.text(
-            "host",
-            &raw.host,
-            "the host that other trainers reach this one under",
-        );
+        at.text("host", &raw.host, "the host that other trainers reach this one under");
         if !(1..=MOST_SLOTS).contains(&raw.slots) {
-            at.refuse(
-                "slots",
-                format!("must be in 1-{MOST_SLOTS}, not {}", raw.slots),
-            );
+            at.refuse("slots", format!("must be in 1-{MOST_SLOTS}, not {}", raw.slots));
         }
         let mut taken = BTreeSet::new();
         for (index, trainer) in raw.trainers.iter().enumerate() {
@@ -73,12 +66,7 @@ impl TryFrom<&pb::TrainerStatus> for TrainerStatus {
         let mut at = Checker::default();
         let trainer = trainer_key(&mut at, &raw.run, raw.slot, &raw.incarnation);
         let position = at.collect(optional("position", raw.position.as_ref()));
-        at.finish(Self {
-            trainer,
-            generation: Generation(raw.generation),
-            position,
-            pid: raw.pid,
-        })
+        at.finish(Self { trainer, generation: Generation(raw.generation), position, pid: raw.pid })
     }
 }
 
@@ -109,11 +97,7 @@ impl TryFrom<&pb::Propose> for Proposal {
         } else if raw.rank as usize >= raw.addresses.len() {
             at.refuse(
                 "rank",
-                format!(
-                    "must be below the number of addresses ({}), not {}",
-                    raw.addresses.len(),
-                    raw.rank
-                ),
+                format!("must be below the number of addresses ({}), not {}", raw.addresses.len(), raw.rank),
             );
         }
         let resume = at.collect(optional("resume", raw.resume.as_ref()));
@@ -156,11 +140,7 @@ pub fn trainer(run: &str, slot: u32, incarnation: &str) -> Result<TrainerKey, Vi
 fn trainer_key(at: &mut Checker, run: &str, slot: u32, incarnation: &str) -> TrainerKey {
     at.text("run", run, "the run's id");
     uuid(at, incarnation);
-    TrainerKey {
-        run: RunId(run.to_owned()),
-        slot: Slot(slot),
-        incarnation: Incarnation(incarnation.to_owned()),
-    }
+    TrainerKey { run: RunId(run.to_owned()), slot: Slot(slot), incarnation: Incarnation(incarnation.to_owned()) }
 }
 
 fn uuid(at: &mut Checker, incarnation: &str) {
@@ -176,19 +156,8 @@ mod tests {
     const UUID: &str = "6f9d2a52-3b1e-4c11-9f2c-2f1c9b7d7a10";
 
     fn status(slot: u32) -> pb::TrainerStatus {
-        let position = Some(pb::Position {
-            stage: 1,
-            stage_step: 2,
-            step: 3,
-        });
-        pb::TrainerStatus {
-            run: "a-00000001".into(),
-            slot,
-            incarnation: UUID.into(),
-            generation: 4,
-            position,
-            pid: 5,
-        }
+        let position = Some(pb::Position { stage: 1, stage_step: 2, step: 3 });
+        pb::TrainerStatus { run: "a-00000001".into(), slot, incarnation: UUID.into(), generation: 4, position, pid: 5 }
     }
 
     #[test]
@@ -211,10 +180,7 @@ mod tests {
             key: vec![7, 8],
             resume: None,
         };
-        assert_eq!(
-            pb::Propose::from(&Proposal::try_from(&propose).unwrap()),
-            propose
-        );
+        assert_eq!(pb::Propose::from(&Proposal::try_from(&propose).unwrap()), propose);
     }
 
     #[test]

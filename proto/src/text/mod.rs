@@ -21,9 +21,8 @@ use std::sync::LazyLock;
 pub use write::{to_json, to_json_value, to_yaml};
 
 /// The descriptors of [`FILE_DESCRIPTOR_SET`].
-pub static DESCRIPTOR_POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    DescriptorPool::decode(FILE_DESCRIPTOR_SET).expect("the build script compiled it")
-});
+pub static DESCRIPTOR_POOL: LazyLock<DescriptorPool> =
+    LazyLock::new(|| DescriptorPool::decode(FILE_DESCRIPTOR_SET).expect("the build script compiled it"));
 
 /// A message that can be read from and written as text: every generated one.
 pub trait Printable: prost::Message + prost::Name + Default {}
@@ -31,9 +30,7 @@ pub trait Printable: prost::Message + prost::Name + Default {}
 impl<M: prost::Message + prost::Name + Default> Printable for M {}
 
 fn descriptor<M: Printable>() -> MessageDescriptor {
-    DESCRIPTOR_POOL
-        .get_message_by_name(&M::full_name())
-        .expect("the pool holds every generated message")
+    DESCRIPTOR_POOL.get_message_by_name(&M::full_name()).expect("the pool holds every generated message")
 }
 
 /// A message as far as it could be read, with what was wrong and where its fields stand in the text.
@@ -54,8 +51,7 @@ impl<M> Reading<M> {
     pub fn with_lines(&self, mut violations: Violations) -> Violations {
         for violation in &mut violations.0 {
             if violation.line.is_none() {
-                violation.line =
-                    around(&violation.path).find_map(|path| self.lines.get(path).copied());
+                violation.line = around(&violation.path).find_map(|path| self.lines.get(path).copied());
             }
         }
         violations
@@ -63,19 +59,14 @@ impl<M> Reading<M> {
 
     /// Whether what is said about a field may only be due to one that could not be read: the field itself, one around or one within it.
     fn misses(&self, path: &str) -> bool {
-        let is_within =
-            |inner: &str, outer: &str| !outer.is_empty() && around(inner).any(|path| path == outer);
-        self.unread
-            .iter()
-            .any(|unread| is_within(path, unread) || is_within(unread, path))
+        let is_within = |inner: &str, outer: &str| !outer.is_empty() && around(inner).any(|path| path == outer);
+        self.unread.iter().any(|unread| is_within(path, unread) || is_within(unread, path))
     }
 }
 
 /// The path, then the paths of the fields around it, innermost first.
 fn around(path: &str) -> impl Iterator<Item = &str> {
-    std::iter::successors(Some(path), |path| {
-        path.rfind(['.', '[']).map(|end| &path[..end])
-    })
+    std::iter::successors(Some(path), |path| path.rfind(['.', '[']).map(|end| &path[..end]))
 }
 
 /// Reads any message of package `thaw.v1`, going on after mistakes.
@@ -85,21 +76,11 @@ pub fn read<M: Printable>(text: &str) -> Reading<M> {
     let dynamic = match tree::parse(text) {
         Ok(root) => reader.message(&descriptor::<M>(), &root),
         Err(violations) => {
-            return Reading {
-                violations,
-                ..Reading::default()
-            };
+            return Reading { violations, ..Reading::default() };
         }
     };
-    let message = dynamic
-        .transcode_to()
-        .expect("the dynamic message follows the same descriptor");
-    Reading {
-        message,
-        violations: reader.violations,
-        lines: reader.lines,
-        unread: reader.unread,
-    }
+    let message = dynamic.transcode_to().expect("the dynamic message follows the same descriptor");
+    Reading { message, violations: reader.violations, lines: reader.lines, unread: reader.unread }
 }
 
 /// Reads any message of package `thaw.v1`.
@@ -133,10 +114,7 @@ pub fn parse_spec_at(text: &str, base_dir: &Path) -> Result<pb::RunSpec, Violati
 ///
 /// # Errors
 /// Every mistake at once, those of the text and those of [`convert::spec::check`], in the order of their lines.
-pub fn check_spec_at(
-    text: &str,
-    base_dir: &Path,
-) -> Result<(pb::RunSpec, spec::RunSpec), Violations> {
+pub fn check_spec_at(text: &str, base_dir: &Path) -> Result<(pb::RunSpec, spec::RunSpec), Violations> {
     let mut reading = read::<pb::RunSpec>(text);
     // Nothing was read: what the check would miss says nothing.
     if reading.lines.is_empty() && !reading.violations.is_empty() {
@@ -150,8 +128,7 @@ pub fn check_spec_at(
             found.0.retain(|violation| !reading.misses(&violation.path));
             let mut all = reading.violations;
             all.0.extend(found.0);
-            all.0
-                .sort_by_key(|violation| violation.line.unwrap_or(usize::MAX));
+            all.0.sort_by_key(|violation| violation.line.unwrap_or(usize::MAX));
             Err(all)
         }
     }
@@ -165,26 +142,18 @@ fn resolve_paths(raw: &mut pb::RunSpec, base_dir: &Path) {
     let mut fields: Vec<&mut String> = Vec::new();
     fields.extend(raw.backbone.as_mut().map(|backbone| &mut backbone.graph));
     if let Some(data) = &mut raw.data {
-        for source in [&mut data.train, &mut data.eval, &mut data.test]
-            .into_iter()
-            .flatten()
-        {
+        for source in [&mut data.train, &mut data.eval, &mut data.test].into_iter().flatten() {
             fields.extend([&mut source.path, &mut source.tokenizer]);
         }
     }
-    fields.extend(
-        raw.checkpoint
-            .as_mut()
-            .map(|checkpoint| &mut checkpoint.url),
-    );
+    fields.extend(raw.checkpoint.as_mut().map(|checkpoint| &mut checkpoint.url));
     for field in fields {
         if field.is_empty() || field.starts_with('/') || field.contains("://") {
             continue;
         }
         if let Ok(url) = url::Url::from_file_path(base_dir.join(&*field)) {
             // Parsing again folds `.` and `..`.
-            *field = url::Url::parse(url.as_str())
-                .map_or_else(|_| url.to_string(), |url| url.to_string());
+            *field = url::Url::parse(url.as_str()).map_or_else(|_| url.to_string(), |url| url.to_string());
         }
     }
 }

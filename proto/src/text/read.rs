@@ -6,8 +6,7 @@ use crate::convert::{quote, short_name};
 use crate::violation::{Violations, join};
 use base64::Engine as _;
 use prost_reflect::{
-    DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MapKey, MessageDescriptor,
-    ReflectMessage as _, Value,
+    DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MapKey, MessageDescriptor, ReflectMessage as _, Value,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -25,11 +24,7 @@ pub(super) struct Reader {
 
 impl Reader {
     /// The message that `node` holds.
-    pub(super) fn message(
-        &mut self,
-        descriptor: &MessageDescriptor,
-        node: &Node,
-    ) -> DynamicMessage {
+    pub(super) fn message(&mut self, descriptor: &MessageDescriptor, node: &Node) -> DynamicMessage {
         let mut message = DynamicMessage::new(descriptor.clone());
         match &node.value {
             Tree::Map(entries) => self.fields(&mut message, entries),
@@ -37,10 +32,7 @@ impl Reader {
             _ if node.is_null() => {}
             Tree::Plain(_) | Tree::Quoted(_) | Tree::List(_) => {
                 let names = field_names(descriptor);
-                self.unreadable(
-                    node.line,
-                    format!("expected fields ({names}), found {}", found(node)),
-                );
+                self.unreadable(node.line, format!("expected fields ({names}), found {}", found(node)));
             }
         }
         message
@@ -52,17 +44,12 @@ impl Reader {
         let mut chosen: BTreeMap<String, String> = BTreeMap::new();
         for (key, node) in entries {
             let Some(field) = known_field(&descriptor, &key.text) else {
-                self.within(&cut(&key.text), |at| {
-                    at.refuse(key.line, unknown_key(&descriptor, &key.text))
-                });
+                self.within(&cut(&key.text), |at| at.refuse(key.line, unknown_key(&descriptor, &key.text)));
                 continue;
             };
             self.within(field.name(), |at| {
                 if let Some(first) = seen.get(&field.number()) {
-                    at.refuse(
-                        key.line,
-                        format!("is given twice (first in line {first}): remove one"),
-                    );
+                    at.refuse(key.line, format!("is given twice (first in line {first}): remove one"));
                     return;
                 }
                 seen.insert(field.number(), key.line);
@@ -70,10 +57,7 @@ impl Reader {
                 if node.is_null() {
                     return;
                 }
-                if let Some(oneof) = field
-                    .containing_oneof()
-                    .filter(|oneof| !oneof.is_synthetic())
-                {
+                if let Some(oneof) = field.containing_oneof().filter(|oneof| !oneof.is_synthetic()) {
                     if let Some(other) = chosen.get(oneof.name()) {
                         at.refuse(key.line, format!("excludes {other}: remove one of the two"));
                         return;
@@ -95,10 +79,7 @@ impl Reader {
             return self.single(&field.kind(), node);
         }
         let Tree::List(items) = &node.value else {
-            self.unreadable(
-                node.line,
-                format!("expected a list ([a, b]), found {}", found(node)),
-            );
+            self.unreadable(node.line, format!("expected a list ([a, b]), found {}", found(node)));
             return None;
         };
         let mut values = Vec::with_capacity(items.len());
@@ -106,10 +87,7 @@ impl Reader {
             self.within(&format!("[{index}]"), |at| {
                 at.lines.insert(at.path.clone(), item.line);
                 if item.is_null() && field.kind().as_message().is_none() {
-                    at.unreadable(
-                        item.line,
-                        format!("expected {}, found nothing", expected(&field.kind())),
-                    );
+                    at.unreadable(item.line, format!("expected {}, found nothing", expected(&field.kind())));
                 } else {
                     values.extend(at.single(&field.kind(), item));
                 }
@@ -120,28 +98,17 @@ impl Reader {
 
     fn map(&mut self, field: &FieldDescriptor, node: &Node) -> Option<Value> {
         let Tree::Map(entries) = &node.value else {
-            self.unreadable(
-                node.line,
-                format!("expected keys and values, found {}", found(node)),
-            );
+            self.unreadable(node.line, format!("expected keys and values, found {}", found(node)));
             return None;
         };
         let kind = field.kind();
         let entry = kind.as_message()?;
-        let (key_kind, value_kind) = (
-            entry.map_entry_key_field().kind(),
-            entry.map_entry_value_field().kind(),
-        );
+        let (key_kind, value_kind) = (entry.map_entry_key_field().kind(), entry.map_entry_value_field().kind());
         let mut values: HashMap<MapKey, Value> = HashMap::new();
         for (key, node) in entries {
             self.within(&format!("[{}]", quote(&key.text)), |at| {
-                let key_node = Node {
-                    line: key.line,
-                    value: Tree::Quoted(key.text.clone()),
-                };
-                let map_key = at
-                    .single(&key_kind, &key_node)
-                    .and_then(Value::into_map_key);
+                let key_node = Node { line: key.line, value: Tree::Quoted(key.text.clone()) };
+                let map_key = at.single(&key_kind, &key_node).and_then(Value::into_map_key);
                 let value = at.single(&value_kind, node);
                 if let (Some(map_key), Some(value)) = (map_key, value)
                     && values.insert(map_key, value).is_some()
@@ -155,9 +122,7 @@ impl Reader {
 
     fn single(&mut self, kind: &Kind, node: &Node) -> Option<Value> {
         let result = match kind {
-            Kind::Message(message) if message.full_name().starts_with("google.protobuf.") => {
-                well_known(message, node)
-            }
+            Kind::Message(message) if message.full_name().starts_with("google.protobuf.") => well_known(message, node),
             Kind::Message(message) => return Some(Value::Message(self.message(message, node))),
             Kind::Enum(choices) => enum_number(choices, node).map(Value::EnumNumber),
             Kind::Bool => boolean(node).map(Value::Bool),
@@ -191,8 +156,7 @@ impl Reader {
     }
 
     fn refuse(&mut self, line: usize, message: String) {
-        self.violations
-            .push_at(self.path.clone(), message, Some(line));
+        self.violations.push_at(self.path.clone(), message, Some(line));
     }
 
     fn within(&mut self, segment: &str, read: impl FnOnce(&mut Self)) {
@@ -204,24 +168,15 @@ impl Reader {
 }
 
 fn known_field(descriptor: &MessageDescriptor, key: &str) -> Option<FieldDescriptor> {
-    descriptor
-        .get_field_by_name(key)
-        .or_else(|| descriptor.get_field_by_json_name(key))
+    descriptor.get_field_by_name(key).or_else(|| descriptor.get_field_by_json_name(key))
 }
 
 fn field_names(descriptor: &MessageDescriptor) -> String {
-    descriptor
-        .fields()
-        .map(|field| field.name().to_owned())
-        .collect::<Vec<_>>()
-        .join(", ")
+    descriptor.fields().map(|field| field.name().to_owned()).collect::<Vec<_>>().join(", ")
 }
 
 fn unknown_key(descriptor: &MessageDescriptor, key: &str) -> String {
-    let names: Vec<_> = descriptor
-        .fields()
-        .map(|field| field.name().to_owned())
-        .collect();
+    let names: Vec<_> = descriptor.fields().map(|field| field.name().to_owned()).collect();
     match nearest(&snake_case(key), &names) {
         Some(name) => format!("is not a field: did you mean {name}?"),
         None if names.is_empty() => "is not a field: there are none here".to_owned(),
@@ -235,19 +190,10 @@ fn nearest<'a>(given: &str, names: &'a [String]) -> Option<&'a str> {
     if given.len() > 100 {
         return None;
     }
-    let near = |name: &&String| {
-        strsim::damerau_levenshtein(given, name) <= 1 + name.len().max(given.len()) / 4
-    };
-    let contained = |name: &&String| {
-        given.len() >= 4 && (name.contains(given) || given.contains(name.as_str()))
-    };
-    let by_slips = names
-        .iter()
-        .filter(near)
-        .min_by_key(|name| strsim::damerau_levenshtein(given, name));
-    by_slips
-        .or_else(|| names.iter().find(contained))
-        .map(String::as_str)
+    let near = |name: &&String| strsim::damerau_levenshtein(given, name) <= 1 + name.len().max(given.len()) / 4;
+    let contained = |name: &&String| given.len() >= 4 && (name.contains(given) || given.contains(name.as_str()));
+    let by_slips = names.iter().filter(near).min_by_key(|name| strsim::damerau_levenshtein(given, name));
+    by_slips.or_else(|| names.iter().find(contained)).map(String::as_str)
 }
 
 fn snake_case(key: &str) -> String {
@@ -256,40 +202,25 @@ fn snake_case(key: &str) -> String {
         if c.is_ascii_uppercase() && !name.is_empty() {
             name.push('_');
         }
-        name.push(if c == '-' {
-            '_'
-        } else {
-            c.to_ascii_lowercase()
-        });
+        name.push(if c == '-' { '_' } else { c.to_ascii_lowercase() });
     }
     name
 }
 
 /// A key as part of a path.
 fn cut(key: &str) -> String {
-    let plain = !key.is_empty()
-        && key.len() <= 64
-        && key
-            .chars()
-            .all(|c| c.is_alphanumeric() || c == '_' || c == '-');
+    let plain = !key.is_empty() && key.len() <= 64 && key.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '-');
     if plain { key.to_owned() } else { quote(key) }
 }
 
 fn enum_number(choices: &EnumDescriptor, node: &Node) -> Result<i32, String> {
     let zero = choices.default_value().name().to_owned();
-    let known: Vec<_> = choices
-        .values()
-        .filter(|value| value.number() != 0)
-        .map(|value| short_name(value.name(), &zero))
-        .collect();
+    let known: Vec<_> =
+        choices.values().filter(|value| value.number() != 0).map(|value| short_name(value.name(), &zero)).collect();
     let given = match &node.value {
         Tree::Plain(text) | Tree::Quoted(text) => text.as_str(),
         Tree::List(_) | Tree::Map(_) => {
-            return Err(format!(
-                "expected one of {}, found {}",
-                known.join(", "),
-                found(node)
-            ));
+            return Err(format!("expected one of {}, found {}", known.join(", "), found(node)));
         }
     };
     let named = |value: &prost_reflect::EnumValueDescriptor| {
@@ -299,23 +230,12 @@ fn enum_number(choices: &EnumDescriptor, node: &Node) -> Result<i32, String> {
         return Ok(value.number());
     }
     // The canonical mapping also takes numbers.
-    if let Some(value) = given
-        .parse()
-        .ok()
-        .and_then(|number| choices.get_value(number))
-    {
+    if let Some(value) = given.parse().ok().and_then(|number| choices.get_value(number)) {
         return Ok(value.number());
     }
     match nearest(&snake_case(given), &known) {
-        Some(name) => Err(format!(
-            "{} is not a known value: did you mean {name}?",
-            quote(given)
-        )),
-        None => Err(format!(
-            "{} is not a known value: use one of {}",
-            quote(given),
-            known.join(", ")
-        )),
+        Some(name) => Err(format!("{} is not a known value: did you mean {name}?", quote(given))),
+        None => Err(format!("{} is not a known value: use one of {}", quote(given), known.join(", "))),
     }
 }
 
@@ -331,19 +251,14 @@ fn text(node: &Node) -> Result<String, String> {
     match &node.value {
         Tree::Quoted(text) => Ok(text.clone()),
         Tree::Plain(text) if scalar_kind(text) == Scalar::Text => Ok(text.clone()),
-        Tree::Plain(text) => Err(format!(
-            "expected a text, found {}: put it in quotes (\"{text}\")",
-            found(node)
-        )),
+        Tree::Plain(text) => Err(format!("expected a text, found {}: put it in quotes (\"{text}\")", found(node))),
         Tree::List(_) | Tree::Map(_) => Err(format!("expected a text, found {}", found(node))),
     }
 }
 
 fn bytes(node: &Node) -> Result<Vec<u8>, String> {
     let text = text(node)?;
-    base64::engine::general_purpose::STANDARD
-        .decode(text)
-        .map_err(|_| "expected bytes in base64".to_owned())
+    base64::engine::general_purpose::STANDARD.decode(text).map_err(|_| "expected bytes in base64".to_owned())
 }
 
 fn real(node: &Node) -> Result<f64, String> {
@@ -358,9 +273,9 @@ fn real(node: &Node) -> Result<f64, String> {
     }
     match plain(node).map(|text| (text, scalar_kind(text))) {
         Some((_, Scalar::Whole(value))) => Ok(value as f64),
-        Some((text, Scalar::Real(value))) if value.is_infinite() && !text.contains("inf") => Err(
-            format!("{} is too large: at most {:e}", quote(text), f64::MAX),
-        ),
+        Some((text, Scalar::Real(value))) if value.is_infinite() && !text.contains("inf") => {
+            Err(format!("{} is too large: at most {:e}", quote(text), f64::MAX))
+        }
         Some((_, Scalar::Real(value))) => Ok(value),
         _ => Err(format!("expected a number, found {}", found(node))),
     }
@@ -370,9 +285,7 @@ fn real(node: &Node) -> Result<f64, String> {
 fn whole<T: TryFrom<i128>>(node: &Node, low: i128, high: i128) -> Result<T, String> {
     let given = match &node.value {
         Tree::Plain(text) => scalar_kind(text),
-        Tree::Quoted(text) if text.bytes().all(|c| c.is_ascii_digit() || c == b'-') => {
-            scalar_kind(text)
-        }
+        Tree::Quoted(text) if text.bytes().all(|c| c.is_ascii_digit() || c == b'-') => scalar_kind(text),
         Tree::Quoted(_) | Tree::List(_) | Tree::Map(_) => Scalar::Text,
     };
     let value = match given {
@@ -382,16 +295,8 @@ fn whole<T: TryFrom<i128>>(node: &Node, low: i128, high: i128) -> Result<T, Stri
             return Err(format!("expected a whole number, found {}", found(node)));
         }
     };
-    let fits = (low..=high)
-        .contains(&value)
-        .then(|| T::try_from(value).ok())
-        .flatten();
-    fits.ok_or_else(|| {
-        format!(
-            "must be in {low}-{high}, not {}",
-            found(node).trim_start_matches("the number ")
-        )
-    })
+    let fits = (low..=high).contains(&value).then(|| T::try_from(value).ok()).flatten();
+    fits.ok_or_else(|| format!("must be in {low}-{high}, not {}", found(node).trim_start_matches("the number ")))
 }
 
 /// Timestamps and their like have forms of their own, which the reflection library reads.
@@ -399,11 +304,7 @@ fn well_known(message: &MessageDescriptor, node: &Node) -> Result<Value, String>
     let json = match &node.value {
         Tree::Plain(text) | Tree::Quoted(text) => serde_json::Value::String(text.clone()),
         Tree::List(_) | Tree::Map(_) => {
-            return Err(format!(
-                "expected a {} as text, found {}",
-                message.name(),
-                found(node)
-            ));
+            return Err(format!("expected a {} as text, found {}", message.name(), found(node)));
         }
     };
     DynamicMessage::deserialize(message.clone(), json)

@@ -40,36 +40,21 @@ impl Node {
 /// The text's one document.
 pub(super) fn parse(text: &str) -> Result<Node, Violations> {
     if text.len() > MOST_BYTES {
-        return Err(Violations::one(
-            "",
-            format!(
-                "the text has {} bytes: at most {MOST_BYTES} are read",
-                text.len()
-            ),
-        ));
+        return Err(Violations::one("", format!("the text has {} bytes: at most {MOST_BYTES} are read", text.len())));
     }
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let text = if is_json(text) {
-        Cow::Owned(json_to_yaml(text))
-    } else {
-        Cow::Borrowed(text)
-    };
+    let text = if is_json(text) { Cow::Owned(json_to_yaml(text)) } else { Cow::Borrowed(text) };
     let mut builder = Builder::default();
     let mut parser = Parser::new_from_str(&text);
     while let Some(next) = parser.next_event() {
         match next {
             Ok((event, span)) => builder.take(event, span)?,
             Err(error) => {
-                return Err(refusal(
-                    error.marker().line(),
-                    &format!("is neither YAML nor JSON: {}", error.info()),
-                ));
+                return Err(refusal(error.marker().line(), &format!("is neither YAML nor JSON: {}", error.info())));
             }
         }
     }
-    builder
-        .root
-        .ok_or_else(|| Violations::one("", "the text is empty: give at least the required fields"))
+    builder.root.ok_or_else(|| Violations::one("", "the text is empty: give at least the required fields"))
 }
 
 fn refusal(line: usize, message: &str) -> Violations {
@@ -108,11 +93,7 @@ impl Builder {
             Event::Scalar(text, style, anchor, tag) => {
                 refuse_marks(line, anchor, tag.is_some())?;
                 let text = text.into_owned();
-                let value = if style == ScalarStyle::Plain {
-                    Value::Plain(text)
-                } else {
-                    Value::Quoted(text)
-                };
+                let value = if style == ScalarStyle::Plain { Value::Plain(text) } else { Value::Quoted(text) };
                 self.place(Node { line, value })
             }
             Event::SequenceStart(anchor, tag) => {
@@ -124,14 +105,8 @@ impl Builder {
                 self.enter(line, Open::Map(line, Vec::new(), None))
             }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(Open::List(line, items)) => self.place(Node {
-                    line,
-                    value: Value::List(items),
-                }),
-                Some(Open::Map(line, entries, _)) => self.place(Node {
-                    line,
-                    value: Value::Map(entries),
-                }),
+                Some(Open::List(line, items)) => self.place(Node { line, value: Value::List(items) }),
+                Some(Open::Map(line, entries, _)) => self.place(Node { line, value: Value::Map(entries) }),
                 None => Ok(()),
             },
         }
@@ -139,16 +114,10 @@ impl Builder {
 
     fn enter(&mut self, line: usize, opened: Open) -> Result<(), Violations> {
         if self.open.len() >= MOST_LEVELS {
-            return Err(refusal(
-                line,
-                &format!("is nested deeper than {MOST_LEVELS} levels"),
-            ));
+            return Err(refusal(line, &format!("is nested deeper than {MOST_LEVELS} levels")));
         }
         if matches!(self.open.last(), Some(Open::Map(_, _, None))) {
-            return Err(refusal(
-                line,
-                "has a list or map as a key: keys are field names",
-            ));
+            return Err(refusal(line, "has a list or map as a key: keys are field names"));
         }
         self.open.push(opened);
         Ok(())
@@ -162,17 +131,9 @@ impl Builder {
             Some(Open::Map(_, entries, key)) => match key.take() {
                 Some(key) => entries.push((key, node)),
                 None => match node.value {
-                    Value::Plain(text) | Value::Quoted(text) => {
-                        *key = Some(Key {
-                            line: node.line,
-                            text,
-                        })
-                    }
+                    Value::Plain(text) | Value::Quoted(text) => *key = Some(Key { line: node.line, text }),
                     Value::List(_) | Value::Map(_) => {
-                        return Err(refusal(
-                            node.line,
-                            "has a list or map as a key: keys are field names",
-                        ));
+                        return Err(refusal(node.line, "has a list or map as a key: keys are field names"));
                     }
                 },
             },
@@ -183,23 +144,16 @@ impl Builder {
 
 fn refuse_marks(line: usize, anchor: usize, tagged: bool) -> Result<(), Violations> {
     if anchor > 0 {
-        return Err(refusal(
-            line,
-            "has an anchor (&name): write the value out where it is needed",
-        ));
+        return Err(refusal(line, "has an anchor (&name): write the value out where it is needed"));
     }
     if tagged {
-        return Err(refusal(
-            line,
-            "has a tag (!name): remove it, the field decides the type",
-        ));
+        return Err(refusal(line, "has a tag (!name): remove it, the field decides the type"));
     }
     Ok(())
 }
 
 fn is_json(text: &str) -> bool {
-    text.trim_start().starts_with(['{', '['])
-        && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
+    text.trim_start().starts_with(['{', '[']) && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
 }
 
 /// JSON as YAML reads it: tabs between tokens become spaces, and pairs of surrogate escapes become their character. Lines stay.

@@ -4,9 +4,7 @@ use super::scalar::{Scalar, scalar_kind};
 use super::{Printable, descriptor};
 use crate::convert::short_name;
 use base64::Engine as _;
-use prost_reflect::{
-    DynamicMessage, EnumDescriptor, Kind, ReflectMessage as _, SerializeOptions, Value,
-};
+use prost_reflect::{DynamicMessage, EnumDescriptor, Kind, ReflectMessage as _, SerializeOptions, Value};
 use serde_json::{Map, Value as Json};
 use std::fmt::Write as _;
 
@@ -36,34 +34,24 @@ pub fn to_json_value<M: Printable>(message: &M) -> Json {
 
 fn dynamic<M: Printable>(message: &M) -> DynamicMessage {
     let mut dynamic = DynamicMessage::new(descriptor::<M>());
-    dynamic
-        .transcode_from(message)
-        .expect("the descriptor is the message's own");
+    dynamic.transcode_from(message).expect("the descriptor is the message's own");
     dynamic
 }
 
 fn canonical(message: &DynamicMessage) -> Json {
     let options = SerializeOptions::new().use_proto_field_name(true);
     // Fails only on values outside a well-known type's range, such as a timestamp in the year 10000.
-    message
-        .serialize_with_options(serde_json::value::Serializer, &options)
-        .unwrap_or(Json::Null)
+    message.serialize_with_options(serde_json::value::Serializer, &options).unwrap_or(Json::Null)
 }
 
 /// As [`canonical`], but for people: short enum names, plain numbers.
 fn json_of(message: &DynamicMessage) -> Json {
-    if message
-        .descriptor()
-        .full_name()
-        .starts_with("google.protobuf.")
-    {
+    if message.descriptor().full_name().starts_with("google.protobuf.") {
         return canonical(message);
     }
     let mut fields: Vec<_> = message.fields().collect();
     fields.sort_by_key(|(field, _)| field.number());
-    let entries = fields
-        .into_iter()
-        .map(|(field, value)| (field.name().to_owned(), value_of(value, &field.kind())));
+    let entries = fields.into_iter().map(|(field, value)| (field.name().to_owned(), value_of(value, &field.kind())));
     Json::Object(entries.collect::<Map<_, _>>())
 }
 
@@ -77,25 +65,16 @@ fn value_of(value: &Value, kind: &Kind) -> Json {
         Value::F32(value) => real(f64::from(*value)),
         Value::F64(value) => real(*value),
         Value::String(text) => text.as_str().into(),
-        Value::Bytes(bytes) => base64::engine::general_purpose::STANDARD
-            .encode(bytes)
-            .into(),
-        Value::EnumNumber(number) => kind
-            .as_enum()
-            .map_or(Json::Null, |choices| enum_name(choices, *number)),
+        Value::Bytes(bytes) => base64::engine::general_purpose::STANDARD.encode(bytes).into(),
+        Value::EnumNumber(number) => kind.as_enum().map_or(Json::Null, |choices| enum_name(choices, *number)),
         Value::Message(message) => json_of(message),
         Value::List(values) => values.iter().map(|value| value_of(value, kind)).collect(),
         Value::Map(entries) => {
-            let value_kind = kind
-                .as_message()
-                .map(|entry| entry.map_entry_value_field().kind());
+            let value_kind = kind.as_message().map(|entry| entry.map_entry_value_field().kind());
             let mut pairs: Vec<_> = entries
                 .iter()
                 .map(|(key, value)| {
-                    (
-                        format!("{:?}", Value::from(key.clone())),
-                        value_of(value, value_kind.as_ref().unwrap_or(kind)),
-                    )
+                    (format!("{:?}", Value::from(key.clone())), value_of(value, value_kind.as_ref().unwrap_or(kind)))
                 })
                 .collect();
             pairs.sort_by(|one, other| one.0.cmp(&other.0));
@@ -116,9 +95,7 @@ fn real(value: f64) -> Json {
 
 fn enum_name(choices: &EnumDescriptor, number: i32) -> Json {
     match choices.get_value(number) {
-        Some(value) if number != 0 => {
-            short_name(value.name(), choices.default_value().name()).into()
-        }
+        Some(value) if number != 0 => short_name(value.name(), choices.default_value().name()).into(),
         Some(value) => value.name().into(),
         None => number.into(),
     }
@@ -143,9 +120,7 @@ fn write_fields(yaml: &mut String, fields: &Map<String, Json>, indent: usize) {
                     yaml.extend(std::iter::repeat_n(' ', indent + 2));
                     yaml.push_str("- ");
                     match item {
-                        Json::Object(nested) if !nested.is_empty() => {
-                            write_fields(yaml, nested, indent + 4)
-                        }
+                        Json::Object(nested) if !nested.is_empty() => write_fields(yaml, nested, indent + 4),
                         _ => yaml.push_str("{}\n"),
                     }
                 }
@@ -163,10 +138,7 @@ fn flow(value: &Json) -> String {
         Json::Bool(value) => value.to_string(),
         Json::Number(number) => number.to_string(),
         Json::String(text) => scalar_text(text),
-        Json::Array(items) => format!(
-            "[{}]",
-            items.iter().map(flow).collect::<Vec<_>>().join(", ")
-        ),
+        Json::Array(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),
         Json::Object(_) => "{}".to_owned(),
     }
 }
@@ -174,14 +146,8 @@ fn flow(value: &Json) -> String {
 /// The text without quotes where it then reads back as that text, else in double quotes.
 fn scalar_text(text: &str) -> String {
     let starts_well = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/');
-    let reads_well = text
-        .chars()
-        .all(|c| c.is_ascii_alphanumeric() || "_-./:".contains(c));
-    if starts_well
-        && reads_well
-        && !text.ends_with(':')
-        && scalar_kind(text) == Scalar::Text
-        && !is_reserved_real(text)
+    let reads_well = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-./:".contains(c));
+    if starts_well && reads_well && !text.ends_with(':') && scalar_kind(text) == Scalar::Text && !is_reserved_real(text)
     {
         return text.to_owned();
     }

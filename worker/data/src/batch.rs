@@ -17,27 +17,13 @@ use thaw_proto::spec::{Data, DataFormat, ImageTransform};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    #[error(
-        "the graph asks for input {input:?} ({wanted}), which {kind} data cannot give; it gives {given}"
-    )]
-    Input {
-        input: String,
-        wanted: ElementType,
-        kind: &'static str,
-        given: &'static str,
-    },
-    #[error(
-        "the graph asks for {count} inputs, and image data gives one; export a graph with a single image input"
-    )]
+    #[error("the graph asks for input {input:?} ({wanted}), which {kind} data cannot give; it gives {given}")]
+    Input { input: String, wanted: ElementType, kind: &'static str, given: &'static str },
+    #[error("the graph asks for {count} inputs, and image data gives one; export a graph with a single image input")]
     InputCount { count: usize },
     #[error("the graph has no input {missing:?}, which text data needs (inputs: {inputs})")]
-    NoTokens {
-        missing: &'static str,
-        inputs: String,
-    },
-    #[error(
-        "text data needs a tokenizer; set data.train.tokenizer, or put tokenizer.json beside the graph"
-    )]
+    NoTokens { missing: &'static str, inputs: String },
+    #[error("text data needs a tokenizer; set data.train.tokenizer, or put tokenizer.json beside the graph")]
     NoTokenizer,
     #[error("image data needs data.image (size, mean, std)")]
     NoTransform,
@@ -54,17 +40,9 @@ pub enum Error {
     #[error("image {} does not decode; replace it and submit the run again", path.display())]
     Image { path: PathBuf, source: image::Error },
     #[error("tokenize record {record} of {} or one beside it", path.display())]
-    Tokenize {
-        path: PathBuf,
-        record: u32,
-        source: text::Error,
-    },
+    Tokenize { path: PathBuf, record: u32, source: text::Error },
     #[error("position {position} of the {part} part, which has {size} samples")]
-    Position {
-        part: Part,
-        position: u32,
-        size: u32,
-    },
+    Position { part: Part, position: u32, size: u32 },
     #[error("a loading thread panicked: {message}")]
     Panicked { message: String },
 }
@@ -144,21 +122,13 @@ impl Dataset {
     ///
     /// # Errors
     /// Changed sources, a bad tokenizer, or an input the data cannot give.
-    pub fn open(
-        index: Index,
-        spec: &Data,
-        tokenizer: Option<&[u8]>,
-        inputs: &[InputWant],
-    ) -> Result<Self, Error> {
+    pub fn open(index: Index, spec: &Data, tokenizer: Option<&[u8]>, inputs: &[InputWant]) -> Result<Self, Error> {
         index.verify().map_err(|source| Error::Index { source })?;
         let preparation = match index.source(Part::Train).format {
             DataFormat::Csv | DataFormat::Jsonl => {
                 check_text_inputs(inputs)?;
-                let tokenizer =
-                    Tokenizer::new(tokenizer.ok_or(Error::NoTokenizer)?, spec.max_length);
-                Preparation::Text(Box::new(
-                    tokenizer.map_err(|source| Error::Tokenizer { source })?,
-                ))
+                let tokenizer = Tokenizer::new(tokenizer.ok_or(Error::NoTokenizer)?, spec.max_length);
+                Preparation::Text(Box::new(tokenizer.map_err(|source| Error::Tokenizer { source })?))
             }
             DataFormat::ImageFolder => {
                 check_image_inputs(inputs)?;
@@ -171,12 +141,7 @@ impl Dataset {
         for part in Part::ALL {
             files[part as usize] = open_file(index.source(part))?;
         }
-        Ok(Self(Arc::new(Inner {
-            index,
-            inputs: inputs.to_vec(),
-            preparation,
-            files,
-        })))
+        Ok(Self(Arc::new(Inner { index, inputs: inputs.to_vec(), preparation, files })))
     }
 
     /// The index it reads by.
@@ -193,11 +158,7 @@ impl Dataset {
         let mut labels = Vec::with_capacity(positions.len());
         let mut records = Vec::with_capacity(positions.len());
         for position in positions {
-            let beyond = || Error::Position {
-                part,
-                position: *position,
-                size: index.size(part),
-            };
+            let beyond = || Error::Position { part, position: *position, size: index.size(part) };
             labels.push(i64::from(index.label(part, *position).ok_or_else(beyond)?));
             records.push(index.records(part)[*position as usize]);
         }
@@ -205,65 +166,31 @@ impl Dataset {
             Preparation::Text(tokenizer) => self.load_texts(part, &records, tokenizer)?,
             Preparation::Images(transform) => vec![self.load_images(part, &records, transform)?],
         };
-        Ok(Batch {
-            inputs,
-            labels,
-            samples: positions.to_vec(),
-        })
+        Ok(Batch { inputs, labels, samples: positions.to_vec() })
     }
 
-    fn load_texts(
-        &self,
-        part: Part,
-        records: &[u32],
-        tokenizer: &Tokenizer,
-    ) -> Result<Vec<InputArray>, Error> {
+    fn load_texts(&self, part: Part, records: &[u32], tokenizer: &Tokenizer) -> Result<Vec<InputArray>, Error> {
         let source = self.0.index.source(part);
-        let texts = records
-            .iter()
-            .map(|record| self.text(part, source, *record))
-            .collect::<Result<Vec<_>, _>>()?;
-        let failed = |error| Error::Tokenize {
-            path: source.path.clone(),
-            record: records[0],
-            source: error,
-        };
+        let texts = records.iter().map(|record| self.text(part, source, *record)).collect::<Result<Vec<_>, _>>()?;
+        let failed = |error| Error::Tokenize { path: source.path.clone(), record: records[0], source: error };
         let tokens = tokenizer.encode(&texts).map_err(failed)?;
-        Ok(self
-            .0
-            .inputs
-            .iter()
-            .map(|want| token_array(&want.name, &tokens))
-            .collect())
+        Ok(self.0.inputs.iter().map(|want| token_array(&want.name, &tokens)).collect())
     }
 
     fn text(&self, part: Part, source: &Source, record: u32) -> Result<String, Error> {
         let (offset, length) = source.range(record);
         let mut bytes = vec![0; length];
-        let file = self.0.files[part as usize]
-            .as_ref()
-            .expect("text sources are opened with the dataset");
+        let file = self.0.files[part as usize].as_ref().expect("text sources are opened with the dataset");
         file.read_exact_at(&mut bytes, offset)
-            .map_err(|error| Error::Read {
-                path: source.path.clone(),
-                source: error,
-            })?;
+            .map_err(|error| Error::Read { path: source.path.clone(), source: error })?;
         let text = match source.text_column {
             Some(column) => csv_text(&bytes, column),
             None => jsonl_text(&bytes, &source.text),
         };
-        text.ok_or_else(|| Error::Changed {
-            path: source.path.clone(),
-            record,
-        })
+        text.ok_or_else(|| Error::Changed { path: source.path.clone(), record })
     }
 
-    fn load_images(
-        &self,
-        part: Part,
-        records: &[u32],
-        spec: &ImageTransform,
-    ) -> Result<InputArray, Error> {
+    fn load_images(&self, part: Part, records: &[u32], spec: &ImageTransform) -> Result<InputArray, Error> {
         let source = self.0.index.source(part);
         let mut transform = Transform::new(spec).map_err(|source| Error::Transform { source })?;
         let mut planes = Vec::new();
@@ -273,27 +200,19 @@ impl Dataset {
                 Ok(bytes) => bytes,
                 Err(source) => return Err(Error::Read { path, source }),
             };
-            transform
-                .apply(&bytes, &mut planes)
-                .map_err(|source| Error::Image { path, source })?;
+            transform.apply(&bytes, &mut planes).map_err(|source| Error::Image { path, source })?;
         }
         let mut shape = vec![records.len() as i64];
         shape.extend(transform.shape());
-        Ok(InputArray {
-            name: self.0.inputs[0].name.clone(),
-            shape,
-            data: ArrayData::F32(planes),
-        })
+        Ok(InputArray { name: self.0.inputs[0].name.clone(), shape, data: ArrayData::F32(planes) })
     }
 }
 
 fn open_file(source: &Source) -> Result<Option<File>, Error> {
     match source.format {
         DataFormat::Csv | DataFormat::Jsonl => {
-            let file = File::open(&source.path).map_err(|error| Error::Read {
-                path: source.path.clone(),
-                source: error,
-            })?;
+            let file =
+                File::open(&source.path).map_err(|error| Error::Read { path: source.path.clone(), source: error })?;
             Ok(Some(file))
         }
         DataFormat::ImageFolder => Ok(None),
@@ -317,12 +236,7 @@ fn check_text_inputs(inputs: &[InputWant]) -> Result<(), Error> {
     for InputWant { name, dtype } in inputs {
         if !TEXT_INPUTS.contains(&name.as_str()) || *dtype != ElementType::I64 {
             let given = "input_ids, attention_mask, token_type_ids (i64)";
-            return Err(Error::Input {
-                input: name.clone(),
-                wanted: *dtype,
-                kind: "text",
-                given,
-            });
+            return Err(Error::Input { input: name.clone(), wanted: *dtype, kind: "text", given });
         }
     }
     if inputs.iter().all(|want| want.name != TEXT_INPUTS[0]) {
@@ -336,23 +250,11 @@ fn check_text_inputs(inputs: &[InputWant]) -> Result<(), Error> {
 
 fn check_image_inputs(inputs: &[InputWant]) -> Result<(), Error> {
     match inputs {
-        [
-            InputWant {
-                dtype: ElementType::F32,
-                ..
-            },
-        ] => Ok(()),
+        [InputWant { dtype: ElementType::F32, .. }] => Ok(()),
         [InputWant { name, dtype }] => {
             let given = "one array of f32, [samples, channels, size, size]";
-            Err(Error::Input {
-                input: name.clone(),
-                wanted: *dtype,
-                kind: "image",
-                given,
-            })
+            Err(Error::Input { input: name.clone(), wanted: *dtype, kind: "image", given })
         }
-        _ => Err(Error::InputCount {
-            count: inputs.len(),
-        }),
+        _ => Err(Error::InputCount { count: inputs.len() }),
     }
 }

@@ -24,9 +24,7 @@ pub enum Error {
     #[error("{channels} channels asked for; there can be 1 (gray) or 3 (red, green, blue)")]
     Channels { channels: usize },
     #[error("resize the image")]
-    Resize {
-        source: fast_image_resize::ResizeError,
-    },
+    Resize { source: fast_image_resize::ResizeError },
 }
 
 /// Checks an image file without keeping it: first bytes, header, and its end; all of it when `decode` is set or the end is missing.
@@ -35,9 +33,7 @@ pub enum Error {
 /// What [`Transform::apply`] would report.
 pub fn inspect(bytes: &[u8], decode: bool) -> Result<(), Error> {
     let format = format_of(bytes)?;
-    let (width, height) = reader(bytes, format)
-        .into_dimensions()
-        .map_err(|source| Error::Header { source })?;
+    let (width, height) = reader(bytes, format).into_dimensions().map_err(|source| Error::Header { source })?;
     if width == 0 || height == 0 {
         return Err(Error::NoPixels);
     }
@@ -66,21 +62,12 @@ impl Transform {
             return Err(Error::Channels { channels });
         }
         let single = |values: &[f64]| values.iter().map(|value| *value as f32).collect();
-        Ok(Self {
-            size: spec.size,
-            mean: single(&spec.mean),
-            std: single(&spec.std),
-            resizer: Resizer::new(),
-        })
+        Ok(Self { size: spec.size, mean: single(&spec.mean), std: single(&spec.std), resizer: Resizer::new() })
     }
 
     /// Shape of one image, `[channels, size, size]`.
     pub fn shape(&self) -> [i64; 3] {
-        [
-            self.mean.len() as i64,
-            i64::from(self.size),
-            i64::from(self.size),
-        ]
+        [self.mean.len() as i64, i64::from(self.size), i64::from(self.size)]
     }
 
     /// Appends one image to `planes`: `[channels, size, size]`, f32, normalized.
@@ -102,33 +89,21 @@ impl Transform {
         planes.reserve(pixels.len());
         for (channel, (mean, std)) in self.mean.iter().zip(&self.std).enumerate() {
             planes.extend(
-                pixels
-                    .iter()
-                    .skip(channel)
-                    .step_by(channels)
-                    .map(|value| (f32::from(*value) / 255.0 - mean) / std),
+                pixels.iter().skip(channel).step_by(channels).map(|value| (f32::from(*value) / 255.0 - mean) / std),
             );
         }
         Ok(())
     }
 
-    fn resize(
-        &mut self,
-        pixels: Vec<u8>,
-        kind: PixelType,
-        width: u32,
-        height: u32,
-    ) -> Result<Vec<u8>, Error> {
+    fn resize(&mut self, pixels: Vec<u8>, kind: PixelType, width: u32, height: u32) -> Result<Vec<u8>, Error> {
         if (width, height) == (self.size, self.size) {
             return Ok(pixels);
         }
-        let source = Image::from_vec_u8(width, height, pixels, kind)
-            .expect("the decoder gives width times height pixels");
+        let source =
+            Image::from_vec_u8(width, height, pixels, kind).expect("the decoder gives width times height pixels");
         let mut resized = Image::new(self.size, self.size, kind);
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
-        self.resizer
-            .resize(&source, &mut resized, &options)
-            .map_err(|source| Error::Resize { source })?;
+        self.resizer.resize(&source, &mut resized, &options).map_err(|source| Error::Resize { source })?;
         Ok(resized.into_vec())
     }
 }
@@ -146,18 +121,12 @@ fn reader(bytes: &[u8], format: ImageFormat) -> ImageReader<Cursor<&[u8]>> {
 }
 
 fn decode_all(bytes: &[u8]) -> Result<DynamicImage, Error> {
-    reader(bytes, format_of(bytes)?)
-        .decode()
-        .map_err(|source| Error::Decode { source })
+    reader(bytes, format_of(bytes)?).decode().map_err(|source| Error::Decode { source })
 }
 
 /// Whether the file holds its format's end marker; one cut short does not.
 fn has_end(bytes: &[u8], format: ImageFormat) -> bool {
-    let marker: &[u8] = if format == ImageFormat::Png {
-        b"IEND\xae\x42\x60\x82"
-    } else {
-        b"\xff\xd9"
-    };
+    let marker: &[u8] = if format == ImageFormat::Png { b"IEND\xae\x42\x60\x82" } else { b"\xff\xd9" };
     // Some writers pad; a thumbnail's own end marker lies at the beginning.
     let tail = &bytes[bytes.len().saturating_sub(64)..];
     tail.windows(marker.len()).any(|window| window == marker)

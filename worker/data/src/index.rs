@@ -82,19 +82,12 @@ pub fn build(spec: &Data, seed: u64, shards: u32) -> Result<Index, Error> {
     let mut train = scan(Part::Train, &spec.train, &mut book)?;
     let classes = book.close(&mut train.labels);
     if let [class] = classes.as_slice() {
-        return Err(Error::OneClass {
-            path: train.path,
-            class: class.clone(),
-        });
+        return Err(Error::OneClass { path: train.path, class: class.clone() });
     }
     let mut divided = split::divide(&train.path, &train.labels, &classes, &spec.split, seed)?;
     Stream::new(seed, "train order", "").shuffle(&mut divided[0]);
     if divided[0].len() < shards as usize {
-        return Err(Error::FewerThanShards {
-            path: train.path,
-            samples: divided[0].len(),
-            shards,
-        });
+        return Err(Error::FewerThanShards { path: train.path, samples: divided[0].len(), shards });
     }
     let mut sources = vec![train];
     let mut parts = divided.map(|records| PartList { source: 0, records });
@@ -102,32 +95,16 @@ pub fn build(spec: &Data, seed: u64, shards: u32) -> Result<Index, Error> {
         if let Some(own) = own {
             let source = scan(part, own, &mut book)?;
             if is_images(&source) != is_images(&sources[0]) {
-                let kind = if is_images(&source) {
-                    "an image folder"
-                } else {
-                    "text"
-                };
-                return Err(Error::MixedKinds {
-                    path: source.path,
-                    kind,
-                });
+                let kind = if is_images(&source) { "an image folder" } else { "text" };
+                return Err(Error::MixedKinds { path: source.path, kind });
             }
-            parts[part as usize] = PartList {
-                source: sources.len() as u32,
-                records: (0..source.labels.len() as u32).collect(),
-            };
+            parts[part as usize] =
+                PartList { source: sources.len() as u32, records: (0..source.labels.len() as u32).collect() };
             sources.push(source);
         }
     }
-    let mut index = Index {
-        version: VERSION,
-        seed,
-        shards: shards.max(1),
-        fingerprint: String::new(),
-        classes,
-        sources,
-        parts,
-    };
+    let mut index =
+        Index { version: VERSION, seed, shards: shards.max(1), fingerprint: String::new(), classes, sources, parts };
     index.fingerprint = index.compute_fingerprint();
     Ok(index)
 }
@@ -261,26 +238,17 @@ impl Scan<'_> {
         if read == self.size {
             Ok(())
         } else {
-            Err(Error::Changed {
-                path: self.path.clone(),
-                what: "size, while it was read",
-            })
+            Err(Error::Changed { path: self.path.clone(), what: "size, while it was read" })
         }
     }
 
     fn unseen(&self, line: Option<u64>, label: &str, book: &LabelBook) -> Error {
-        let place = self.path.display().to_string()
-            + &line.map(|line| format!(":{line}")).unwrap_or_default();
+        let place = self.path.display().to_string() + &line.map(|line| format!(":{line}")).unwrap_or_default();
         let hint = match name::hint(label, book.names()) {
             near if near.is_empty() => format!(" (classes: {})", name::list(book.names())),
             near => near,
         };
-        Error::UnseenLabel {
-            place,
-            part: self.part,
-            label: label.to_owned(),
-            hint,
-        }
+        Error::UnseenLabel { place, part: self.part, label: label.to_owned(), hint }
     }
 }
 

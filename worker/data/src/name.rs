@@ -1,10 +1,7 @@
 //! Naming things in error messages: lists of what there is, and the nearest one.
 
 /// The nearest of `known` to `wanted`, where it is near enough to be a slip of the finger.
-pub(crate) fn nearest<'a>(
-    wanted: &str,
-    known: impl IntoIterator<Item = &'a str>,
-) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wanted = wanted.to_lowercase();
     known
         .into_iter()
@@ -16,9 +13,7 @@ pub(crate) fn nearest<'a>(
 
 /// `; did you mean "x"`, or nothing.
 pub(crate) fn hint<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    nearest(wanted, known)
-        .map(|name| format!("; did you mean {name:?}"))
-        .unwrap_or_default()
+    nearest(wanted, known).map(|name| format!("; did you mean {name:?}")).unwrap_or_default()
 }
 
 /// At most twenty names, quoted, comma between.
@@ -33,11 +28,7 @@ pub(crate) fn list<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
             more += 1;
         }
     }
-    let tail = if more > 0 {
-        format!(" and {more} more")
-    } else {
-        String::new()
-    };
+    let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
     shown.join(", ") + &tail
 }
 

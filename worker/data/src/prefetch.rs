@@ -59,12 +59,7 @@ impl Prefetch {
     where
         W: Iterator<Item = Work> + Send + 'static,
     {
-        Self::spawn_with(
-            move |work| dataset.load(work.part, &work.samples),
-            work,
-            depth,
-            threads,
-        )
+        Self::spawn_with(move |work| dataset.load(work.part, &work.samples), work, depth, threads)
     }
 
     fn spawn_with<L, W>(load: L, work: W, depth: usize, threads: usize) -> io::Result<Self>
@@ -72,31 +67,15 @@ impl Prefetch {
         L: Fn(&Work) -> Result<Batch, Error> + Send + Sync + 'static,
         W: Iterator<Item = Work> + Send + 'static,
     {
-        let state = State {
-            work: Some(Box::new(work)),
-            claimed: 0,
-            taken: 0,
-            ready: BTreeMap::new(),
-            ended: false,
-        };
+        let state = State { work: Some(Box::new(work)), claimed: 0, taken: 0, ready: BTreeMap::new(), ended: false };
         let depth = depth.max(1) as u64;
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            ready: Condvar::new(),
-            room: Condvar::new(),
-            depth,
-        });
+        let shared = Arc::new(Shared { state: Mutex::new(state), ready: Condvar::new(), room: Condvar::new(), depth });
         let load = Arc::new(load);
-        let mut prefetch = Self {
-            shared: Arc::clone(&shared),
-            threads: Vec::new(),
-        };
+        let mut prefetch = Self { shared: Arc::clone(&shared), threads: Vec::new() };
         for number in 0..threads.max(1) {
             let (shared, load) = (Arc::clone(&shared), Arc::clone(&load));
             let thread = thread::Builder::new().name(format!("data-{number}"));
-            prefetch
-                .threads
-                .push(thread.spawn(move || shared.run(load.as_ref()))?);
+            prefetch.threads.push(thread.spawn(move || shared.run(load.as_ref()))?);
         }
         Ok(prefetch)
     }
@@ -122,11 +101,7 @@ impl Iterator for Prefetch {
             if state.work.is_none() && state.taken == state.claimed {
                 return None;
             }
-            state = self
-                .shared
-                .ready
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -160,10 +135,7 @@ impl Shared {
     fn claim(&self) -> Option<(u64, Work)> {
         let mut state = self.lock();
         while state.work.is_some() && state.claimed >= state.taken + self.depth {
-            state = self
-                .room
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let ticket = state.claimed;
         let work = state.work.as_mut()?;
@@ -192,15 +164,12 @@ impl Shared {
 
 /// A panic as an error, so that the caller of `next` hears of it instead of waiting for ever.
 fn caught<T>(action: impl FnOnce() -> T) -> Result<T, Error> {
-    catch_unwind(AssertUnwindSafe(action)).map_err(|panic| Error::Panicked {
-        message: message(panic.as_ref()),
-    })
+    catch_unwind(AssertUnwindSafe(action)).map_err(|panic| Error::Panicked { message: message(panic.as_ref()) })
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned())
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 #[cfg(test)]
@@ -210,25 +179,17 @@ mod tests {
     use std::sync::mpsc;
 
     fn batch(work: &Work) -> Batch {
-        Batch {
-            inputs: Vec::new(),
-            labels: Vec::new(),
-            samples: work.samples.clone(),
-        }
+        Batch { inputs: Vec::new(), labels: Vec::new(), samples: work.samples.clone() }
     }
 
     fn works(count: u32) -> impl Iterator<Item = Work> + Send + 'static {
-        (0..count).map(|number| Work {
-            part: Part::Train,
-            samples: vec![number],
-        })
+        (0..count).map(|number| Work { part: Part::Train, samples: vec![number] })
     }
 
     #[test]
     fn order_is_that_of_the_work_for_any_threads_and_depth() {
         for (depth, threads) in [(1, 1), (1, 4), (3, 2), (16, 4)] {
-            let prefetch =
-                Prefetch::spawn_with(|work| Ok(batch(work)), works(50), depth, threads).unwrap();
+            let prefetch = Prefetch::spawn_with(|work| Ok(batch(work)), works(50), depth, threads).unwrap();
             let order: Vec<u32> = prefetch.map(|batch| batch.unwrap().samples[0]).collect();
             assert_eq!(order, (0..50).collect::<Vec<_>>());
         }
@@ -264,17 +225,10 @@ mod tests {
 
     #[test]
     fn panics_are_errors() {
-        let mut prefetch =
-            Prefetch::spawn_with(|_| panic!("broken loader"), works(3), 2, 2).unwrap();
+        let mut prefetch = Prefetch::spawn_with(|_| panic!("broken loader"), works(3), 2, 2).unwrap();
         let error = prefetch.next().unwrap().unwrap_err();
         assert!(matches!(error, Error::Panicked { ref message } if message == "broken loader"));
-        let work = works(3).map(|work| {
-            if work.samples[0] == 1 {
-                panic!("broken work")
-            } else {
-                work
-            }
-        });
+        let work = works(3).map(|work| if work.samples[0] == 1 { panic!("broken work") } else { work });
         let mut prefetch = Prefetch::spawn_with(|work| Ok(batch(work)), work, 2, 2).unwrap();
         prefetch.next().unwrap().unwrap();
         assert!(matches!(prefetch.next(), Some(Err(Error::Panicked { .. }))));
@@ -297,7 +251,6 @@ mod tests {
         let mut prefetch = Prefetch::spawn_with(load, works(u32::MAX), 2, 3).unwrap();
         prefetch.next().unwrap().unwrap();
         drop(prefetch);
-        ends.try_recv()
-            .expect("the loader was dropped with the last thread");
+        ends.try_recv().expect("the loader was dropped with the last thread");
     }
 }

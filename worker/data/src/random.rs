@@ -20,11 +20,7 @@ impl Stream {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part.as_bytes());
         }
-        Self {
-            reader: hasher.finalize_xof(),
-            buffer: [0; 1024],
-            used: 1024,
-        }
+        Self { reader: hasher.finalize_xof(), buffer: [0; 1024], used: 1024 }
     }
 
     fn next_u64(&mut self) -> u64 {
@@ -32,9 +28,7 @@ impl Stream {
             self.reader.fill(&mut self.buffer);
             self.used = 0;
         }
-        let bytes = self.buffer[self.used..self.used + 8]
-            .try_into()
-            .expect("eight bytes by construction");
+        let bytes = self.buffer[self.used..self.used + 8].try_into().expect("eight bytes by construction");
         self.used += 8;
         u64::from_le_bytes(bytes)
     }

@@ -11,9 +11,7 @@ use tokenizers::{PaddingDirection, PostProcessor, TruncationParams};
 pub enum Error {
     #[error("read the tokenizer; expected the contents of a Hugging Face tokenizer.json")]
     Load { source: tokenizers::Error },
-    #[error(
-        "max_length {max_length} leaves no room for text beside {special} special token(s); raise data.max_length"
-    )]
+    #[error("max_length {max_length} leaves no room for text beside {special} special token(s); raise data.max_length")]
     MaxLength { max_length: u32, special: usize },
     #[error("the tokenizer has no padding token; add one to tokenizer.json")]
     NoPadding,
@@ -45,14 +43,7 @@ struct Padding {
 }
 
 /// Tokens that mean padding, or, last, that models without one are padded with.
-const PADDING_TOKENS: [&str; 6] = [
-    "[PAD]",
-    "<pad>",
-    "<|pad|>",
-    "<PAD>",
-    "<|endoftext|>",
-    "</s>",
-];
+const PADDING_TOKENS: [&str; 6] = ["[PAD]", "<pad>", "<|pad|>", "<PAD>", "<|endoftext|>", "</s>"];
 
 impl Tokenizer {
     /// From the bytes of a `tokenizer.json`. Texts longer than `max_length` tokens, special ones included, are cut.
@@ -63,31 +54,16 @@ impl Tokenizer {
         static SERIAL: Once = Once::new();
         // The library's thread pool would take cores that trainers have divided among themselves.
         SERIAL.call_once(|| set_parallelism(false));
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|source| Error::Load { source })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|source| Error::Load { source })?;
         let padding = padding(&inner)?;
-        let special = inner
-            .get_post_processor()
-            .map_or(0, |processor| processor.added_tokens(false));
+        let special = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         if max_length as usize <= special {
             // The library would subtract below zero.
-            return Err(Error::MaxLength {
-                max_length,
-                special,
-            });
+            return Err(Error::MaxLength { max_length, special });
         }
-        let direction = inner
-            .get_truncation()
-            .map(|truncation| truncation.direction)
-            .unwrap_or_default();
-        let truncation = TruncationParams {
-            max_length: max_length as usize,
-            direction,
-            ..TruncationParams::default()
-        };
-        inner
-            .with_truncation(Some(truncation))
-            .map_err(|source| Error::Load { source })?;
+        let direction = inner.get_truncation().map(|truncation| truncation.direction).unwrap_or_default();
+        let truncation = TruncationParams { max_length: max_length as usize, direction, ..TruncationParams::default() };
+        inner.with_truncation(Some(truncation)).map_err(|source| Error::Load { source })?;
         // The file's own padding may be to a fixed length.
         inner.with_padding(None);
         Ok(Self { inner, padding })
@@ -100,36 +76,14 @@ impl Tokenizer {
     pub fn encode(&self, texts: &[String]) -> Result<Tokens, Error> {
         let encodings = texts
             .iter()
-            .map(|text| {
-                self.inner
-                    .encode_fast(text.as_str(), true)
-                    .map_err(|source| Error::Encode { source })
-            })
+            .map(|text| self.inner.encode_fast(text.as_str(), true).map_err(|source| Error::Encode { source }))
             .collect::<Result<Vec<_>, _>>()?;
-        let columns = encodings
-            .iter()
-            .map(tokenizers::Encoding::len)
-            .max()
-            .unwrap_or(0);
-        let mut tokens = Tokens {
-            rows: texts.len(),
-            columns,
-            ..Tokens::default()
-        };
+        let columns = encodings.iter().map(tokenizers::Encoding::len).max().unwrap_or(0);
+        let mut tokens = Tokens { rows: texts.len(), columns, ..Tokens::default() };
         for encoding in &encodings {
             let real = encoding.len();
-            self.pad(
-                &mut tokens.input_ids,
-                encoding.get_ids(),
-                self.padding.id,
-                columns,
-            );
-            self.pad(
-                &mut tokens.token_type_ids,
-                encoding.get_type_ids(),
-                self.padding.type_id,
-                columns,
-            );
+            self.pad(&mut tokens.input_ids, encoding.get_ids(), self.padding.id, columns);
+            self.pad(&mut tokens.token_type_ids, encoding.get_type_ids(), self.padding.type_id, columns);
             self.pad(&mut tokens.attention_mask, &vec![1; real], 0, columns);
         }
         Ok(tokens)
@@ -149,19 +103,8 @@ impl Tokenizer {
 fn padding(tokenizer: &tokenizers::Tokenizer) -> Result<Padding, Error> {
     if let Some(given) = tokenizer.get_padding() {
         let left = matches!(given.direction, PaddingDirection::Left);
-        return Ok(Padding {
-            id: given.pad_id,
-            type_id: given.pad_type_id,
-            left,
-        });
+        return Ok(Padding { id: given.pad_id, type_id: given.pad_type_id, left });
     }
-    let id = PADDING_TOKENS
-        .iter()
-        .find_map(|token| tokenizer.token_to_id(token))
-        .ok_or(Error::NoPadding)?;
-    Ok(Padding {
-        id,
-        type_id: 0,
-        left: false,
-    })
+    let id = PADDING_TOKENS.iter().find_map(|token| tokenizer.token_to_id(token)).ok_or(Error::NoPadding)?;
+    Ok(Padding { id, type_id: 0, left: false })
 }

@@ -53,10 +53,7 @@ fn places() {
     );
     let mut spec = folder.spec("x.csv", "csv");
     spec["train"]["path"] = json!("s3://lab/x.csv");
-    assert_eq!(
-        refused(&folder, &spec),
-        "data source s3://lab/x.csv: only local files (file:///…) can be read"
-    );
+    assert_eq!(refused(&folder, &spec), "data source s3://lab/x.csv: only local files (file:///…) can be read");
     folder.write("images/readme.txt", "");
     assert_eq!(
         refused(&folder, &folder.spec("images", "csv")),
@@ -76,14 +73,8 @@ fn csv_files() {
         of_csv("id,Text,lable\n1,a,b\n"),
         "DIR/x.csv: no column \"text\"; did you mean \"Text\" (columns: \"id\", \"Text\", \"lable\")"
     );
-    assert_eq!(
-        of_csv("text,x\na,b\n"),
-        "DIR/x.csv: no column \"label\" (columns: \"text\", \"x\")"
-    );
-    assert_eq!(
-        of_csv("text,label,text\na,b,c\n"),
-        "DIR/x.csv: column \"text\" appears more than once; rename one"
-    );
+    assert_eq!(of_csv("text,x\na,b\n"), "DIR/x.csv: no column \"label\" (columns: \"text\", \"x\")");
+    assert_eq!(of_csv("text,label,text\na,b,c\n"), "DIR/x.csv: column \"text\" appears more than once; rename one");
     assert_eq!(
         of_csv("text,label\na,b\n\"two\nlines\",b\n\na,b,c\n"),
         "DIR/x.csv:6: 3 fields where the header has 2; quote texts that hold commas"
@@ -92,35 +83,22 @@ fn csv_files() {
         of_csv("text,label\r\na,b\r\n\r\nc\r\n"),
         "DIR/x.csv:4: 1 fields where the header has 2; quote texts that hold commas"
     );
-    assert_eq!(
-        of_csv(b"text,label\na,b\n\xff\xfe,b\n"),
-        "DIR/x.csv:3: not UTF-8; convert the file to UTF-8"
-    );
-    assert_eq!(
-        of_csv(b"text,lab\xffel\na,b\n"),
-        "DIR/x.csv:1: not UTF-8; convert the file to UTF-8"
-    );
+    assert_eq!(of_csv(b"text,label\na,b\n\xff\xfe,b\n"), "DIR/x.csv:3: not UTF-8; convert the file to UTF-8");
+    assert_eq!(of_csv(b"text,lab\xffel\na,b\n"), "DIR/x.csv:1: not UTF-8; convert the file to UTF-8");
     assert_eq!(
         of_csv("text,label\r\na,b\r\n ,b\r\n"),
         "DIR/x.csv:3: \"text\" is empty; fill it in or remove the record"
     );
-    assert_eq!(
-        of_csv("text,label\na,b\nc,\n"),
-        "DIR/x.csv:3: \"label\" is empty; fill it in or remove the record"
-    );
-    assert_eq!(
-        of_csv("label,text\na,b\nb,\"c\nd,e\nf,g\n"),
-        "DIR/x.csv:3: a quote opens here and never closes"
-    );
+    assert_eq!(of_csv("text,label\na,b\nc,\n"), "DIR/x.csv:3: \"label\" is empty; fill it in or remove the record");
+    assert_eq!(of_csv("label,text\na,b\nb,\"c\nd,e\nf,g\n"), "DIR/x.csv:3: a quote opens here and never closes");
 }
 
 #[test]
 fn jsonl_files() {
     assert_eq!(of_jsonl("\n\n"), "DIR/x.jsonl: holds no samples");
     assert!(
-        of_jsonl("{\"text\":\"a\",\"label\":1}\n\n{\"text\":").starts_with(
-            "DIR/x.jsonl:3: not valid JSON; each line must hold one object: EOF while parsing"
-        )
+        of_jsonl("{\"text\":\"a\",\"label\":1}\n\n{\"text\":")
+            .starts_with("DIR/x.jsonl:3: not valid JSON; each line must hold one object: EOF while parsing")
     );
     assert_eq!(
         of_jsonl("[1]\n"),
@@ -130,10 +108,7 @@ fn jsonl_files() {
         of_jsonl("{\"text\":\"a\",\"label\":1}\n{\"texts\":\"a\",\"label\":1}\n"),
         "DIR/x.jsonl:2: no key \"text\"; did you mean \"texts\" (keys: \"texts\", \"label\")"
     );
-    assert_eq!(
-        of_jsonl("{\"text\":7,\"label\":1}\n"),
-        "DIR/x.jsonl:1: \"text\" is a number, expected a string"
-    );
+    assert_eq!(of_jsonl("{\"text\":7,\"label\":1}\n"), "DIR/x.jsonl:1: \"text\" is a number, expected a string");
     assert_eq!(
         of_jsonl("{\"text\":\"a\",\"label\":null}\n"),
         "DIR/x.jsonl:1: \"label\" is null, expected a string or a number"
@@ -142,10 +117,7 @@ fn jsonl_files() {
         of_jsonl("{\"text\":\"\",\"label\":1}\n"),
         "DIR/x.jsonl:1: \"text\" is empty; fill it in or remove the record"
     );
-    assert_eq!(
-        of_jsonl(b"{\"text\":\"\xff\",\"label\":1}\n"),
-        "DIR/x.jsonl:1: not UTF-8; convert the file to UTF-8"
-    );
+    assert_eq!(of_jsonl(b"{\"text\":\"\xff\",\"label\":1}\n"), "DIR/x.jsonl:1: not UTF-8; convert the file to UTF-8");
 }
 
 #[test]
@@ -170,16 +142,11 @@ fn image_folders() {
     );
     let cut = of_images(|folder| drop(folder.write("images/cat/cut.png", &png(1)[..60])));
     assert!(
-        cut.starts_with(
-            "image DIR/images/cat/cut.png cannot be used; replace or remove it: decode the image: "
-        ),
+        cut.starts_with("image DIR/images/cat/cut.png cannot be used; replace or remove it: decode the image: "),
         "{cut}"
     );
     let headless = of_images(|folder| drop(folder.write("images/cat/head.png", &png(1)[..20])));
-    assert!(
-        headless.contains("head.png cannot be used; replace or remove it: read the image header: "),
-        "{headless}"
-    );
+    assert!(headless.contains("head.png cannot be used; replace or remove it: read the image header: "), "{headless}");
 }
 
 #[test]

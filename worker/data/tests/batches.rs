@@ -15,13 +15,7 @@ use thaw_data::{ArrayData, Dataset, ElementType, Part, Prefetch, Work, build};
 
 fn open(spec: &Value) -> Dataset {
     let data = checked(spec);
-    Dataset::open(
-        build(&data, 3, 2).unwrap(),
-        &data,
-        Some(&tokenizer()),
-        &text_wants(),
-    )
-    .unwrap()
+    Dataset::open(build(&data, 3, 2).unwrap(), &data, Some(&tokenizer()), &text_wants()).unwrap()
 }
 
 fn i64s(data: &ArrayData) -> &[i64] {
@@ -33,11 +27,7 @@ fn i64s(data: &ArrayData) -> &[i64] {
 
 /// What the tokenizer gives for one text alone.
 fn ids(text: &str) -> Vec<i64> {
-    Tokenizer::new(&tokenizer(), 8)
-        .unwrap()
-        .encode(&[text.to_owned()])
-        .unwrap()
-        .input_ids
+    Tokenizer::new(&tokenizer(), 8).unwrap().encode(&[text.to_owned()]).unwrap().input_ids
 }
 
 #[test]
@@ -53,14 +43,8 @@ fn texts_are_padded_to_the_longest_and_cut() {
     assert_eq!(tokens.attention_mask[..8], [1, 1, 1, 1, 0, 0, 0, 0]);
     assert_eq!(tokens.attention_mask[8..16], [1; 8]);
     assert_eq!(tokens.token_type_ids, [0; 24]);
-    assert!(matches!(
-        Tokenizer::new(b"{}", 8),
-        Err(thaw_data::text::Error::Load { .. })
-    ));
-    assert!(matches!(
-        Tokenizer::new(&tokenizer(), 2),
-        Err(thaw_data::text::Error::MaxLength { special: 2, .. })
-    ));
+    assert!(matches!(Tokenizer::new(b"{}", 8), Err(thaw_data::text::Error::Load { .. })));
+    assert!(matches!(Tokenizer::new(&tokenizer(), 2), Err(thaw_data::text::Error::MaxLength { special: 2, .. })));
 }
 
 #[test]
@@ -92,9 +76,7 @@ fn seeks_survive_quotes_line_ends_and_marks() {
 #[test]
 fn jsonl_records_are_found_again() {
     let folder = Folder::new();
-    let lines: String = (0..15)
-        .map(|n| format!(" {{\"text\": \"b{n}\", \"label\": {}}} \r\n\n", n % 3))
-        .collect();
+    let lines: String = (0..15).map(|n| format!(" {{\"text\": \"b{n}\", \"label\": {}}} \r\n\n", n % 3)).collect();
     folder.write("x.jsonl", format!("\u{feff}{lines}"));
     let dataset = open(&folder.spec("x.jsonl", "jsonl"));
     for position in 0..dataset.index().size(Part::Train) {
@@ -113,14 +95,7 @@ fn empty_batches_and_bad_positions() {
     let batch = dataset.load(Part::Train, &[]).unwrap();
     assert_eq!(batch.inputs[1].shape, [0, 0]);
     assert!(batch.labels.is_empty());
-    assert!(matches!(
-        dataset.load(Part::Eval, &[4]),
-        Err(Error::Position {
-            part: Part::Eval,
-            position: 4,
-            size: 4
-        })
-    ));
+    assert!(matches!(dataset.load(Part::Eval, &[4]), Err(Error::Position { part: Part::Eval, position: 4, size: 4 })));
 }
 
 #[test]
@@ -128,23 +103,14 @@ fn a_graph_that_asks_for_more_is_refused() {
     let folder = Folder::new();
     folder.write("x.csv", csv(&["a", "b"], 10));
     images(&folder, &["cat", "dog"], 5);
-    let refused =
-        |format: &str, name: &str, tokens: Option<&[u8]>, inputs: &[(&str, ElementType)]| {
-            let data = checked(&folder.spec(name, format));
-            Dataset::open(build(&data, 1, 1).unwrap(), &data, tokens, &wants(inputs))
-                .err()
-                .expect("refused")
-                .to_string()
-        };
+    let refused = |format: &str, name: &str, tokens: Option<&[u8]>, inputs: &[(&str, ElementType)]| {
+        let data = checked(&folder.spec(name, format));
+        Dataset::open(build(&data, 1, 1).unwrap(), &data, tokens, &wants(inputs)).err().expect("refused").to_string()
+    };
     let (long, float) = (ElementType::I64, ElementType::F32);
     let tokens = tokenizer();
     assert_eq!(
-        refused(
-            "csv",
-            "x.csv",
-            Some(&tokens),
-            &[("input_ids", long), ("bbox", long)]
-        ),
+        refused("csv", "x.csv", Some(&tokens), &[("input_ids", long), ("bbox", long)]),
         "the graph asks for input \"bbox\" (i64), which text data cannot give; it gives input_ids, attention_mask, token_type_ids (i64)"
     );
     assert_eq!(
@@ -160,12 +126,7 @@ fn a_graph_that_asks_for_more_is_refused() {
         "the graph asks for input \"input_ids\" (i64), which image data cannot give; it gives one array of f32, [samples, channels, size, size]"
     );
     assert_eq!(
-        refused(
-            "image_folder",
-            "images",
-            None,
-            &[("x", float), ("y", float)]
-        ),
+        refused("image_folder", "images", None, &[("x", float), ("y", float)]),
         "the graph asks for 2 inputs, and image data gives one; export a graph with a single image input"
     );
 }
@@ -174,51 +135,23 @@ fn a_graph_that_asks_for_more_is_refused() {
 fn images_become_normalized_planes() {
     let folder = Folder::new();
     images(&folder, &["cat", "dog"], 5);
-    folder.write(
-        "images/dog/deep/er.jpg",
-        encoded(&picture(9, 20, 30), image::ImageFormat::Jpeg),
-    );
+    folder.write("images/dog/deep/er.jpg", encoded(&picture(9, 20, 30), image::ImageFormat::Jpeg));
     let data = checked(&folder.spec("images", "image_folder"));
-    let dataset = Dataset::open(
-        build(&data, 1, 1).unwrap(),
-        &data,
-        None,
-        &wants(&[("x", ElementType::F32)]),
-    )
-    .unwrap();
+    let dataset = Dataset::open(build(&data, 1, 1).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap();
     let batch = dataset.load(Part::Train, &[2, 0]).unwrap();
-    assert_eq!(
-        (
-            batch.inputs[0].name.as_str(),
-            batch.inputs[0].shape.as_slice()
-        ),
-        ("x", [2, 3, 8, 8].as_slice())
-    );
-    let ArrayData::F32(values) = &batch.inputs[0].data else {
-        panic!("expected f32")
-    };
+    assert_eq!((batch.inputs[0].name.as_str(), batch.inputs[0].shape.as_slice()), ("x", [2, 3, 8, 8].as_slice()));
+    let ArrayData::F32(values) = &batch.inputs[0].data else { panic!("expected f32") };
     assert_eq!(values.len(), 2 * 3 * 64);
     assert!(values.iter().all(|value| (-1.0..=1.0).contains(value)));
-    assert_eq!(
-        dataset.load(Part::Train, &[]).unwrap().inputs[0].shape,
-        [0, 3, 8, 8]
-    );
+    assert_eq!(dataset.load(Part::Train, &[]).unwrap().inputs[0].shape, [0, 3, 8, 8]);
 
-    let same =
-        serde_json::from_value(json!({"size": 8, "mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}))
-            .unwrap();
+    let same = serde_json::from_value(json!({"size": 8, "mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]})).unwrap();
     let (source, mut planes) = (picture(5, 8, 8), Vec::new());
-    Transform::new(&same)
-        .unwrap()
-        .apply(&encoded(&source, image::ImageFormat::Png), &mut planes)
-        .unwrap();
+    Transform::new(&same).unwrap().apply(&encoded(&source, image::ImageFormat::Png), &mut planes).unwrap();
     for (channel, (mean, std)) in [(0.1, 1.0), (0.2, 2.0), (0.3, 4.0)].into_iter().enumerate() {
         for (x, y, pixel) in source.enumerate_pixels() {
             let expected = (f32::from(pixel.0[channel]) / 255.0 - mean) / std;
-            assert_eq!(
-                planes[channel * 64 + (y * 8 + x) as usize].to_bits(),
-                expected.to_bits()
-            );
+            assert_eq!(planes[channel * 64 + (y * 8 + x) as usize].to_bits(), expected.to_bits());
         }
     }
 }
@@ -228,34 +161,18 @@ fn an_image_that_stops_decoding_is_named_in_its_place() {
     let folder = Folder::new();
     images(&folder, &["cat", "dog"], 10);
     let data = checked(&folder.spec("images", "image_folder"));
-    let dataset = Dataset::open(
-        build(&data, 1, 1).unwrap(),
-        &data,
-        None,
-        &wants(&[("x", ElementType::F32)]),
-    )
-    .unwrap();
+    let dataset = Dataset::open(build(&data, 1, 1).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap();
     let size = dataset.index().size(Part::Train);
     let record = dataset.index().records(Part::Train)[3];
-    let name = format!(
-        "{}/{:03}.png",
-        ["cat", "dog"][record as usize / 10],
-        record % 10
-    );
+    let name = format!("{}/{:03}.png", ["cat", "dog"][record as usize / 10], record % 10);
     let broken = folder.write(&format!("images/{name}"), "not any more");
-    let work = (0..size).map(|position| Work {
-        part: Part::Train,
-        samples: vec![position],
-    });
+    let work = (0..size).map(|position| Work { part: Part::Train, samples: vec![position] });
     let mut prefetch = Prefetch::spawn(dataset, work, 4, 2).unwrap();
     for position in 0..3 {
         assert_eq!(prefetch.next().unwrap().unwrap().samples, [position]);
     }
     let error = prefetch.next().unwrap().unwrap_err();
-    assert!(
-        matches!(error, Error::Image { ref path, .. } if *path == broken),
-        "{error}"
-    );
+    assert!(matches!(error, Error::Image { ref path, .. } if *path == broken), "{error}");
     assert!(prefetch.next().is_none());
 }
 
@@ -264,16 +181,8 @@ fn a_source_that_shrinks_under_the_run_is_an_error() {
     let folder = Folder::new();
     let path = folder.write("x.csv", csv(&["a", "b"], 10));
     let dataset = open(&folder.spec("x.csv", "csv"));
-    fs::File::options()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_len(12)
-        .unwrap();
-    assert!(matches!(
-        dataset.load(Part::Train, &[0]),
-        Err(Error::Read { .. })
-    ));
+    fs::File::options().write(true).open(path).unwrap().set_len(12).unwrap();
+    assert!(matches!(dataset.load(Part::Train, &[0]), Err(Error::Read { .. })));
 }
 
 proptest! {

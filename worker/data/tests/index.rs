@@ -26,14 +26,7 @@ fn classes_are_sorted_and_counted() {
     assert_eq!(index.classes(), ["admin", "mail", "math"]);
     assert_eq!(index.class_counts(), [10, 11, 10]);
     let summary = index.summary();
-    assert_eq!(
-        (
-            summary.train_samples,
-            summary.eval_samples,
-            summary.test_samples
-        ),
-        (19, 6, 6)
-    );
+    assert_eq!((summary.train_samples, summary.eval_samples, summary.test_samples), (19, 6, 6));
     assert_eq!(summary.class_counts.iter().sum::<u64>(), 31);
     assert_eq!(index.shard_sizes(), [5, 5, 5, 4]);
     assert_eq!(index.label(Part::Train, 19), None);
@@ -43,19 +36,13 @@ fn classes_are_sorted_and_counted() {
 fn own_sources_stand_beside_the_split() {
     let folder = Folder::new();
     folder.write("x.csv", csv(&CLASSES, 10));
-    folder.write(
-        "eval.jsonl",
-        "{\"text\":\"a\",\"label\":\"mail\"}\n\n{\"text\":\"b\",\"label\":\"math\"}",
-    );
+    folder.write("eval.jsonl", "{\"text\":\"a\",\"label\":\"mail\"}\n\n{\"text\":\"b\",\"label\":\"math\"}");
     let mut spec = folder.spec("x.csv", "csv");
     spec["eval"] = folder.source("eval.jsonl", "jsonl");
     spec["split"] = json!({"train": 0.8, "eval": 0.0, "test": 0.2, "stratified": true});
     let index = build(&checked(&spec), 1, 2).unwrap();
     assert_eq!(Part::ALL.map(|part| index.size(part)), [24, 2, 6]);
-    assert_eq!(
-        (index.label(Part::Eval, 0), index.label(Part::Eval, 1)),
-        (Some(1), Some(2))
-    );
+    assert_eq!((index.label(Part::Eval, 0), index.label(Part::Eval, 1)), (Some(1), Some(2)));
     spec["split"] = json!({"train": 1.0, "eval": 0.0, "test": 0.0, "stratified": true});
     let index = build(&checked(&spec), 1, 2).unwrap();
     assert_eq!(Part::ALL.map(|part| index.size(part)), [30, 2, 0]);
@@ -64,9 +51,8 @@ fn own_sources_stand_beside_the_split() {
 #[test]
 fn labels_of_jsonl_may_be_numbers() {
     let folder = Folder::new();
-    let lines: String = (0..20)
-        .map(|n| format!("{{\"label\":{},\"text\":\"t{n}\",\"more\":[{n}]}}\n", n % 2))
-        .collect();
+    let lines: String =
+        (0..20).map(|n| format!("{{\"label\":{},\"text\":\"t{n}\",\"more\":[{n}]}}\n", n % 2)).collect();
     folder.write("x.jsonl", lines);
     let index = build(&checked(&folder.spec("x.jsonl", "jsonl")), 1, 1).unwrap();
     assert_eq!(index.classes(), ["0", "1"]);
@@ -87,17 +73,10 @@ fn the_fingerprint_follows_contents_and_split_alone() {
     images(&folder, &["cat", "dog"], 5);
     images(&other, &["cat", "dog"], 5);
     let of = |folder: &Folder| {
-        build(&checked(&folder.spec("images", "image_folder")), 1, 1)
-            .unwrap()
-            .fingerprint()
-            .to_owned()
+        build(&checked(&folder.spec("images", "image_folder")), 1, 1).unwrap().fingerprint().to_owned()
     };
     assert_eq!(of(&folder), of(&other));
-    fs::rename(
-        other.path().join("images/cat/000.png"),
-        other.path().join("images/cat/0.png"),
-    )
-    .unwrap();
+    fs::rename(other.path().join("images/cat/000.png"), other.path().join("images/cat/0.png")).unwrap();
     assert_ne!(of(&folder), of(&other));
 }
 
@@ -107,18 +86,11 @@ fn the_file_round_trips_and_is_checked() {
     folder.write("x.csv", csv(&CLASSES, 10));
     images(&folder, &["cat", "dog"], 5);
     let run = folder.path().join("run/data");
-    for spec in [
-        folder.spec("x.csv", "csv"),
-        folder.spec("images", "image_folder"),
-    ] {
+    for spec in [folder.spec("x.csv", "csv"), folder.spec("images", "image_folder")] {
         let index = build(&checked(&spec), 7, 2).unwrap();
         index.save(&run).unwrap();
         index.save(&run).unwrap();
-        assert_eq!(
-            fs::read_dir(&run).unwrap().count(),
-            1,
-            "no temporary file stays"
-        );
+        assert_eq!(fs::read_dir(&run).unwrap().count(), 1, "no temporary file stays");
         let loaded = Index::load(&run).unwrap();
         assert_eq!(loaded, index);
         loaded.verify().unwrap();
@@ -139,10 +111,7 @@ fn the_file_round_trips_and_is_checked() {
     }
     fs::write(&path, "{").unwrap();
     assert!(matches!(Index::load(&run), Err(Error::NotAnIndex { .. })));
-    assert!(matches!(
-        Index::load(&folder.path().join("nowhere")),
-        Err(Error::Missing { .. })
-    ));
+    assert!(matches!(Index::load(&folder.path().join("nowhere")), Err(Error::Missing { .. })));
 }
 
 #[test]
@@ -151,27 +120,16 @@ fn changed_sources_are_named() {
     let path = folder.write("x.csv", csv(&CLASSES, 10));
     let index = indexed(&folder, 1, 1);
     let later = |name: &str| {
-        let file = fs::File::options()
-            .append(true)
-            .open(folder.path().join(name))
-            .unwrap();
-        file.set_modified(std::time::SystemTime::UNIX_EPOCH)
-            .unwrap();
+        let file = fs::File::options().append(true).open(folder.path().join(name)).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     };
     later("x.csv");
-    index
-        .verify()
-        .expect("a copy with another time is the same file");
+    index.verify().expect("a copy with another time is the same file");
     folder.write("x.csv", csv(&CLASSES, 10).replace("mail 3", "mail 4"));
     later("x.csv");
-    assert!(
-        matches!(index.verify(), Err(Error::Changed { what: "contents", path: ref named }) if *named == path)
-    );
+    assert!(matches!(index.verify(), Err(Error::Changed { what: "contents", path: ref named }) if *named == path));
     folder.write("x.csv", csv(&CLASSES, 11));
-    assert!(matches!(
-        index.verify(),
-        Err(Error::Changed { what: "size", .. })
-    ));
+    assert!(matches!(index.verify(), Err(Error::Changed { what: "size", .. })));
     fs::remove_file(&path).unwrap();
     assert!(matches!(index.verify(), Err(Error::Missing { .. })));
 

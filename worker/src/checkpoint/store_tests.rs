@@ -126,15 +126,3 @@ fn a_failed_write_leaves_no_part_of_a_file() {
     assert!(error.to_string().contains(hash.as_str()), "{error}");
     assert_eq!(files(folder.path()), 0);
 }
-
-#[test]
-fn oneoff_full() {
-    let folder = std::path::Path::new("/tmp/thaw_small/run");
-    let store = CheckpointStore::open(&Url::from_directory_path(folder).unwrap()).unwrap();
-    let error = store.put_blob(vec![7; 1 << 20]).unwrap_err();
-    assert!(matches!(error, Error::Full { .. }), "{error:?}");
-    let error2 = store.put_manifest(Generation(1), Step(1), vec![7; 1 << 20]).unwrap_err();
-    assert!(matches!(error2, Error::Full { .. }), "{error2:?}");
-    assert_eq!(files(folder), 0);
-    eprintln!("{}", thaw_runtime::chain(&error));
-}

@@ -43,7 +43,8 @@ impl Order {
     /// Samples of a step over all shards.
     pub(crate) fn step_size(&self, stage_step: u32) -> u32 {
         let step = stage_step % self.steps_per_epoch;
-        let size = |sampler: &ShardSampler| sampler.len.saturating_sub(step.saturating_mul(sampler.batch)).min(sampler.batch);
+        let size =
+            |sampler: &ShardSampler| sampler.len.saturating_sub(step.saturating_mul(sampler.batch)).min(sampler.batch);
         self.samplers.iter().map(size).sum()
     }
 }
@@ -66,7 +67,9 @@ impl Feed {
         let of_step = shards.clone();
         let work = steps.flat_map(move |step| {
             let order = order.clone();
-            of_step.clone().map(move |shard| Work { part: Part::Train, samples: order.samples(first_epoch, step, shard) })
+            of_step
+                .clone()
+                .map(move |shard| Work { part: Part::Train, samples: order.samples(first_epoch, step, shard) })
         });
         Ok(Self { prefetch: Prefetch::spawn(dataset.clone(), work, ahead, 1)?, shards })
     }
@@ -76,7 +79,9 @@ impl Feed {
         let mut batches = Vec::with_capacity(self.shards.len());
         for shard in self.shards.clone() {
             match self.prefetch.next()? {
-                Ok(batch) => batches.push(ShardBatch { shard, batch: Some(batch).filter(|batch| !batch.labels.is_empty()) }),
+                Ok(batch) => {
+                    batches.push(ShardBatch { shard, batch: Some(batch).filter(|batch| !batch.labels.is_empty()) })
+                }
                 Err(error) => return Some(Err(error)),
             }
         }

@@ -23,11 +23,14 @@ impl<'a> Initial<'a> {
         match job.spec.strategy {
             Strategy::FromScratch => {
                 let graph = &job.graph.graph;
-                let parameters = scratch_init(graph).into_iter().map(|(index, init)| (graph.parameters[index].name.clone(), init));
-                let buffers = buffer_init(graph).into_iter().map(|(index, init)| (graph.buffers[index].name.clone(), init));
+                let parameters =
+                    scratch_init(graph).into_iter().map(|(index, init)| (graph.parameters[index].name.clone(), init));
+                let buffers =
+                    buffer_init(graph).into_iter().map(|(index, init)| (graph.buffers[index].name.clone(), init));
                 drawn.extend(parameters.chain(buffers));
             }
-            Strategy::FeatureExtraction | Strategy::GradualUnfreezing | Strategy::FullFineTuning | Strategy::Custom => {}
+            Strategy::FeatureExtraction | Strategy::GradualUnfreezing | Strategy::FullFineTuning | Strategy::Custom => {
+            }
         }
         drawn.extend(job.archive.new_parameters().iter().map(|new| (new.name.clone(), new.init)));
         Self { job, drawn }
@@ -36,7 +39,8 @@ impl<'a> Initial<'a> {
     /// A weight by its dotted name.
     pub(super) fn weight(&mut self, name: &str) -> Result<Weight, SourceError> {
         let graph = &self.job.graph.graph;
-        let known = graph.parameters.iter().chain(&graph.buffers).chain(&graph.constants).find(|weight| weight.name == name);
+        let known =
+            graph.parameters.iter().chain(&graph.buffers).chain(&graph.constants).find(|weight| weight.name == name);
         let weight = known.ok_or_else(|| format!("the graph has no weight {name}"))?;
         let bytes = match self.drawn.get(name) {
             Some(init) => draw(self.job.spec.seed, name, *init, weight.dtype, &weight.shape)?,
@@ -73,8 +77,17 @@ fn draw(seed: u64, name: &str, init: Init, dtype: DType, shape: &[i64]) -> Resul
             DType::Float32 => bytes.extend((value as f32).to_le_bytes()),
             #[expect(clippy::cast_possible_truncation, reason = "counters start at 0")]
             DType::Int64 => bytes.extend((value as i64).to_le_bytes()),
-            DType::Uint8 | DType::Int8 | DType::Int16 | DType::Int32 | DType::Float16 | DType::BFloat16 | DType::Bool => {
-                return Err(format!("{name} has the element type {dtype:?}, for which no new weights can be drawn; export it in float32").into());
+            DType::Uint8
+            | DType::Int8
+            | DType::Int16
+            | DType::Int32
+            | DType::Float16
+            | DType::BFloat16
+            | DType::Bool => {
+                return Err(format!(
+                    "{name} has the element type {dtype:?}, for which no new weights can be drawn; export it in float32"
+                )
+                .into());
             }
         }
     }

@@ -64,7 +64,8 @@ impl Job {
         if index.fingerprint() != plan.data.fingerprint {
             return Err(Error::OtherData { found: index.fingerprint().to_owned(), planned: plan.data.fingerprint });
         }
-        let archive = Archive::open(&local(&spec.backbone.graph)?)?.with_head(&head(&spec.backbone.head, plan.classes.len()))?;
+        let archive =
+            Archive::open(&local(&spec.backbone.graph)?)?.with_head(&head(&spec.backbone.head, plan.classes.len()))?;
         let graph = thaw_graph::segment(&archive.graph()?, &rules(&spec))?;
         let fingerprint = archive.fingerprint()?;
         if let Some(most) = thaw_graph::summary(&graph, fingerprint.clone()).max_length {
@@ -73,19 +74,34 @@ impl Job {
         let tokenizer = tokenizer(&spec, &archive)?;
         let dataset = Dataset::open(index, &spec.data, tokenizer.as_deref(), &wants(&graph))?;
         let fingerprints = Fingerprints {
-            spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes()).to_hex().to_string(),
+            spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes())
+                .to_hex()
+                .to_string(),
             data: plan.data.fingerprint.clone(),
             graph: fingerprint,
         };
         let store = CheckpointStore::open(&run_url)?;
         let shard_sizes = dataset.index().shard_sizes();
-        Ok(Self { run: RunId(start.run.clone()), run_url, spec, plan, folder, shard_sizes, dataset, archive, graph, fingerprints, store })
+        Ok(Self {
+            run: RunId(start.run.clone()),
+            run_url,
+            spec,
+            plan,
+            folder,
+            shard_sizes,
+            dataset,
+            archive,
+            graph,
+            fingerprints,
+            store,
+        })
     }
 
     /// Groups trained in any stage up to `stage`, ascending.
     pub(crate) fn ever_trained(&self, stage: StageIndex) -> Vec<usize> {
         let reached = self.plan.stages.iter().take(stage.0 as usize + 1);
-        let mut groups: Vec<usize> = reached.flat_map(|stage| &stage.thawed_groups).map(|group| group.0 as usize).collect();
+        let mut groups: Vec<usize> =
+            reached.flat_map(|stage| &stage.thawed_groups).map(|group| group.0 as usize).collect();
         groups.sort_unstable();
         groups
     }

@@ -146,7 +146,8 @@ fn train(
     let (proposal, collective) = form(&listener, &ordered, outbox, options, &start.run)?;
     drop(listener);
     let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
-    let resume = resume.map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
+    let resume =
+        resume.map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
     let ending = session(&job, model, collective, &proposal, resume.as_ref(), outbox, hold)?;
     match ending {
         Ending::Finished { result, reason } if proposal.rank == 0 => outbox.send(Outbox::finished(&result, reason)),
@@ -254,7 +255,11 @@ fn session(
         state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
     }
     let saver = if leads { Some(save::Saver::start(job, Arc::clone(outbox), hold, resume)?) } else { None };
-    let trace = if leads && job.spec.verification.trace { Some(trace::Trace::open(job, &replica, resume.is_none())?) } else { None };
+    let trace = if leads && job.spec.verification.trace {
+        Some(trace::Trace::open(job, &replica, resume.is_none())?)
+    } else {
+        None
+    };
     let generation = Generation(proposal.generation);
     Ok(Session { job, generation, replica, state, outbox, saver, trace }.run()?)
 }

@@ -55,8 +55,12 @@ impl Optimizer {
         state: &mut OptimizerState,
     ) -> Result<(), Error> {
         match (&self.rule, state) {
-            (Rule::AdamW(settings), OptimizerState::AdamW(state)) => self.operators.adamw(settings, rate, group, gradient, state),
-            (Rule::Sgd(settings), OptimizerState::Sgd(state)) => self.operators.sgd(settings, rate, group, gradient, state),
+            (Rule::AdamW(settings), OptimizerState::AdamW(state)) => {
+                self.operators.adamw(settings, rate, group, gradient, state)
+            }
+            (Rule::Sgd(settings), OptimizerState::Sgd(state)) => {
+                self.operators.sgd(settings, rate, group, gradient, state)
+            }
             (Rule::AdamW(_), OptimizerState::Sgd(_)) | (Rule::Sgd(_), OptimizerState::AdamW(_)) => {
                 unreachable!("state is made by the optimizer that uses it")
             }
@@ -96,7 +100,11 @@ impl OptimizerState {
     }
 
     /// Updates the group has had.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the counter holds whole numbers that are not negative")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the counter holds whole numbers that are not negative"
+    )]
     pub(crate) fn steps(&self) -> u64 {
         match self {
             Self::AdamW(state) => state.step.double_value(&[]) as u64,
@@ -118,7 +126,10 @@ impl OptimizerState {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "the kernel counts in fp32, so the counter has never passed 2^24 unrounded")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the kernel counts in fp32, so the counter has never passed 2^24 unrounded"
+)]
 fn counter(steps: u64, kind: Kind) -> Tensor {
     Tensor::from(steps as f64).to_kind(kind)
 }

@@ -57,7 +57,14 @@ impl Outbox {
         self.send(Payload::Evaluation(message));
     }
 
-    pub(crate) fn progress(&self, position: Position, pace: &PaceReport, report: &StepReport, rates: &[f64], epoch: f64) {
+    pub(crate) fn progress(
+        &self,
+        position: Position,
+        pace: &PaceReport,
+        report: &StepReport,
+        rates: &[f64],
+        epoch: f64,
+    ) {
         let [data_wait, forward, backward, exposed_all_reduce, optimizer] = pace.step_seconds;
         let generation = self.heard().generation.0;
         self.send(Payload::Progress(pb::Progress {

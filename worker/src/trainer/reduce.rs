@@ -94,9 +94,13 @@ fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
 fn sum_tensors(collective: &dyn Collective, parts: &[Tensor], sum: &mut Tensor) -> Result<(), Error> {
     const LENT: &str = "gradients are contiguous and on the CPU, in the master type";
     if sum.kind() == Kind::Double {
-        with_slices_f64(parts, |parts| with_slice_f64_mut(sum, |sum| collective.reduce_shards_f64(parts, sum)).expect(LENT))
+        with_slices_f64(parts, |parts| {
+            with_slice_f64_mut(sum, |sum| collective.reduce_shards_f64(parts, sum)).expect(LENT)
+        })
     } else {
-        with_slices_f32(parts, |parts| with_slice_f32_mut(sum, |sum| collective.reduce_shards_f32(parts, sum)).expect(LENT))
+        with_slices_f32(parts, |parts| {
+            with_slice_f32_mut(sum, |sum| collective.reduce_shards_f32(parts, sum)).expect(LENT)
+        })
     }
     .expect(LENT)
 }

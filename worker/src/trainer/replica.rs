@@ -115,7 +115,11 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    pub(crate) fn new(model: SegmentedModel, settings: Settings, collective: Box<dyn Collective>) -> Result<Self, Error> {
+    pub(crate) fn new(
+        model: SegmentedModel,
+        settings: Settings,
+        collective: Box<dyn Collective>,
+    ) -> Result<Self, Error> {
         let (rank, world_size) = (collective.rank().0, collective.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
         let exchange = Exchange::new(collective);
@@ -202,7 +206,7 @@ impl Replica {
                 for &group in self.trainable.iter().rev() {
                     give(group, &self.model.groups()[group].flat.zeros_like());
                 }
-                losses.push(shard, vec![0.0, suspend, 0.0], add_numbers);
+                losses.push(shard, vec![0.0, suspend, 0.0], |left, right| add_numbers(left, &right));
                 if let Some(before) = &before {
                     moved.push(shard, before.zeros_like(), add_tensor);
                 }
@@ -221,7 +225,9 @@ impl Replica {
             forward += output.forward.as_secs_f64();
             backward += output.backward.as_secs_f64();
             let loss = output.loss.double_value(&[]);
-            losses.push(shard, vec![loss * weight, suspend, f64::from(u8::from(enough))], add_numbers);
+            losses.push(shard, vec![loss * weight, suspend, f64::from(u8::from(enough))], |left, right| {
+                add_numbers(left, &right)
+            });
             if before.is_some()
                 && let Some(after) = statistics(&self.model, &self.trainable, &self.running_statistics)
             {
@@ -245,7 +251,8 @@ impl Replica {
             put_statistics(&self.model, &self.trainable, &self.running_statistics, &statistics);
         }
         // One update of the statistics a step, however many shards this rank computed.
-        for (counter, before) in handles(&self.model, &self.trainable, &self.update_counters).into_iter().zip(&counted) {
+        for (counter, before) in handles(&self.model, &self.trainable, &self.update_counters).into_iter().zip(&counted)
+        {
             counter.shallow_clone().copy_(&(before + i64::from(numbers[2] > 0.0)));
         }
         let optimizer = updated.elapsed().as_secs_f64();
@@ -292,9 +299,10 @@ impl Replica {
             self.tally(&batch, &mut tally).map_err(E::from)?;
         }
         let gathered = self.exchange.gather(tally.to_bytes()).map_err(|error| E::from(error.into()))?;
-        let tallies = gathered.iter().enumerate().map(|(rank, bytes)| {
-            Tally::from_bytes(bytes, classes).ok_or(Error::Tally { rank })
-        });
+        let tallies = gathered
+            .iter()
+            .enumerate()
+            .map(|(rank, bytes)| Tally::from_bytes(bytes, classes).ok_or(Error::Tally { rank }));
         let tallies: Vec<Tally> = tallies.collect::<Result<_, _>>().map_err(E::from)?;
         Ok(metrics::evaluation(position, &tallies, classes))
     }
@@ -357,7 +365,10 @@ impl Replica {
             let parameters = &self.model.groups()[group];
             let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer).zip(&snapshot.buffers);
             for (target, saved) in std::iter::once((&parameters.flat, &snapshot.flat)).chain(buffers) {
-                target.shallow_clone().f_copy_(saved).map_err(|source| Error::Restore { group: parameters.name.clone(), source })?;
+                target
+                    .shallow_clone()
+                    .f_copy_(saved)
+                    .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?;
             }
             match &snapshot.optimizer {
                 Some(state) => self.states.insert(group, state.copy()),
@@ -366,14 +377,13 @@ impl Replica {
         }
         Ok(())
     }
-
 }
 
 fn add_tensor(left: &mut Tensor, right: Tensor) {
     let _ = left.g_add_(&right);
 }
 
-fn add_numbers(left: &mut Vec<f64>, right: Vec<f64>) {
+fn add_numbers(left: &mut [f64], right: &[f64]) {
     for (left, right) in left.iter_mut().zip(right) {
         *left += right;
     }
@@ -405,8 +415,9 @@ fn hash(hasher: &mut blake3::Hasher, tensor: &Tensor) -> Result<(), Error> {
 fn running_statistics(graph: &Graph) -> BTreeSet<String> {
     let norms = graph.nodes.iter().filter(|node| node.operator.contains("batch_norm"));
     let arguments = norms.flat_map(|node| &node.arguments).filter(|argument| argument.name.starts_with("running_"));
-    let values: BTreeSet<ValueId> =
-        arguments.filter_map(|argument| if let Arg::Tensor(value) = argument.value { Some(value) } else { None }).collect();
+    let values: BTreeSet<ValueId> = arguments
+        .filter_map(|argument| if let Arg::Tensor(value) = argument.value { Some(value) } else { None })
+        .collect();
     graph.buffers.iter().filter(|buffer| values.contains(&buffer.value)).map(|buffer| buffer.name.clone()).collect()
 }
 

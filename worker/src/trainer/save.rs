@@ -86,7 +86,12 @@ struct Kept {
 
 impl Saver {
     /// `resumed` is the manifest this generation began with.
-    pub(crate) fn start(job: &Job, outbox: Arc<Outbox>, hold: Option<Hold>, resumed: Option<&CheckpointRef>) -> Result<Self, Error> {
+    pub(crate) fn start(
+        job: &Job,
+        outbox: Arc<Outbox>,
+        hold: Option<Hold>,
+        resumed: Option<&CheckpointRef>,
+    ) -> Result<Self, Error> {
         let store = CheckpointStore::open(&job.run_url)?;
         let kept = Kept { stage_ends: Vec::new(), recent: resumed.iter().map(|head| head.manifest.clone()).collect() };
         Ok(Self {
@@ -195,7 +200,8 @@ struct Work {
 
 impl Work {
     fn run(self, store: &CheckpointStore) -> Result<(), checkpoint::Error> {
-        let span = tracing::info_span!("checkpoint", step = self.draft.position.step.0, generation = self.draft.generation.0);
+        let span =
+            tracing::info_span!("checkpoint", step = self.draft.position.step.0, generation = self.draft.generation.0);
         let _entered = span.entered();
         let mut manifest = self.draft;
         manifest.groups = put_groups(store, self.groups)?;
@@ -247,7 +253,11 @@ fn put_groups(store: &CheckpointStore, groups: Vec<Encoded>) -> Result<Vec<Group
 }
 
 /// Every group of the model, those in `snapshots` with their state.
-fn encode_groups(job: &Job, replica: &Replica, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<Vec<Encoded>, Error> {
+fn encode_groups(
+    job: &Job,
+    replica: &Replica,
+    snapshots: &BTreeMap<usize, GroupSnapshot>,
+) -> Result<Vec<Encoded>, Error> {
     let encode_group = |(index, group): (usize, &thaw_proto::plan::LayerGroup)| {
         let name = group.name.clone();
         let Some(snapshot) = snapshots.get(&index) else { return Ok(Encoded { name, weights: None, optimizer: None }) };
@@ -295,22 +305,32 @@ fn unfit(manifest: &str, error: &replica::Error) -> Error {
     Error::Unfit { manifest: manifest.to_owned(), problem: error.to_string() }
 }
 
-fn get_groups(job: &Job, groups: &[GroupState], replica: &Replica, manifest: &str) -> Result<BTreeMap<usize, GroupSnapshot>, Error> {
+fn get_groups(
+    job: &Job,
+    groups: &[GroupState],
+    replica: &Replica,
+    manifest: &str,
+) -> Result<BTreeMap<usize, GroupSnapshot>, Error> {
     let mut snapshots = BTreeMap::new();
     for (index, group) in groups.iter().enumerate() {
         let Some(weights) = &group.weights else { continue };
-        let missing = |what: &str| Error::Unfit { manifest: manifest.to_owned(), problem: format!("group {} has no {what}", group.name) };
+        let missing = |what: &str| Error::Unfit {
+            manifest: manifest.to_owned(),
+            problem: format!("group {} has no {what}", group.name),
+        };
         let mut tensors = read(job, weights)?;
         let flat = tensors.remove("weights").ok_or_else(|| missing("weights"))?;
         let parameters = &replica.model().groups()[index];
-        let buffers = parameters.buffers.iter().map(|(name, _)| {
-            tensors.remove(&format!("buffer.{name}")).ok_or_else(|| missing(name))
-        });
+        let buffers = parameters
+            .buffers
+            .iter()
+            .map(|(name, _)| tensors.remove(&format!("buffer.{name}")).ok_or_else(|| missing(name)));
         let buffers = buffers.collect::<Result<Vec<_>, _>>()?;
         let optimizer = match &group.optimizer {
             Some(blob) => {
                 let mut tensors = read(job, blob)?;
-                let state = replica.optimizer().restore(parameters, |name| tensors.remove(name), group.optimizer_steps)?;
+                let state =
+                    replica.optimizer().restore(parameters, |name| tensors.remove(name), group.optimizer_steps)?;
                 Some(state.ok_or_else(|| missing("optimizer state that fits"))?)
             }
             None => None,
@@ -434,17 +454,17 @@ pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path) -> Result
     for (name, payload) in job.archive.payloads() {
         if !tensors.contains_key(name) {
             let data = job.archive.weight_bytes(name)?;
-            let shape = payload.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
+            let shape =
+                payload.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
             let dtype = safetensors_dtype(payload.dtype);
             tensors.insert(name.clone(), TensorBytes { name: name.clone(), dtype, shape, data });
         }
     }
     // Readers of the Hugging Face kind look for this key.
     let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
-    let body = safetensors::serialize(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), metadata).map_err(|source| checkpoint::Error::State {
-        what: "the model cannot be written".to_owned(),
-        source: Some(source),
-    })?;
+    let body = safetensors::serialize(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), metadata).map_err(
+        |source| checkpoint::Error::State { what: "the model cannot be written".to_owned(), source: Some(source) },
+    )?;
     write_whole(path, &body)
 }
 

@@ -33,7 +33,9 @@ pub(crate) enum Error {
     Save(#[from] save::Error),
     #[error("cannot write the trace")]
     Trace(#[source] std::io::Error),
-    #[error("no evaluation was ever finite, so there are no weights worth keeping; lower learning_rate or set max_grad_norm")]
+    #[error(
+        "no evaluation was ever finite, so there are no weights worth keeping; lower learning_rate or set max_grad_norm"
+    )]
     NeverFinite,
     #[error("the data ended before the stage did")]
     DataEnded,
@@ -144,8 +146,9 @@ impl Session<'_> {
         }
         let steps = self.state.position.stage_step..stage.max_steps;
         let order = Order::new(&self.job.plan, self.job.spec.seed, &self.job.shard_sizes);
-        let mut feed = Feed::start(&self.job.dataset, order.clone(), self.state.first_epoch, steps, self.replica.shards())
-            .map_err(Error::Thread)?;
+        let mut feed =
+            Feed::start(&self.job.dataset, order.clone(), self.state.first_epoch, steps, self.replica.shards())
+                .map_err(Error::Thread)?;
         let rates = Rates::entering(&self.job.plan, &self.state.ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
         loop {
@@ -237,7 +240,11 @@ impl Session<'_> {
     ) -> Result<(), Error> {
         let done = self.state.position.step;
         if !report.applied {
-            tracing::warn!(step = done.0, grad_norm = report.grad_norm, "every trainer skipped an update whose gradient is not finite");
+            tracing::warn!(
+                step = done.0,
+                grad_norm = report.grad_norm,
+                "every trainer skipped an update whose gradient is not finite"
+            );
         }
         let digest = match self.job.spec.verification.digest_steps {
             Some(every) if done.0.is_multiple_of(u64::from(every)) => Some(self.replica.digest(done)?),
@@ -247,7 +254,8 @@ impl Session<'_> {
             let step = TraceStep { position: at, plan, loss: report.loss, first_epoch: self.state.first_epoch, digest };
             trace.step(order, self.job, &step).map_err(Error::Trace)?;
         }
-        let due = done.0.is_multiple_of(u64::from(self.job.spec.logging_steps)) || self.state.position.stage_step == stage.max_steps;
+        let due = done.0.is_multiple_of(u64::from(self.job.spec.logging_steps))
+            || self.state.position.stage_step == stage.max_steps;
         if due && self.replica.rank() == 0 {
             let epoch = f64::from(self.state.position.stage_step) / f64::from(self.job.plan.steps_per_epoch);
             self.outbox.progress(self.state.position, &pace.take(), report, &plan.rates, epoch);
@@ -358,7 +366,10 @@ impl Pace {
         let seconds = self.since.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
         let steps = f64::from(self.steps.max(1));
         #[expect(clippy::cast_precision_loss, reason = "samples since the last report are few")]
-        let report = PaceReport { samples_per_second: self.samples as f64 / seconds, step_seconds: self.sums.map(|sum| sum / steps) };
+        let report = PaceReport {
+            samples_per_second: self.samples as f64 / seconds,
+            step_seconds: self.sums.map(|sum| sum / steps),
+        };
         *self = Self::new();
         report
     }

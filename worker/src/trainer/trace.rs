@@ -65,7 +65,8 @@ impl Trace {
         let shards: Vec<_> = (0..job.plan.logical_shards)
             .map(|shard| {
                 let positions = order.samples(step.first_epoch, step.position.stage_step, shard);
-                let records: Vec<u32> = positions.iter().map(|&position| index.records(Part::Train)[position as usize]).collect();
+                let records: Vec<u32> =
+                    positions.iter().map(|&position| index.records(Part::Train)[position as usize]).collect();
                 json!({
                     "shard": shard,
                     "samples": positions,

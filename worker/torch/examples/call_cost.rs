@@ -1,6 +1,6 @@
 //! Microseconds per operator: boxed through the dispatcher from Rust, and eagerly from Python; then a whole training step of a model.
 //!
-//! `cargo run --release -p thaw-torch --example call_cost [MODEL.pt2 BATCH]`; sizes are the graph's at export but for the batch.
+//! `cargo run -p thaw-torch --example call_cost [MODEL.pt2 BATCH]`; sizes are the graph's at export but for the batch.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports on stdout")]
 

@@ -5,10 +5,7 @@ use thaw_proto::spec::{Optimizer, Precision, RunSpec};
 
 /// Elements.
 pub(super) fn trainable_parameters(graph: &GraphFacts, groups: &[usize]) -> u64 {
-    groups
-        .iter()
-        .map(|&group| graph.groups[group].parameters)
-        .sum()
+    groups.iter().map(|&group| graph.groups[group].parameters).sum()
 }
 
 /// Bytes of gradient per optimizer update. Gradients are kept in the master weights' format.
@@ -19,11 +16,7 @@ pub(super) fn all_reduce_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usi
 /// Peak bytes of weights, gradients, optimizer state and low-precision copies; activations are not in it.
 pub(super) fn memory_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize]) -> u64 {
     let element = element_bytes(spec.precision);
-    let stored: u64 = graph
-        .groups
-        .iter()
-        .map(|group| group.parameters + group.buffers)
-        .sum();
+    let stored: u64 = graph.groups.iter().map(|group| group.parameters + group.buffers).sum();
     let parameters: u64 = graph.groups.iter().map(|group| group.parameters).sum();
     let states_per_parameter = match spec.optimizer {
         Optimizer::AdamW { .. } => 2,
@@ -33,9 +26,7 @@ pub(super) fn memory_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize])
         Precision::Bf16 => 2 * parameters,
         Precision::Fp32 | Precision::Fp64 => 0,
     };
-    element * stored
-        + element * (1 + states_per_parameter) * trainable_parameters(graph, groups)
-        + copies
+    element * stored + element * (1 + states_per_parameter) * trainable_parameters(graph, groups) + copies
 }
 
 /// Bytes of one sample at the cut below the lowest trainable group; 0 where nothing is frozen below it.

@@ -92,15 +92,7 @@ pub fn plan(spec: &RunSpec, graph: &GraphFacts, data: &DataFacts) -> Result<Plan
     let mut thawed = vec![false; graph.groups.len()];
     let mut stages = Vec::with_capacity(drafts.len());
     for (index, draft) in drafts.iter().enumerate() {
-        stages.push(stage(
-            spec,
-            graph,
-            &levels,
-            draft,
-            index == 0,
-            steps_per_epoch,
-            &mut thawed,
-        ));
+        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, &mut thawed));
     }
     data_notes(spec, data, &mut notes);
     Ok(Plan {
@@ -128,9 +120,7 @@ fn layer_group(facts: &GroupFacts) -> LayerGroup {
 fn check_graph(graph: &GraphFacts, mistakes: &mut Violations) {
     match graph.groups.last() {
         None => mistakes.push("backbone.graph", "has no layer group"),
-        Some(head) if head.parameters == 0 => {
-            mistakes.push("backbone.head", "has no parameter to train")
-        }
+        Some(head) if head.parameters == 0 => mistakes.push("backbone.head", "has no parameter to train"),
         Some(_) => {}
     }
     if graph.feature_size == 0 {
@@ -140,27 +130,15 @@ fn check_graph(graph: &GraphFacts, mistakes: &mut Violations) {
 
 fn check_data(spec: &RunSpec, data: &DataFacts, mistakes: &mut Violations) {
     if data.classes.len() < 2 {
-        mistakes.push(
-            "data.train",
-            format!(
-                "has {} class(es); a classifier needs at least 2",
-                data.classes.len()
-            ),
-        );
+        mistakes.push("data.train", format!("has {} class(es); a classifier needs at least 2", data.classes.len()));
     }
     for (class, count) in data.classes.iter().zip(&data.summary.class_counts) {
         if *count == 0 {
-            mistakes.push(
-                "data.train",
-                format!("class `{class}` has no sample; remove it or add samples"),
-            );
+            mistakes.push("data.train", format!("class `{class}` has no sample; remove it or add samples"));
         }
     }
     if data.summary.eval_samples == 0 {
-        mistakes.push(
-            "data.eval",
-            "has no sample; give data.eval, or a larger data.split.eval",
-        );
+        mistakes.push("data.eval", "has no sample; give data.eval, or a larger data.split.eval");
     }
     if spec.global_batch_size < spec.logical_shards {
         mistakes.push(
@@ -174,11 +152,7 @@ fn check_data(spec: &RunSpec, data: &DataFacts, mistakes: &mut Violations) {
     if data.shard_sizes.len() != spec.logical_shards as usize {
         mistakes.push(
             "logical_shards",
-            format!(
-                "is {}, but the training data is cut into {}",
-                spec.logical_shards,
-                data.shard_sizes.len()
-            ),
+            format!("is {}, but the training data is cut into {}", spec.logical_shards, data.shard_sizes.len()),
         );
     }
     let empty = data.shard_sizes.iter().filter(|size| **size == 0).count();
@@ -191,15 +165,8 @@ fn check_data(spec: &RunSpec, data: &DataFacts, mistakes: &mut Violations) {
             ),
         );
     }
-    if data
-        .shard_sizes
-        .iter()
-        .any(|size| *size > u64::from(u32::MAX))
-    {
-        mistakes.push(
-            "logical_shards",
-            "leaves more than 4294967295 samples in a shard; use more shards",
-        );
+    if data.shard_sizes.iter().any(|size| *size > u64::from(u32::MAX)) {
+        mistakes.push("logical_shards", "leaves more than 4294967295 samples in a shard; use more shards");
     }
 }
 
@@ -234,9 +201,7 @@ fn stage(
     if until.max_epochs.is_none() && until.max_steps.is_none() {
         until.max_epochs = Some(EPOCHS_WITHOUT_LIMIT);
     }
-    let by_epochs = until
-        .max_epochs
-        .map_or(u32::MAX, |epochs| epochs.saturating_mul(steps_per_epoch));
+    let by_epochs = until.max_epochs.map_or(u32::MAX, |epochs| epochs.saturating_mul(steps_per_epoch));
     let max_steps = by_epochs.min(until.max_steps.unwrap_or(u32::MAX));
     let schedule = draft.scheduler.kind.unwrap_or(match until.early_stopping {
         Some(_) => LrSchedulerType::Constant,
@@ -270,20 +235,15 @@ fn data_notes(spec: &RunSpec, data: &DataFacts, notes: &mut Vec<String>) {
             spec.global_batch_size, data.summary.train_samples
         ));
     }
-    if let (Some(fewest), Some(most)) = (
-        data.summary.class_counts.iter().min(),
-        data.summary.class_counts.iter().max(),
-    ) && fewest.saturating_mul(10) < *most
+    if let (Some(fewest), Some(most)) = (data.summary.class_counts.iter().min(), data.summary.class_counts.iter().max())
+        && fewest.saturating_mul(10) < *most
     {
-        notes.push(format!("Classes are uneven: the largest has {most} samples, the smallest {fewest}; watch macro F1."));
+        notes.push(format!(
+            "Classes are uneven: the largest has {most} samples, the smallest {fewest}; watch macro F1."
+        ));
     }
     match spec.strategy {
-        Strategy::FromScratch => {
-            notes.push("All weights are drawn anew; the exported ones are not used.".to_owned())
-        }
-        Strategy::FeatureExtraction
-        | Strategy::GradualUnfreezing
-        | Strategy::FullFineTuning
-        | Strategy::Custom => {}
+        Strategy::FromScratch => notes.push("All weights are drawn anew; the exported ones are not used.".to_owned()),
+        Strategy::FeatureExtraction | Strategy::GradualUnfreezing | Strategy::FullFineTuning | Strategy::Custom => {}
     }
 }

@@ -31,10 +31,7 @@ impl Levels {
                     unit.into_iter().for_each(|group| of_group[group] = deepest);
                 }
             }
-            Strategy::FeatureExtraction
-            | Strategy::FullFineTuning
-            | Strategy::FromScratch
-            | Strategy::Custom => {
+            Strategy::FeatureExtraction | Strategy::FullFineTuning | Strategy::FromScratch | Strategy::Custom => {
                 for group in (0..graph.groups.len().saturating_sub(1)).rev() {
                     if drafts.iter().any(|draft| draft.groups.contains(&group)) {
                         deepest += 1;
@@ -47,13 +44,7 @@ impl Levels {
     }
 }
 
-pub(super) fn check(
-    spec: &RunSpec,
-    graph: &GraphFacts,
-    levels: &Levels,
-    drafts: &[Draft],
-    mistakes: &mut Violations,
-) {
+pub(super) fn check(spec: &RunSpec, graph: &GraphFacts, levels: &Levels, drafts: &[Draft], mistakes: &mut Violations) {
     match decay(spec, graph, None) {
         RateDecay::Spread(spread) => check_spread("learning_rate_spread", spread, mistakes),
         RateDecay::PerLevel(factor) => {
@@ -71,11 +62,7 @@ pub(super) fn check(
     }
     for draft in drafts {
         if draft.spread.is_some() {
-            check_spread(
-                &format!("{}learning_rate_spread", draft.path),
-                draft.spread,
-                mistakes,
-            );
+            check_spread(&format!("{}learning_rate_spread", draft.path), draft.spread, mistakes);
         }
     }
 }
@@ -84,10 +71,7 @@ fn check_spread(path: &str, spread: Option<f64>, mistakes: &mut Violations) {
     if let Some(spread) = spread
         && !(1.0..=LARGEST_SPREAD).contains(&spread)
     {
-        mistakes.push(
-            path,
-            format!("is {spread}; it must be between 1 and {LARGEST_SPREAD}"),
-        );
+        mistakes.push(path, format!("is {spread}; it must be between 1 and {LARGEST_SPREAD}"));
     }
 }
 
@@ -102,10 +86,7 @@ pub(super) fn of_stage(
     let head = graph.groups.len() - 1;
     let decay = decay(spec, graph, draft.spread);
     // A custom stage's rate is that of its highest group; derived stages always hold the head, at level 0.
-    let top = draft
-        .groups
-        .last()
-        .map_or(0, |&group| levels.of_group[group]);
+    let top = draft.groups.last().map_or(0, |&group| levels.of_group[group]);
     let base = draft.learning_rate.unwrap_or(spec.learning_rate);
     draft
         .groups
@@ -126,9 +107,7 @@ fn factor(decay: RateDecay, levels_below: u32, deepest: u32) -> f64 {
         return 1.0;
     }
     match decay {
-        RateDecay::Spread(spread) => spread
-            .unwrap_or(1.0)
-            .powf(-f64::from(levels_below) / f64::from(deepest)),
+        RateDecay::Spread(spread) => spread.unwrap_or(1.0).powf(-f64::from(levels_below) / f64::from(deepest)),
         RateDecay::PerLevel(factor) => factor.powf(f64::from(levels_below)),
     }
 }
@@ -142,15 +121,8 @@ fn decay(spec: &RunSpec, graph: &GraphFacts, stage_spread: Option<f64>) -> RateD
         (RateDecay::Spread(None), Strategy::FromScratch) => RateDecay::Spread(Some(1.0)),
         (
             RateDecay::Spread(None),
-            Strategy::FeatureExtraction
-            | Strategy::GradualUnfreezing
-            | Strategy::FullFineTuning
-            | Strategy::Custom,
-        ) => RateDecay::Spread(Some(if graph.convolutional {
-            SPREAD_CONVOLUTIONAL
-        } else {
-            SPREAD_OTHER
-        })),
+            Strategy::FeatureExtraction | Strategy::GradualUnfreezing | Strategy::FullFineTuning | Strategy::Custom,
+        ) => RateDecay::Spread(Some(if graph.convolutional { SPREAD_CONVOLUTIONAL } else { SPREAD_OTHER })),
         (given @ (RateDecay::Spread(Some(_)) | RateDecay::PerLevel(_)), _) => given,
     }
 }

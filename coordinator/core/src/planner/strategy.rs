@@ -68,11 +68,7 @@ fn gradual(spec: &RunSpec, graph: &GraphFacts, head: usize, notes: &mut Vec<Stri
     for (index, unit) in units.into_iter().enumerate() {
         groups.extend(unit);
         groups.sort_unstable();
-        drafts.push(derived(
-            spec,
-            &format!("thaw-{}", index + 1),
-            groups.clone(),
-        ));
+        drafts.push(derived(spec, &format!("thaw-{}", index + 1), groups.clone()));
     }
     drafts
 }
@@ -86,11 +82,7 @@ fn whole(spec: &RunSpec, graph: &GraphFacts, head: usize, notes: &mut Vec<String
 }
 
 fn note_embeddings(spec: &RunSpec, graph: &GraphFacts, notes: &mut Vec<String>) {
-    for group in graph
-        .groups
-        .iter()
-        .filter(|group| group.embedding && !spec.thaw_embeddings)
-    {
+    for group in graph.groups.iter().filter(|group| group.embedding && !spec.thaw_embeddings) {
         notes.push(format!(
             "Group {} holds embeddings ({} parameters) and stays frozen; thaw_embeddings: true thaws it.",
             group.name, group.parameters
@@ -111,10 +103,7 @@ fn thawable(spec: &RunSpec, graph: &GraphFacts) -> Vec<usize> {
 /// Thaw units below the head, from the top down: contiguous in [`thawable`], of about equal forward cost.
 pub(super) fn units(spec: &RunSpec, graph: &GraphFacts) -> Vec<Vec<usize>> {
     let groups = thawable(spec, graph);
-    let costs: Vec<u64> = groups
-        .iter()
-        .map(|&group| graph.groups[group].forward_flops)
-        .collect();
+    let costs: Vec<u64> = groups.iter().map(|&group| graph.groups[group].forward_flops).collect();
     let mut rest = groups.as_slice();
     partition(&costs, spec.thaw_units as usize)
         .into_iter()
@@ -145,9 +134,7 @@ fn partition(costs: &[u64], parts: usize) -> Vec<usize> {
             for end in start + 1..=count {
                 let total = (sums[end] - sums[start]).powi(2) + best[k - 1][end];
                 // Relative, so that rounding does not break ties.
-                if total < best[k][start] * (1.0 - 1e-12)
-                    || (best[k][start].is_infinite() && total.is_finite())
-                {
+                if total < best[k][start] * (1.0 - 1e-12) || (best[k][start].is_infinite() && total.is_finite()) {
                     best[k][start] = total;
                     size[k][start] = end - start;
                 }
@@ -167,18 +154,12 @@ fn partition(costs: &[u64], parts: usize) -> Vec<usize> {
 
 fn custom(spec: &RunSpec, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<Draft> {
     if spec.stages.is_empty() {
-        mistakes.push(
-            "stages",
-            "is empty; strategy custom needs at least one stage",
-        );
+        mistakes.push("stages", "is empty; strategy custom needs at least one stage");
     }
     let mut drafts: Vec<Draft> = Vec::with_capacity(spec.stages.len());
     for (index, stage) in spec.stages.iter().enumerate() {
         if drafts.iter().any(|draft| draft.name == stage.name) {
-            mistakes.push(
-                format!("stages[{index}].name"),
-                format!("`{}` is the name of an earlier stage", stage.name),
-            );
+            mistakes.push(format!("stages[{index}].name"), format!("`{}` is the name of an earlier stage", stage.name));
         }
         drafts.push(Draft {
             name: stage.name.clone(),
@@ -194,12 +175,7 @@ fn custom(spec: &RunSpec, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<
     drafts
 }
 
-fn named_groups(
-    index: usize,
-    stage: &Stage,
-    graph: &GraphFacts,
-    mistakes: &mut Violations,
-) -> Vec<usize> {
+fn named_groups(index: usize, stage: &Stage, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<usize> {
     let mut groups = Vec::new();
     for (position, name) in stage.thaw.iter().enumerate() {
         let path = format!("stages[{index}].thaw[{position}]");
@@ -211,21 +187,12 @@ fn named_groups(
             }
         };
         if found.is_empty() {
-            mistakes.push(
-                path,
-                format!("`{name}` names no layer group{}", suggestion(name, graph)),
-            );
+            mistakes.push(path, format!("`{name}` names no layer group{}", suggestion(name, graph)));
             continue;
         }
-        let trainable: Vec<usize> = found
-            .into_iter()
-            .filter(|&group| graph.groups[group].parameters > 0)
-            .collect();
+        let trainable: Vec<usize> = found.into_iter().filter(|&group| graph.groups[group].parameters > 0).collect();
         if trainable.is_empty() {
-            mistakes.push(
-                path,
-                format!("`{name}` names only layer groups without parameters"),
-            );
+            mistakes.push(path, format!("`{name}` names only layer groups without parameters"));
         }
         groups.extend(trainable);
     }
@@ -237,9 +204,7 @@ fn named_groups(
 /// Groups with that name, or whose name the expression between slashes matches somewhere. `head` is always the last group.
 fn matching(name: &str, graph: &GraphFacts) -> Result<Vec<usize>, regex::Error> {
     let last = graph.groups.len() - 1;
-    let between_slashes = name
-        .strip_prefix('/')
-        .and_then(|rest| rest.strip_suffix('/'));
+    let between_slashes = name.strip_prefix('/').and_then(|rest| rest.strip_suffix('/'));
     let expression = between_slashes.map(Regex::new).transpose()?;
     let matches = |index: usize| {
         let group = graph.groups[index].name.as_str();
@@ -248,9 +213,7 @@ fn matching(name: &str, graph: &GraphFacts) -> Result<Vec<usize>, regex::Error> 
             None => group == name || (name == "head" && index == last),
         }
     };
-    Ok((0..graph.groups.len())
-        .filter(|&index| matches(index))
-        .collect())
+    Ok((0..graph.groups.len()).filter(|&index| matches(index)).collect())
 }
 
 fn suggestion(name: &str, graph: &GraphFacts) -> String {
@@ -264,11 +227,7 @@ fn suggestion(name: &str, graph: &GraphFacts) -> String {
     match nearest {
         Some((_, group)) => format!("; did you mean `{group}`?"),
         None => {
-            let names: Vec<&str> = graph
-                .groups
-                .iter()
-                .map(|group| group.name.as_str())
-                .collect();
+            let names: Vec<&str> = graph.groups.iter().map(|group| group.name.as_str()).collect();
             format!("; the groups are {}", names.join(", "))
         }
     }

@@ -6,33 +6,20 @@ use proptest::prelude::*;
 use serde_json::json;
 
 fn groups(plan: &Plan, stage: usize) -> Vec<&str> {
-    plan.stages[stage]
-        .trainable_groups
-        .iter()
-        .map(|group| plan.groups[group.0 as usize].name.as_str())
-        .collect()
+    plan.stages[stage].trainable_groups.iter().map(|group| plan.groups[group.0 as usize].name.as_str()).collect()
 }
 
 fn mistakes(changes: serde_json::Value) -> Vec<String> {
-    plan(&spec(changes), &graph(), &data())
-        .unwrap_err()
-        .0
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    plan(&spec(changes), &graph(), &data()).unwrap_err().0.iter().map(ToString::to_string).collect()
 }
 
 #[test]
 fn plan_3_gradual_unfreezing_adds_units_from_the_top() {
     let plan = plan_of(&spec(json!({})));
-    let stages: Vec<(&str, Vec<&str>)> = (0..plan.stages.len())
-        .map(|stage| (plan.stages[stage].name.as_str(), groups(&plan, stage)))
-        .collect();
+    let stages: Vec<(&str, Vec<&str>)> =
+        (0..plan.stages.len()).map(|stage| (plan.stages[stage].name.as_str(), groups(&plan, stage))).collect();
     let layers = |from: usize| -> Vec<String> {
-        (from..6)
-            .map(|layer| format!("encoder.layer.{layer}"))
-            .chain(["head".to_owned()])
-            .collect()
+        (from..6).map(|layer| format!("encoder.layer.{layer}")).chain(["head".to_owned()]).collect()
     };
     let expected = [
         ("head", layers(6)),
@@ -43,33 +30,15 @@ fn plan_3_gradual_unfreezing_adds_units_from_the_top() {
     ];
     assert_eq!(stages.len(), expected.len());
     for ((name, groups), (expected_name, expected_groups)) in stages.iter().zip(&expected) {
-        assert_eq!(
-            (name, groups),
-            (
-                expected_name,
-                &expected_groups
-                    .iter()
-                    .map(String::as_str)
-                    .collect::<Vec<_>>()
-            )
-        );
+        assert_eq!((name, groups), (expected_name, &expected_groups.iter().map(String::as_str).collect::<Vec<_>>()));
     }
     assert_eq!(plan.steps_per_epoch, 10);
     assert_eq!(plan.stages[1].max_steps, 30);
     assert_eq!(plan.stages[1].warmup_steps, 10);
     assert_eq!(plan.stages[1].thawed_groups, [GroupIndex(6)]);
     assert_eq!(plan.stages[1].schedule, LrSchedulerType::Linear);
-    assert_eq!(
-        [plan.stages[0].on_enter, plan.stages[1].on_enter],
-        [OnEnter::Keep, OnEnter::RestoreBest]
-    );
-    assert!(
-        plan.notes
-            .iter()
-            .any(|note| note.contains("embeddings") && note.contains("5000")),
-        "{:?}",
-        plan.notes
-    );
+    assert_eq!([plan.stages[0].on_enter, plan.stages[1].on_enter], [OnEnter::Keep, OnEnter::RestoreBest]);
+    assert!(plan.notes.iter().any(|note| note.contains("embeddings") && note.contains("5000")), "{:?}", plan.notes);
 }
 
 #[test]
@@ -80,15 +49,7 @@ fn rates_fall_by_thaw_unit_and_the_heads_halves() {
     assert_eq!(plan.stages[1].learning_rates, [level(1.0), 5e-4]);
     assert_eq!(
         plan.stages[4].learning_rates,
-        [
-            level(4.0),
-            level(4.0),
-            level(3.0),
-            level(3.0),
-            level(2.0),
-            level(1.0),
-            5e-4
-        ]
+        [level(4.0), level(4.0), level(3.0), level(3.0), level(2.0), level(1.0), 5e-4]
     );
     assert_eq!(plan.stages[4].learning_rates[0], 1e-3 / 40.0);
 }
@@ -105,10 +66,7 @@ fn layer_decay_is_a_factor_per_level() {
 
 #[test]
 fn convolution_nets_spread_wider() {
-    let facts = GraphFacts {
-        convolutional: true,
-        ..graph()
-    };
+    let facts = GraphFacts { convolutional: true, ..graph() };
     let plan = plan(&spec(json!({})), &facts, &data()).unwrap();
     assert!((plan.stages[4].learning_rates[0] / 1e-5 - 1.0).abs() < 1e-12);
 }
@@ -118,16 +76,10 @@ fn one_stage_strategies() {
     let plan = plan_of(&spec(json!({"strategy": "feature_extraction"})));
     assert_eq!((plan.stages.len(), groups(&plan, 0)), (1, vec!["head"]));
     assert_eq!(plan.stages[0].boundary_bytes_per_sample, 512);
-    let scratch = plan_of(&spec(
-        json!({"strategy": "from_scratch", "thaw_embeddings": true, "head_rate_after_thaw": 1.0}),
-    ));
+    let scratch =
+        plan_of(&spec(json!({"strategy": "from_scratch", "thaw_embeddings": true, "head_rate_after_thaw": 1.0})));
     assert_eq!(groups(&scratch, 0).len(), 8);
-    assert!(
-        scratch.stages[0]
-            .learning_rates
-            .iter()
-            .all(|rate| *rate == 1e-3)
-    );
+    assert!(scratch.stages[0].learning_rates.iter().all(|rate| *rate == 1e-3));
     assert_eq!(scratch.stages[0].boundary_bytes_per_sample, 0);
     assert_eq!(scratch.stages[0].trainable_parameters, 11_036);
 }
@@ -146,42 +98,21 @@ fn plan_4_embeddings_thaw_only_when_asked() {
 fn costs_follow_format_and_optimizer() {
     let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
     let single = stage(json!({}));
-    assert_eq!(
-        (single.trainable_parameters, single.all_reduce_bytes),
-        (1036, 4144)
-    );
+    assert_eq!((single.trainable_parameters, single.all_reduce_bytes), (1036, 4144));
     assert_eq!(single.memory_bytes, 4 * 11_036 + 3 * 4144);
     assert_eq!(stage(json!({"precision": "fp64"})).all_reduce_bytes, 8288);
-    assert_eq!(
-        stage(json!({"precision": "bf16"})).memory_bytes,
-        4 * 11_036 + 3 * 4144 + 2 * 11_036
-    );
-    let sgd = stage(
-        json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}),
-    );
+    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 3 * 4144 + 2 * 11_036);
+    let sgd = stage(json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}));
     assert_eq!(sgd.memory_bytes, 4 * 11_036 + 4144);
 }
 
 #[test]
 fn length_and_schedule_follow_until() {
     let early = json!({"metric": "eval_loss", "patience": 2, "min_delta": 0.001});
-    let only_early = plan_of(&spec(
-        json!({"until": {"max_epochs": null, "max_steps": null, "early_stopping": early}}),
-    ));
-    assert_eq!(
-        (
-            only_early.stages[0].max_steps,
-            only_early.stages[0].schedule
-        ),
-        (1000, LrSchedulerType::Constant)
-    );
-    let shorter = plan_of(&spec(
-        json!({"until": {"max_epochs": 3, "max_steps": 4, "early_stopping": null}}),
-    ));
-    assert_eq!(
-        (shorter.stages[0].max_steps, shorter.stages[0].warmup_steps),
-        (4, 4)
-    );
+    let only_early = plan_of(&spec(json!({"until": {"max_epochs": null, "max_steps": null, "early_stopping": early}})));
+    assert_eq!((only_early.stages[0].max_steps, only_early.stages[0].schedule), (1000, LrSchedulerType::Constant));
+    let shorter = plan_of(&spec(json!({"until": {"max_epochs": 3, "max_steps": 4, "early_stopping": null}})));
+    assert_eq!((shorter.stages[0].max_steps, shorter.stages[0].warmup_steps), (4, 4));
 }
 
 fn stage_json(name: &str, thaw: &[&str]) -> serde_json::Value {
@@ -204,10 +135,7 @@ fn custom_stages_name_groups() {
 /// PLAN-1: several mistakes at once, each with its path.
 #[test]
 fn plan_1_every_mistake_is_reported() {
-    let stages = json!([
-        stage_json("a", &["encoder.layr.3", "head"]),
-        stage_json("a", &["pooling", "/nothing/"])
-    ]);
+    let stages = json!([stage_json("a", &["encoder.layr.3", "head"]), stage_json("a", &["pooling", "/nothing/"])]);
     let found = mistakes(json!({"strategy": "custom", "stages": stages, "global_batch_size": 1}));
     let expected = [
         "global_batch_size: is 1, smaller than the 2 logical shards it is cut into",
@@ -218,29 +146,20 @@ fn plan_1_every_mistake_is_reported() {
     for (line, expected) in found.iter().zip(expected) {
         assert_eq!(line, expected);
     }
-    assert!(
-        found[4].starts_with("stages[1].thaw[1]: `/nothing/` names no layer group"),
-        "{}",
-        found[4]
-    );
+    assert!(found[4].starts_with("stages[1].thaw[1]: `/nothing/` names no layer group"), "{}", found[4]);
     assert_eq!(found.len(), 5);
 }
 
 #[test]
 fn rates_out_of_range_are_refused() {
+    assert!(mistakes(json!({"rate_decay": {"spread": 20_000.0}}))[0].starts_with("learning_rate_spread: is 20000"));
     assert!(
-        mistakes(json!({"rate_decay": {"spread": 20_000.0}}))[0]
-            .starts_with("learning_rate_spread: is 20000")
-    );
-    assert!(
-        mistakes(json!({"rate_decay": {"per_level": 0.01}}))[0]
-            .starts_with("layer_decay: is 0.01, so over 4 levels")
+        mistakes(json!({"rate_decay": {"per_level": 0.01}}))[0].starts_with("layer_decay: is 0.01, so over 4 levels")
     );
     let mut stage = stage_json("a", &["head"]);
     stage["learning_rate_spread"] = json!(1e5);
     assert!(
-        mistakes(json!({"strategy": "custom", "stages": [stage]}))[0]
-            .starts_with("stages[0].learning_rate_spread")
+        mistakes(json!({"strategy": "custom", "stages": [stage]}))[0].starts_with("stages[0].learning_rate_spread")
     );
 }
 
@@ -248,14 +167,8 @@ fn rates_out_of_range_are_refused() {
 fn a_schedule_of_known_length_needs_one() {
     let early = json!({"metric": "eval_loss", "patience": 2, "min_delta": 0.001});
     let until = json!({"max_epochs": null, "max_steps": null, "early_stopping": early});
-    let found =
-        mistakes(json!({"until": until, "lr_scheduler": {"kind": "cosine", "warmup_steps": null}}));
-    assert!(
-        found
-            .iter()
-            .all(|line| line.starts_with("lr_scheduler.type: needs a stage of known length")),
-        "{found:?}"
-    );
+    let found = mistakes(json!({"until": until, "lr_scheduler": {"kind": "cosine", "warmup_steps": null}}));
+    assert!(found.iter().all(|line| line.starts_with("lr_scheduler.type: needs a stage of known length")), "{found:?}");
     assert_eq!(found.len(), 1);
 }
 
@@ -266,25 +179,11 @@ fn data_that_cannot_be_trained_on_is_refused() {
     facts.summary.class_counts = vec![0];
     facts.summary.eval_samples = 0;
     facts.shard_sizes[1] = 0;
-    let found: Vec<String> = plan(&spec(json!({})), &graph(), &facts)
-        .unwrap_err()
-        .0
-        .iter()
-        .map(|mistake| mistake.path.clone())
-        .collect();
-    assert_eq!(
-        found,
-        ["data.train", "data.train", "data.eval", "logical_shards"]
-    );
-    let empty = GraphFacts {
-        groups: Vec::new(),
-        feature_size: 0,
-        convolutional: false,
-    };
-    assert_eq!(
-        plan(&spec(json!({})), &empty, &data()).unwrap_err().0.len(),
-        2
-    );
+    let found: Vec<String> =
+        plan(&spec(json!({})), &graph(), &facts).unwrap_err().0.iter().map(|mistake| mistake.path.clone()).collect();
+    assert_eq!(found, ["data.train", "data.train", "data.eval", "logical_shards"]);
+    let empty = GraphFacts { groups: Vec::new(), feature_size: 0, convolutional: false };
+    assert_eq!(plan(&spec(json!({})), &empty, &data()).unwrap_err().0.len(), 2);
 }
 
 proptest! {

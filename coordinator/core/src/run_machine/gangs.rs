@@ -8,17 +8,11 @@ use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
-    pub(super) fn tick(
-        &mut self,
-        free: &[FreeSlot],
-        fresh: &[Incarnation],
-    ) -> Result<(), Rejection> {
+    pub(super) fn tick(&mut self, free: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
         match self.record.state {
             RunState::Pending => self.try_start_gang(free, fresh)?,
             RunState::Resizing => {
-                if !self.record.members.is_empty()
-                    && !self.deadline_passed(self.policy.stop_timeout_ms)
-                {
+                if !self.record.members.is_empty() && !self.deadline_passed(self.policy.stop_timeout_ms) {
                     return Ok(());
                 }
                 // Who has not stopped by now is on a worker that cannot be reached; its generation keeps it out (RUN-2).
@@ -39,8 +33,7 @@ impl Turn {
             RunState::Suspending => {
                 if self.deadline_passed(self.policy.suspend_timeout_ms) {
                     self.release_members();
-                    let message =
-                        "suspended from the last checkpoint: the gang did not save in time";
+                    let message = "suspended from the last checkpoint: the gang did not save in time";
                     self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
                 }
             }
@@ -54,17 +47,10 @@ impl Turn {
         Ok(())
     }
 
-    fn try_start_gang(
-        &mut self,
-        free: &[FreeSlot],
-        fresh: &[Incarnation],
-    ) -> Result<(), Rejection> {
+    fn try_start_gang(&mut self, free: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
         let workers = self.record.spec.workers;
-        let proven: Vec<FreeSlot> = free
-            .iter()
-            .filter(|place| !self.observed.avoid.contains(*place))
-            .cloned()
-            .collect();
+        let proven: Vec<FreeSlot> =
+            free.iter().filter(|place| !self.observed.avoid.contains(*place)).cloned().collect();
         let decision = match gang::choose(&proven, workers.min, workers.max) {
             formed @ Decision::Form(_) => formed,
             Decision::Wait(_) => gang::choose(free, workers.min, workers.max),
@@ -84,10 +70,7 @@ impl Turn {
             }
         }
         if fresh.len() < places.len() {
-            return Err(Rejection::TooFewIncarnations {
-                needed: places.len(),
-                given: fresh.len(),
-            });
+            return Err(Rejection::TooFewIncarnations { needed: places.len(), given: fresh.len() });
         }
         self.start_gang(places, fresh);
         Ok(())
@@ -111,43 +94,22 @@ impl Turn {
         if self.record.attempt == Attempt(0) {
             self.record.attempt = Attempt(1);
         }
-        let trainers = places
-            .into_iter()
-            .zip(fresh)
-            .map(|(place, incarnation)| Trainer {
-                worker: place.worker,
-                slot: place.slot,
-                incarnation: incarnation.clone(),
-            });
-        self.record.members = (0..)
-            .zip(trainers)
-            .map(|(rank, trainer)| Member {
-                rank: Rank(rank),
-                trainer,
-            })
-            .collect();
+        let trainers = places.into_iter().zip(fresh).map(|(place, incarnation)| Trainer {
+            worker: place.worker,
+            slot: place.slot,
+            incarnation: incarnation.clone(),
+        });
+        self.record.members = (0..).zip(trainers).map(|(rank, trainer)| Member { rank: Rank(rank), trainer }).collect();
         self.observed.addresses.clear();
         self.observed.built.clear();
         for member in self.record.members.clone() {
-            self.effect(Effect::StartTrainer {
-                trainer: member.trainer,
-                generation,
-            });
+            self.effect(Effect::StartTrainer { trainer: member.trainer, generation });
         }
         let message = format!("starting {} trainer(s)", self.record.members.len());
-        self.enter(
-            RunState::Admitted,
-            RunReason::Starting,
-            message,
-            Some(self.policy.start_timeout_ms),
-        );
+        self.enter(RunState::Admitted, RunReason::Starting, message, Some(self.policy.start_timeout_ms));
     }
 
-    pub(super) fn trainer_ready(
-        &mut self,
-        trainer: &Trainer,
-        address: &str,
-    ) -> Result<(), Rejection> {
+    pub(super) fn trainer_ready(&mut self, trainer: &Trainer, address: &str) -> Result<(), Rejection> {
         self.member_of_any(trainer)?;
         match self.record.state {
             RunState::Admitted => {}
@@ -162,19 +124,12 @@ impl Turn {
             | RunState::Failed
             | RunState::Cancelled => return Err(self.not_legal("take a trainer in")),
         }
-        self.observed
-            .addresses
-            .insert(trainer.incarnation.clone(), address.to_owned());
+        self.observed.addresses.insert(trainer.incarnation.clone(), address.to_owned());
         let addresses: Option<Vec<String>> = self
             .record
             .members
             .iter()
-            .map(|member| {
-                self.observed
-                    .addresses
-                    .get(&member.trainer.incarnation)
-                    .cloned()
-            })
+            .map(|member| self.observed.addresses.get(&member.trainer.incarnation).cloned())
             .collect();
         let Some(addresses) = addresses else {
             return Ok(());
@@ -191,29 +146,17 @@ impl Turn {
             })));
         }
         let message = format!("{} trainer(s) build their communicator", addresses.len());
-        self.enter(
-            RunState::Forming,
-            RunReason::Starting,
-            message,
-            Some(self.policy.forming_timeout_ms),
-        );
+        self.enter(RunState::Forming, RunReason::Starting, message, Some(self.policy.forming_timeout_ms));
         Ok(())
     }
 
-    pub(super) fn gang_built(
-        &mut self,
-        trainer: &Trainer,
-        generation: Generation,
-    ) -> Result<(), Rejection> {
+    pub(super) fn gang_built(&mut self, trainer: &Trainer, generation: Generation) -> Result<(), Rejection> {
         self.member(trainer, generation)?;
         match self.record.state {
             RunState::Forming => {}
             // Said twice: perhaps it has not heard the answer.
             RunState::Running | RunState::Suspending | RunState::Preempting => {
-                self.effect(Effect::Commit {
-                    trainer: trainer.clone(),
-                    generation,
-                });
+                self.effect(Effect::Commit { trainer: trainer.clone(), generation });
                 return Ok(());
             }
             RunState::Pending
@@ -225,32 +168,17 @@ impl Turn {
             | RunState::Cancelled => return Err(self.not_legal("commit a gang")),
         }
         self.observed.built.insert(trainer.incarnation.clone());
-        if !self
-            .record
-            .members
-            .iter()
-            .all(|member| self.observed.built.contains(&member.trainer.incarnation))
-        {
+        if !self.record.members.iter().all(|member| self.observed.built.contains(&member.trainer.incarnation)) {
             return Ok(());
         }
         for member in self.record.members.clone() {
-            self.effect(Effect::Commit {
-                trainer: member.trainer,
-                generation,
-            });
+            self.effect(Effect::Commit { trainer: member.trainer, generation });
         }
         self.observed.avoid.clear();
         self.record.start_ms.get_or_insert(self.now_ms);
         let message = match &self.record.head {
-            Some(head) => format!(
-                "{} trainer(s) train on from step {}",
-                self.record.members.len(),
-                head.position.step
-            ),
-            None => format!(
-                "{} trainer(s) train from the beginning",
-                self.record.members.len()
-            ),
+            Some(head) => format!("{} trainer(s) train on from step {}", self.record.members.len(), head.position.step),
+            None => format!("{} trainer(s) train from the beginning", self.record.members.len()),
         };
         self.enter(RunState::Running, RunReason::Training, message, None);
         let world_size = self.record.world_size();
@@ -265,10 +193,7 @@ impl Turn {
             .members
             .iter()
             .filter(|member| match self.record.state {
-                RunState::Admitted => !self
-                    .observed
-                    .addresses
-                    .contains_key(&member.trainer.incarnation),
+                RunState::Admitted => !self.observed.addresses.contains_key(&member.trainer.incarnation),
                 RunState::Forming => !self.observed.built.contains(&member.trainer.incarnation),
                 RunState::Pending
                 | RunState::Running
@@ -282,25 +207,15 @@ impl Turn {
             })
             .map(|member| member.trainer.place())
             .collect();
-        let names: Vec<String> = late
-            .iter()
-            .map(|place| format!("{} slot {}", place.worker, place.slot))
-            .collect();
+        let names: Vec<String> = late.iter().map(|place| format!("{} slot {}", place.worker, place.slot)).collect();
         let message = format!("trainer(s) on {} {what} in time", names.join(", "));
         self.observed.avoid.extend(late);
         self.lose_gang(RunReason::GangTimeout, message);
     }
 
-    pub(super) fn trainer_exited(
-        &mut self,
-        trainer: &Trainer,
-        ending: &str,
-    ) -> Result<(), Rejection> {
+    pub(super) fn trainer_exited(&mut self, trainer: &Trainer, ending: &str) -> Result<(), Rejection> {
         let rank = self.member_of_any(trainer)?;
-        let message = format!(
-            "rank {rank} on {} slot {} ended: {ending}",
-            trainer.worker, trainer.slot
-        );
+        let message = format!("rank {rank} on {} slot {} ended: {ending}", trainer.worker, trainer.slot);
         self.lose_trainer(trainer, RunReason::TrainerLost, message);
         Ok(())
     }
@@ -314,11 +229,7 @@ impl Turn {
             .filter(|trainer| trainer.worker == *worker)
             .collect();
         for trainer in lost {
-            self.lose_trainer(
-                &trainer,
-                RunReason::TrainerLost,
-                format!("worker {worker} is lost"),
-            );
+            self.lose_trainer(&trainer, RunReason::TrainerLost, format!("worker {worker} is lost"));
         }
     }
 
@@ -338,22 +249,11 @@ impl Turn {
             | RunState::Cancelled => false,
         };
         for trainer in alive {
-            if stopping
-                || !self
-                    .record
-                    .members
-                    .iter()
-                    .any(|member| member.trainer == *trainer)
-            {
+            if stopping || !self.record.members.iter().any(|member| member.trainer == *trainer) {
                 self.stop(trainer.clone());
             }
         }
-        let here = self
-            .record
-            .members
-            .iter()
-            .map(|member| &member.trainer)
-            .filter(|trainer| trainer.worker == *worker);
+        let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
         // One that has yet to say it is ready may not have been started when the list was made.
         let missing: Vec<Trainer> = here
             .filter(|trainer| !alive.contains(trainer))
@@ -361,10 +261,7 @@ impl Turn {
             .cloned()
             .collect();
         for trainer in missing {
-            let message = format!(
-                "worker {worker} no longer has the trainer in slot {}",
-                trainer.slot
-            );
+            let message = format!("worker {worker} no longer has the trainer in slot {}", trainer.slot);
             self.lose_trainer(&trainer, RunReason::TrainerLost, message);
         }
     }

@@ -224,22 +224,13 @@ pub struct Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
     #[error("generation {theirs} is over: the run is at generation {ours}")]
-    StaleGeneration {
-        theirs: Generation,
-        ours: Generation,
-    },
+    StaleGeneration { theirs: Generation, ours: Generation },
     #[error("trainer {incarnation} is no member of generation {generation}")]
-    UnknownTrainer {
-        incarnation: Incarnation,
-        generation: Generation,
-    },
+    UnknownTrainer { incarnation: Incarnation, generation: Generation },
     #[error("rank {rank} may not speak for the gang: only rank 0 commits")]
     NotCommitter { rank: Rank },
     #[error("a run in state {state:?} cannot {operation}")]
-    NotLegal {
-        operation: &'static str,
-        state: RunState,
-    },
+    NotLegal { operation: &'static str, state: RunState },
     #[error("the run has ended: it is {state:?}")]
     AlreadyEnded { state: RunState },
     #[error("the head is at step {}, so step {} cannot become it", ours.step, theirs.step)]
@@ -247,10 +238,7 @@ pub enum Rejection {
     #[error("step {step} is not committed, so the run cannot have finished with it")]
     NotCommitted { step: Step },
     #[error("stage {given} cannot end now: stage {expected} is next")]
-    StageOutOfOrder {
-        given: StageIndex,
-        expected: StageIndex,
-    },
+    StageOutOfOrder { given: StageIndex, expected: StageIndex },
     #[error("the gang needs {needed} new incarnations, {given} were given")]
     TooFewIncarnations { needed: usize, given: usize },
 }
@@ -260,9 +248,9 @@ impl Rejection {
     #[must_use]
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::StaleGeneration { .. }
-            | Self::UnknownTrainer { .. }
-            | Self::HeadWouldGoBack { .. } => ErrorClass::Fenced,
+            Self::StaleGeneration { .. } | Self::UnknownTrainer { .. } | Self::HeadWouldGoBack { .. } => {
+                ErrorClass::Fenced
+            }
             Self::NotLegal { .. } | Self::AlreadyEnded { .. } => ErrorClass::Precondition,
             Self::NotCommitter { .. }
             | Self::NotCommitted { .. }
@@ -288,43 +276,20 @@ pub fn step(
         Input::Tick { free, fresh } => turn.tick(free, fresh)?,
         Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
         Input::TrainerReady { trainer, address } => turn.trainer_ready(trainer, address)?,
-        Input::GangBuilt {
-            trainer,
-            generation,
-        } => turn.gang_built(trainer, *generation)?,
+        Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,
         Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, ending)?,
         Input::WorkerLost { worker } => turn.worker_lost(worker),
-        Input::TrainerFailed {
-            trainer,
-            generation,
-            class,
-            reason,
-            message,
-        } => {
+        Input::TrainerFailed { trainer, generation, class, reason, message } => {
             turn.trainer_failed(trainer, *generation, *class, *reason, message)?;
         }
-        Input::CheckpointWritten {
-            trainer,
-            generation,
-            checkpoint,
-        } => {
+        Input::CheckpointWritten { trainer, generation, checkpoint } => {
             turn.checkpoint_written(trainer, *generation, checkpoint)?;
         }
-        Input::StageEnded {
-            trainer,
-            generation,
-            result,
-        } => turn.stage_ended(trainer, *generation, result)?,
-        Input::Finished {
-            trainer,
-            generation,
-            result,
-            reason,
-        } => turn.finished(trainer, *generation, result, *reason)?,
-        Input::Suspended {
-            trainer,
-            generation,
-        } => turn.suspended(trainer, *generation)?,
+        Input::StageEnded { trainer, generation, result } => turn.stage_ended(trainer, *generation, result)?,
+        Input::Finished { trainer, generation, result, reason } => {
+            turn.finished(trainer, *generation, result, *reason)?
+        }
+        Input::Suspended { trainer, generation } => turn.suspended(trainer, *generation)?,
         Input::Cancel => turn.cancel()?,
         Input::Suspend => turn.suspend()?,
         Input::Resume => turn.resume()?,
@@ -336,9 +301,7 @@ pub fn step(
 /// The key that peers of a generation show each other: it follows from their incarnations, which nobody else is told.
 fn gang_key(record: &RunRecord) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("thaw.v1 key of a gang");
-    hasher
-        .update(record.id.as_str().as_bytes())
-        .update(&record.generation.0.to_le_bytes());
+    hasher.update(record.id.as_str().as_bytes()).update(&record.generation.0.to_le_bytes());
     for member in &record.members {
         hasher.update(member.trainer.incarnation.as_str().as_bytes());
     }

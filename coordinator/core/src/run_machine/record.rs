@@ -107,10 +107,7 @@ impl Trainer {
     /// The device it holds.
     #[must_use]
     pub fn place(&self) -> FreeSlot {
-        FreeSlot {
-            worker: self.worker.clone(),
-            slot: self.slot,
-        }
+        FreeSlot { worker: self.worker.clone(), slot: self.slot }
     }
 }
 

@@ -10,10 +10,7 @@ impl Turn {
     /// what it made durable before is work that need not be done again.
     fn check_trained(&self, operation: &'static str) -> Result<(), Rejection> {
         match self.record.state {
-            RunState::Running
-            | RunState::Suspending
-            | RunState::Preempting
-            | RunState::Resizing => Ok(()),
+            RunState::Running | RunState::Suspending | RunState::Preempting | RunState::Resizing => Ok(()),
             RunState::Pending
             | RunState::Admitted
             | RunState::Forming
@@ -32,10 +29,7 @@ impl Turn {
     ) -> Result<(), Rejection> {
         self.committer(trainer, generation)?;
         if checkpoint.generation != generation {
-            return Err(Rejection::StaleGeneration {
-                theirs: checkpoint.generation,
-                ours: generation,
-            });
+            return Err(Rejection::StaleGeneration { theirs: checkpoint.generation, ours: generation });
         }
         self.check_trained("commit a checkpoint")?;
         let before = self.record.head.as_ref();
@@ -43,10 +37,7 @@ impl Turn {
         if let Some(head) = before
             && checkpoint.position < head.position
         {
-            return Err(Rejection::HeadWouldGoBack {
-                theirs: checkpoint.position,
-                ours: head.position,
-            });
+            return Err(Rejection::HeadWouldGoBack { theirs: checkpoint.position, ours: head.position });
         }
         if before != Some(checkpoint) {
             if before.is_none_or(|head| checkpoint.position > head.position) {
@@ -56,11 +47,7 @@ impl Turn {
             self.record.position = checkpoint.position;
             self.changed = true;
         }
-        self.effect(Effect::AckCheckpoint {
-            trainer: trainer.clone(),
-            generation,
-            checkpoint: checkpoint.clone(),
-        });
+        self.effect(Effect::AckCheckpoint { trainer: trainer.clone(), generation, checkpoint: checkpoint.clone() });
         Ok(())
     }
 
@@ -76,12 +63,8 @@ impl Turn {
         let known = self.record.stage_results.len();
         let given = result.stage.0 as usize;
         if given > known || given >= self.record.plan.stages.len() {
-            let expected =
-                StageIndex(u32::try_from(known).expect("a plan has fewer than 2^32 stages"));
-            return Err(Rejection::StageOutOfOrder {
-                given: result.stage,
-                expected,
-            });
+            let expected = StageIndex(u32::try_from(known).expect("a plan has fewer than 2^32 stages"));
+            return Err(Rejection::StageOutOfOrder { given: result.stage, expected });
         }
         if given == known {
             self.record.stage_results.push(result.clone());
@@ -106,12 +89,7 @@ impl Turn {
         self.committer(trainer, generation)?;
         self.check_trained("finish")?;
         // RUN-5
-        if self
-            .record
-            .head
-            .as_ref()
-            .is_none_or(|head| head.position.step < result.steps)
-        {
+        if self.record.head.as_ref().is_none_or(|head| head.position.step < result.steps) {
             return Err(Rejection::NotCommitted { step: result.steps });
         }
         self.record.result = Some(result.clone());
@@ -120,11 +98,7 @@ impl Turn {
         Ok(())
     }
 
-    pub(super) fn suspended(
-        &mut self,
-        trainer: &Trainer,
-        generation: Generation,
-    ) -> Result<(), Rejection> {
+    pub(super) fn suspended(&mut self, trainer: &Trainer, generation: Generation) -> Result<(), Rejection> {
         self.committer(trainer, generation)?;
         match self.record.state {
             RunState::Suspending => {
@@ -154,15 +128,9 @@ impl Turn {
         reason: RunReason,
         message: &str,
     ) -> Result<(), Rejection> {
-        let rank = if generation == Generation(0) {
-            self.member_of_any(trainer)?
-        } else {
-            self.member(trainer, generation)?
-        };
-        let message = format!(
-            "rank {rank} on {} slot {}: {message}",
-            trainer.worker, trainer.slot
-        );
+        let rank =
+            if generation == Generation(0) { self.member_of_any(trainer)? } else { self.member(trainer, generation)? };
+        let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
         if !Self::is_worth_retrying(class) {
             self.fail(reason, message);
             return Ok(());
@@ -176,11 +144,7 @@ impl Turn {
             // It was told to stop.
             RunState::Resizing => {}
             // These hold no members, so they were turned away above.
-            RunState::Pending
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => {}
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
         Ok(())
     }

@@ -17,12 +17,7 @@ impl Turn {
             | RunState::Suspended
             | RunState::Preempting => {
                 self.release_members();
-                self.enter(
-                    RunState::Cancelled,
-                    RunReason::UserRequest,
-                    String::new(),
-                    None,
-                );
+                self.enter(RunState::Cancelled, RunReason::UserRequest, String::new(), None);
                 Ok(())
             }
             RunState::Cancelled => Ok(()),
@@ -35,18 +30,10 @@ impl Turn {
             RunState::Running => {
                 let generation = self.record.generation;
                 for member in self.record.members.clone() {
-                    self.effect(Effect::SuspendTrainer {
-                        trainer: member.trainer,
-                        generation,
-                    });
+                    self.effect(Effect::SuspendTrainer { trainer: member.trainer, generation });
                 }
                 let message = "saving at the next step";
-                self.enter(
-                    RunState::Suspending,
-                    RunReason::UserRequest,
-                    message,
-                    Some(self.policy.suspend_timeout_ms),
-                );
+                self.enter(RunState::Suspending, RunReason::UserRequest, message, Some(self.policy.suspend_timeout_ms));
                 Ok(())
             }
             // Nothing has been trained since the head.
@@ -68,12 +55,7 @@ impl Turn {
             RunState::Suspended => {
                 self.record.attempt = self.record.attempt.next();
                 self.record.failures_without_progress = 0;
-                self.enter(
-                    RunState::Pending,
-                    RunReason::WaitingForWorkers,
-                    String::new(),
-                    None,
-                );
+                self.enter(RunState::Pending, RunReason::WaitingForWorkers, String::new(), None);
                 Ok(())
             }
             RunState::Pending
@@ -93,31 +75,17 @@ impl Turn {
     /// (RUN-8), and hold no slot of a worker that reports them gone.
     pub(super) fn coordinator_started(&mut self) {
         match self.record.state {
-            RunState::Admitted
-            | RunState::Forming
-            | RunState::Running
-            | RunState::Resizing
-            | RunState::Preempting => {
+            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Resizing | RunState::Preempting => {
                 self.release_members();
                 let message = "the coordinator was started again";
-                self.enter(
-                    RunState::Resizing,
-                    RunReason::CoordinatorRestarted,
-                    message,
-                    None,
-                );
+                self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, message, None);
             }
             RunState::Suspending => {
                 self.release_members();
-                let message =
-                    "suspended from the last checkpoint: the coordinator was started again";
+                let message = "suspended from the last checkpoint: the coordinator was started again";
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
             }
-            RunState::Pending
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => {}
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
     }
 }

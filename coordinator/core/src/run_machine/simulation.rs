@@ -72,12 +72,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let spec = spec(json!({"workers": {"min": 1, "max": 3, "threads_per_trainer": 1}}));
         let plan = plan_of(&spec);
-        let workers = (0..3)
-            .map(|_| SimWorker {
-                connected: true,
-                ..SimWorker::default()
-            })
-            .collect();
+        let workers = (0..3).map(|_| SimWorker { connected: true, ..SimWorker::default() }).collect();
         Self {
             dice: Dice(seed),
             now_ms: 0,
@@ -92,13 +87,7 @@ impl World {
 
     fn send(&mut self, input: &Input) {
         let before = self.record.clone();
-        let outcome = step(
-            &Policy::default(),
-            &self.record,
-            &self.observed,
-            self.now_ms,
-            input,
-        );
+        let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, input);
         self.log.push(format!(
             "{} ms {input:?} -> {}",
             self.now_ms,
@@ -132,14 +121,8 @@ impl World {
             worker.inbox.clear();
             worker.outbox.clear();
         }
-        let outcome = step(
-            &Policy::default(),
-            &self.record,
-            &self.observed,
-            self.now_ms,
-            &Input::CoordinatorStarted,
-        )
-        .unwrap();
+        let outcome =
+            step(&Policy::default(), &self.record, &self.observed, self.now_ms, &Input::CoordinatorStarted).unwrap();
         check(&self.record, &outcome.record, &Input::CoordinatorStarted);
         self.record = outcome.record;
         self.observed = outcome.observed;
@@ -149,29 +132,16 @@ impl World {
         self.now_ms += self.dice.below(4000);
         let held: Vec<FreeSlot> = self.record.held_slots().collect();
         let mut free = Vec::new();
-        for (worker, state) in self
-            .workers
-            .iter()
-            .enumerate()
-            .filter(|(_, state)| state.connected)
-        {
+        for (worker, state) in self.workers.iter().enumerate().filter(|(_, state)| state.connected) {
             for slot in 0..2 {
-                let place = FreeSlot {
-                    worker: name(worker),
-                    slot: Slot(slot),
-                };
-                let lived_in = state
-                    .trainers
-                    .iter()
-                    .any(|trainer| trainer.trainer.place() == place);
+                let place = FreeSlot { worker: name(worker), slot: Slot(slot) };
+                let lived_in = state.trainers.iter().any(|trainer| trainer.trainer.place() == place);
                 if !lived_in && !held.contains(&place) {
                     free.push(place);
                 }
             }
         }
-        let fresh = (0..3)
-            .map(|extra| Incarnation(format!("i{}", self.minted + extra)))
-            .collect();
+        let fresh = (0..3).map(|extra| Incarnation(format!("i{}", self.minted + extra))).collect();
         self.minted += 3;
         self.send(&Input::Tick { free, fresh });
     }
@@ -181,23 +151,11 @@ impl World {
             return;
         };
         let state = &mut self.workers[worker];
-        let find = |trainer: &Trainer| {
-            state
-                .trainers
-                .iter()
-                .position(|other| other.trainer == *trainer)
-        };
+        let find = |trainer: &Trainer| state.trainers.iter().position(|other| other.trainer == *trainer);
         match effect {
-            Effect::StartTrainer {
-                trainer,
-                generation,
-            } => {
+            Effect::StartTrainer { trainer, generation } => {
                 // An agent starts a trainer in an empty slot only.
-                if !state
-                    .trainers
-                    .iter()
-                    .any(|other| other.trainer.place() == trainer.place())
-                {
+                if !state.trainers.iter().any(|other| other.trainer.place() == trainer.place()) {
                     state.trainers.push(SimTrainer {
                         trainer,
                         phase: Phase::Loading,
@@ -220,25 +178,16 @@ impl World {
                 if let Some(at) = find(&trainer)
                     && state.trainers[at].phase == Phase::Built
                 {
-                    state.trainers[at].phase = Phase::Training {
-                        step: state.trainers[at].resume,
-                        awaiting: None,
-                    };
+                    state.trainers[at].phase = Phase::Training { step: state.trainers[at].resume, awaiting: None };
                 }
             }
             Effect::StopTrainer { trainer, .. } => {
                 if let Some(at) = find(&trainer) {
                     state.trainers.remove(at);
-                    state.outbox.push_back(Input::TrainerExited {
-                        trainer,
-                        ending: "signal 9".into(),
-                    });
+                    state.outbox.push_back(Input::TrainerExited { trainer, ending: "signal 9".into() });
                 }
             }
-            Effect::SuspendTrainer {
-                trainer,
-                generation,
-            } => {
+            Effect::SuspendTrainer { trainer, generation } => {
                 if let Some(at) = find(&trainer)
                     && let Phase::Training { step, .. } = state.trainers[at].phase
                 {
@@ -250,18 +199,11 @@ impl World {
                             generation,
                             checkpoint,
                         });
-                        state.outbox.push_back(Input::Suspended {
-                            trainer,
-                            generation,
-                        });
+                        state.outbox.push_back(Input::Suspended { trainer, generation });
                     }
                 }
             }
-            Effect::AckCheckpoint {
-                trainer,
-                generation,
-                checkpoint,
-            } => {
+            Effect::AckCheckpoint { trainer, generation, checkpoint } => {
                 if let Some(at) = find(&trainer)
                     && let Phase::Training { awaiting, .. } = &mut state.trainers[at].phase
                     && *awaiting == Some(checkpoint.position.step.0)
@@ -303,17 +245,11 @@ impl World {
         match sim.phase {
             Phase::Loading => {
                 state.trainers[at].phase = Phase::Ready;
-                state.outbox.push_back(Input::TrainerReady {
-                    address: trainer.incarnation.to_string(),
-                    trainer,
-                });
+                state.outbox.push_back(Input::TrainerReady { address: trainer.incarnation.to_string(), trainer });
             }
             Phase::Building if gang_is_whole => {
                 state.trainers[at].phase = Phase::Built;
-                state.outbox.push_back(Input::GangBuilt {
-                    trainer,
-                    generation,
-                });
+                state.outbox.push_back(Input::GangBuilt { trainer, generation });
             }
             Phase::Training { .. } if !gang_is_whole => {
                 state.trainers[at].phase = Phase::Standing;
@@ -325,31 +261,16 @@ impl World {
                     message: "a peer is gone".into(),
                 });
             }
-            Phase::Training {
-                step,
-                awaiting: None,
-            } => {
+            Phase::Training { step, awaiting: None } => {
                 let next = (step + 5).min(LAST_STEP);
-                let saves =
-                    sim.rank == Rank(0) && (next == LAST_STEP || next.is_multiple_of(SAVE_STEPS));
-                state.trainers[at].phase = Phase::Training {
-                    step: next,
-                    awaiting: saves.then_some(next),
-                };
+                let saves = sim.rank == Rank(0) && (next == LAST_STEP || next.is_multiple_of(SAVE_STEPS));
+                state.trainers[at].phase = Phase::Training { step: next, awaiting: saves.then_some(next) };
                 if saves {
                     let checkpoint = checkpoint(generation, next);
-                    state.outbox.push_back(Input::CheckpointWritten {
-                        trainer,
-                        generation,
-                        checkpoint,
-                    });
+                    state.outbox.push_back(Input::CheckpointWritten { trainer, generation, checkpoint });
                 }
             }
-            Phase::Ready
-            | Phase::Building
-            | Phase::Built
-            | Phase::Training { .. }
-            | Phase::Standing => {}
+            Phase::Ready | Phase::Building | Phase::Built | Phase::Training { .. } | Phase::Standing => {}
         }
     }
 
@@ -357,10 +278,7 @@ impl World {
     fn gang_is_whole(&self, of: &SimTrainer) -> bool {
         let alive = self.workers.iter().flat_map(|worker| &worker.trainers);
         let ranks: Vec<u32> = alive
-            .filter(|sim| {
-                sim.generation == of.generation
-                    && !matches!(sim.phase, Phase::Standing | Phase::Loading)
-            })
+            .filter(|sim| sim.generation == of.generation && !matches!(sim.phase, Phase::Standing | Phase::Loading))
             .map(|sim| sim.rank.0)
             .collect();
         self.record.generation != of.generation || ranks.len() >= self.record.members.len()
@@ -370,10 +288,9 @@ impl World {
         if !self.workers[worker].trainers.is_empty() {
             let dead = self.workers[worker].trainers.remove(0);
             self.log.push(format!("kill {:?}", dead.trainer));
-            self.workers[worker].outbox.push_back(Input::TrainerExited {
-                trainer: dead.trainer,
-                ending: "signal 9".into(),
-            });
+            self.workers[worker]
+                .outbox
+                .push_back(Input::TrainerExited { trainer: dead.trainer, ending: "signal 9".into() });
         }
     }
 
@@ -382,24 +299,15 @@ impl World {
             self.workers[worker].connected = false;
             self.workers[worker].inbox.clear();
             self.workers[worker].outbox.clear();
-            self.send(&Input::WorkerLost {
-                worker: name(worker),
-            });
+            self.send(&Input::WorkerLost { worker: name(worker) });
         }
     }
 
     /// A hello or a heartbeat.
     fn report(&mut self, worker: usize) {
         self.workers[worker].connected = true;
-        let trainers = self.workers[worker]
-            .trainers
-            .iter()
-            .map(|sim| sim.trainer.clone())
-            .collect();
-        self.workers[worker].outbox.push_back(Input::TrainersSeen {
-            worker: name(worker),
-            trainers,
-        });
+        let trainers = self.workers[worker].trainers.iter().map(|sim| sim.trainer.clone()).collect();
+        self.workers[worker].outbox.push_back(Input::TrainersSeen { worker: name(worker), trainers });
     }
 
     fn random_action(&mut self) {
@@ -461,26 +369,14 @@ fn addressee(effect: &Effect) -> &Trainer {
 
 /// RUN-1 to RUN-5 over one accepted step.
 fn check(before: &RunRecord, after: &RunRecord, input: &Input) {
-    assert!(
-        after.generation == before.generation || after.generation == before.generation.next(),
-        "RUN-1"
-    );
+    assert!(after.generation == before.generation || after.generation == before.generation.next(), "RUN-1");
     assert!(after.attempt >= before.attempt && after.world_sizes.len() >= before.world_sizes.len());
     if before.head != after.head {
-        let Input::CheckpointWritten {
-            trainer,
-            generation,
-            ..
-        } = input
-        else {
+        let Input::CheckpointWritten { trainer, generation, .. } = input else {
             panic!("RUN-2: {input:?} moved the head")
         };
         assert_eq!(
-            (
-                *generation,
-                &before.members[0].trainer,
-                before.members[0].rank
-            ),
+            (*generation, &before.members[0].trainer, before.members[0].rank),
             (before.generation, trainer, Rank(0)),
             "RUN-2"
         );
@@ -488,20 +384,10 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input) {
     }
     assert!(!before.state.has_ended() || before == after, "RUN-4");
     assert!(*input != Input::Cancel || after.state.has_ended(), "RUN-4");
-    assert_eq!(
-        after.result.is_some(),
-        after.state == RunState::Succeeded,
-        "RUN-5"
-    );
-    assert!(
-        after.state != RunState::Succeeded || after.position.step == Step(LAST_STEP),
-        "RUN-5"
-    );
+    assert_eq!(after.result.is_some(), after.state == RunState::Succeeded, "RUN-5");
+    assert!(after.state != RunState::Succeeded || after.position.step == Step(LAST_STEP), "RUN-5");
     if after.generation > before.generation {
-        assert!(
-            before.members.is_empty() || before.state == RunState::Resizing,
-            "RUN-6"
-        );
+        assert!(before.members.is_empty() || before.state == RunState::Resizing, "RUN-6");
     }
     let mut places: Vec<FreeSlot> = after.held_slots().collect();
     places.sort();
@@ -540,8 +426,5 @@ fn random_lives_keep_the_invariants_and_end() {
             other => panic!("{other:?} has not ended"),
         }
     }
-    assert!(
-        ends.iter().all(|count| *count > 0) && ends[0] > ends[1],
-        "succeeded, failed, cancelled: {ends:?}"
-    );
+    assert!(ends.iter().all(|count| *count > 0) && ends[0] > ends[1], "succeeded, failed, cancelled: {ends:?}");
 }

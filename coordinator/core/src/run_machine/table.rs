@@ -42,25 +42,16 @@ fn run_4_the_table_of_transitions() {
     ];
     let mut table = String::from("\n");
     for (name, script) in states {
-        let shown = |input: Input| match step(
-            &Policy::default(),
-            &script.record,
-            &script.observed,
-            script.now_ms,
-            &input,
-        ) {
-            Err(_) => "-".to_owned(),
-            Ok(outcome) if outcome.record.state == script.record.state => "=".to_owned(),
-            Ok(outcome) => format!("{:?}", outcome.record.state),
-        };
+        let shown =
+            |input: Input| match step(&Policy::default(), &script.record, &script.observed, script.now_ms, &input) {
+                Err(_) => "-".to_owned(),
+                Ok(outcome) if outcome.record.state == script.record.state => "=".to_owned(),
+                Ok(outcome) => format!("{:?}", outcome.record.state),
+            };
         let members = script.record.members.clone();
         // In states without members, one that was a member once.
         let rank_0 = members.first().map_or_else(
-            || Trainer {
-                worker: "a".into(),
-                slot: Slot(0),
-                incarnation: "old".into(),
-            },
+            || Trainer { worker: "a".into(), slot: Slot(0), incarnation: "old".into() },
             |member| member.trainer.clone(),
         );
         let generation = script.record.generation;
@@ -73,38 +64,16 @@ fn run_4_the_table_of_transitions() {
             message: String::new(),
         };
         let cells = [
-            shown(Input::Tick {
-                free: vec![place("a"), place("b")],
-                fresh: vec!["x".into(), "y".into()],
-            }),
-            shown(Input::TrainersSeen {
-                worker: "a".into(),
-                trainers: Vec::new(),
-            }),
-            shown(Input::TrainerReady {
-                trainer: rank_0.clone(),
-                address: "h:1".into(),
-            }),
-            shown(Input::GangBuilt {
-                trainer: rank_0.clone(),
-                generation,
-            }),
-            shown(Input::TrainerExited {
-                trainer: rank_0.clone(),
-                ending: "exit code 0".into(),
-            }),
+            shown(Input::Tick { free: vec![place("a"), place("b")], fresh: vec!["x".into(), "y".into()] }),
+            shown(Input::TrainersSeen { worker: "a".into(), trainers: Vec::new() }),
+            shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into() }),
+            shown(Input::GangBuilt { trainer: rank_0.clone(), generation }),
+            shown(Input::TrainerExited { trainer: rank_0.clone(), ending: "exit code 0".into() }),
             shown(Input::WorkerLost { worker: "a".into() }),
             shown(failed(FailureClass::Retry)),
             shown(failed(FailureClass::Fatal)),
-            shown(Input::CheckpointWritten {
-                trainer: rank_0.clone(),
-                generation,
-                checkpoint,
-            }),
-            shown(Input::Suspended {
-                trainer: rank_0.clone(),
-                generation,
-            }),
+            shown(Input::CheckpointWritten { trainer: rank_0.clone(), generation, checkpoint }),
+            shown(Input::Suspended { trainer: rank_0.clone(), generation }),
             shown(Input::Suspend),
             shown(Input::Resume),
             shown(Input::Cancel),
@@ -146,8 +115,7 @@ fn cited_invariants_exist() {
         for (at, _) in source.match_indices("RUN-") {
             let id: String = source[at..].chars().take(5).collect();
             assert!(
-                !id.ends_with(|last: char| last.is_ascii_digit())
-                    || law.contains(&format!("//! - {id}:")),
+                !id.ends_with(|last: char| last.is_ascii_digit()) || law.contains(&format!("//! - {id}:")),
                 "{id} is not stated"
             );
         }

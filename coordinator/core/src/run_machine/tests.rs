@@ -18,34 +18,13 @@ impl Script {
     pub(super) fn new() -> Self {
         let spec = spec(json!({"workers": {"min": 1, "max": 2, "threads_per_trainer": 1}}));
         let plan = plan_of(&spec);
-        let record = RunRecord::new(
-            "demo-00000001".into(),
-            spec,
-            plan,
-            "file:///d/runs/demo-00000001".into(),
-            1000,
-        );
-        Self {
-            record,
-            observed: Observed::default(),
-            now_ms: 1000,
-            minted: 0,
-        }
+        let record = RunRecord::new("demo-00000001".into(), spec, plan, "file:///d/runs/demo-00000001".into(), 1000);
+        Self { record, observed: Observed::default(), now_ms: 1000, minted: 0 }
     }
 
     fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
-        let outcome = step(
-            &Policy::default(),
-            &self.record,
-            &self.observed,
-            self.now_ms,
-            &input,
-        )?;
-        assert_eq!(
-            outcome.changed,
-            outcome.record != self.record,
-            "changed is wrong after {input:?}"
-        );
+        let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, &input)?;
+        assert_eq!(outcome.changed, outcome.record != self.record, "changed is wrong after {input:?}");
         self.record = outcome.record;
         self.observed = outcome.observed;
         Ok((outcome.effects, outcome.events))
@@ -59,10 +38,7 @@ impl Script {
         self.minted += 2;
         Input::Tick {
             free: vec![place("a"), place("b")],
-            fresh: vec![
-                Incarnation(format!("i{}", self.minted - 1)),
-                Incarnation(format!("i{}", self.minted)),
-            ],
+            fresh: vec![Incarnation(format!("i{}", self.minted - 1)), Incarnation(format!("i{}", self.minted))],
         }
     }
 
@@ -102,17 +78,8 @@ impl Script {
     fn all_built(&mut self) -> Vec<Effect> {
         let generation = self.record.generation;
         let (first, second) = (self.trainer(0), self.trainer(1));
-        assert!(
-            self.effects(Input::GangBuilt {
-                trainer: first,
-                generation
-            })
-            .is_empty()
-        );
-        self.effects(Input::GangBuilt {
-            trainer: second,
-            generation,
-        })
+        assert!(self.effects(Input::GangBuilt { trainer: first, generation }).is_empty());
+        self.effects(Input::GangBuilt { trainer: second, generation })
     }
 
     pub(super) fn after(mut self, input: Input) -> Self {
@@ -121,19 +88,12 @@ impl Script {
     }
 
     fn exited(&self, rank: usize) -> Input {
-        Input::TrainerExited {
-            trainer: self.trainer(rank),
-            ending: "signal 9".to_owned(),
-        }
+        Input::TrainerExited { trainer: self.trainer(rank), ending: "signal 9".to_owned() }
     }
 
     pub(super) fn checkpoint(&self, step: u64) -> Input {
         let generation = self.record.generation;
-        Input::CheckpointWritten {
-            trainer: self.trainer(0),
-            generation,
-            checkpoint: checkpoint(generation, step),
-        }
+        Input::CheckpointWritten { trainer: self.trainer(0), generation, checkpoint: checkpoint(generation, step) }
     }
 
     pub(super) fn finished(&self, steps: u64) -> Input {
@@ -157,18 +117,11 @@ impl Script {
 }
 
 pub(super) fn place(worker: &str) -> FreeSlot {
-    FreeSlot {
-        worker: worker.into(),
-        slot: Slot(0),
-    }
+    FreeSlot { worker: worker.into(), slot: Slot(0) }
 }
 
 pub(super) fn checkpoint(generation: Generation, step: u64) -> CheckpointRef {
-    let position = Position {
-        stage: StageIndex(0),
-        stage_step: u32::try_from(step).unwrap(),
-        step: Step(step),
-    };
+    let position = Position { stage: StageIndex(0), stage_step: u32::try_from(step).unwrap(), step: Step(step) };
     CheckpointRef {
         position,
         generation,
@@ -221,51 +174,28 @@ fn a_run_from_submission_to_success() {
     let tick = script.tick();
     assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
     assert_eq!(
-        (
-            script.record.state,
-            script.record.generation,
-            script.record.attempt
-        ),
+        (script.record.state, script.record.generation, script.record.attempt),
         (RunState::Admitted, Generation(1), Attempt(1))
     );
     let proposals = script.all_ready();
     assert_eq!(generations(&proposals), ["propose", "propose"]);
-    let Effect::Propose(second) = &proposals[1] else {
-        panic!("{proposals:?}")
-    };
-    assert_eq!(
-        (second.rank, second.addresses.len(), &second.resume),
-        (Rank(1), 2, &None)
-    );
+    let Effect::Propose(second) = &proposals[1] else { panic!("{proposals:?}") };
+    assert_eq!((second.rank, second.addresses.len(), &second.resume), (Rank(1), 2, &None));
     assert_eq!(generations(&script.all_built()), ["commit", "commit"]);
     assert_eq!(
-        (
-            script.record.state,
-            script.record.start_ms,
-            &script.record.world_sizes[..]
-        ),
+        (script.record.state, script.record.start_ms, &script.record.world_sizes[..]),
         (RunState::Running, Some(1000), &[2][..])
     );
     let written = script.checkpoint(10);
     assert_eq!(generations(&script.effects(written)), ["ack"]);
-    let ended = Input::StageEnded {
-        trainer: script.trainer(0),
-        generation: Generation(1),
-        result: Box::new(stage_result(0)),
-    };
+    let ended =
+        Input::StageEnded { trainer: script.trainer(0), generation: Generation(1), result: Box::new(stage_result(0)) };
     let (_, events) = script.send(ended).unwrap();
-    assert_eq!(
-        events[0].message,
-        "stage head ended after 10 steps: MaxEpochs, loss 0.5000"
-    );
+    assert_eq!(events[0].message, "stage head ended after 10 steps: MaxEpochs, loss 0.5000");
     let finished = script.finished(10);
     assert_eq!(generations(&script.effects(finished)), ["stop", "stop"]);
     assert_eq!(
-        (
-            script.record.state,
-            script.record.reason,
-            script.record.end_ms
-        ),
+        (script.record.state, script.record.reason, script.record.end_ms),
         (RunState::Succeeded, RunReason::NoGain, Some(1000))
     );
     assert!(script.record.result.is_some() && script.record.members.is_empty());
@@ -276,10 +206,7 @@ fn a_run_from_submission_to_success() {
 fn a_record_survives_json() {
     let script = Script::running();
     let text = serde_json::to_string(&script.record).unwrap();
-    assert_eq!(
-        serde_json::from_str::<RunRecord>(&text).unwrap(),
-        script.record
-    );
+    assert_eq!(serde_json::from_str::<RunRecord>(&text).unwrap(), script.record);
 }
 
 /// RUN-1, RUN-6: after a loss the others stop first; then the next generation starts from the head.
@@ -289,30 +216,16 @@ fn run_1_run_6_a_lost_trainer_gives_the_next_generation() {
     let written = script.checkpoint(20);
     script.effects(written);
     let (lost, survivor) = (script.exited(1), script.trainer(0));
-    assert_eq!(
-        script.effects(lost),
-        [Effect::StopTrainer {
-            trainer: survivor.clone(),
-            generation: Generation(1)
-        }]
-    );
-    assert_eq!(
-        (script.record.state, script.record.reason),
-        (RunState::Resizing, RunReason::TrainerLost)
-    );
+    assert_eq!(script.effects(lost), [Effect::StopTrainer { trainer: survivor.clone(), generation: Generation(1) }]);
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::TrainerLost));
     let tick = script.tick();
     assert!(script.effects(tick).is_empty());
-    script.effects(Input::TrainerExited {
-        trainer: survivor.clone(),
-        ending: "signal 9".into(),
-    });
+    script.effects(Input::TrainerExited { trainer: survivor.clone(), ending: "signal 9".into() });
     let tick = script.tick();
     assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
     assert_eq!(script.record.generation, Generation(2));
     let proposals = script.all_ready();
-    let Effect::Propose(first) = &proposals[0] else {
-        panic!("{proposals:?}")
-    };
+    let Effect::Propose(first) = &proposals[0] else { panic!("{proposals:?}") };
     assert_eq!(first.resume, Some(checkpoint(Generation(1), 20)));
     // RUN-2: the old generation is refused by number.
     let late = Input::CheckpointWritten {
@@ -321,10 +234,7 @@ fn run_1_run_6_a_lost_trainer_gives_the_next_generation() {
         checkpoint: checkpoint(Generation(1), 30),
     };
     let refused = script.send(late).unwrap_err();
-    assert_eq!(
-        refused.to_string(),
-        "generation 1 is over: the run is at generation 2"
-    );
+    assert_eq!(refused.to_string(), "generation 1 is over: the run is at generation 2");
     assert_eq!(refused.class(), ErrorClass::Fenced);
 }
 
@@ -350,23 +260,14 @@ fn run_2_only_rank_0_commits() {
         generation: Generation(1),
         checkpoint: checkpoint(Generation(1), 5),
     };
-    assert_eq!(
-        script.send(input).unwrap_err(),
-        Rejection::NotCommitter { rank: Rank(1) }
-    );
-    let stranger = Trainer {
-        incarnation: "other".into(),
-        ..script.trainer(0)
-    };
+    assert_eq!(script.send(input).unwrap_err(), Rejection::NotCommitter { rank: Rank(1) });
+    let stranger = Trainer { incarnation: "other".into(), ..script.trainer(0) };
     let input = Input::CheckpointWritten {
         trainer: stranger,
         generation: Generation(1),
         checkpoint: checkpoint(Generation(1), 5),
     };
-    assert!(matches!(
-        script.send(input).unwrap_err(),
-        Rejection::UnknownTrainer { .. }
-    ));
+    assert!(matches!(script.send(input).unwrap_err(), Rejection::UnknownTrainer { .. }));
 }
 
 #[test]
@@ -374,10 +275,7 @@ fn run_3_the_head_never_goes_back() {
     let mut script = Script::running();
     let (ten, nine) = (script.checkpoint(10), script.checkpoint(9));
     script.effects(ten.clone());
-    assert!(matches!(
-        script.send(nine).unwrap_err(),
-        Rejection::HeadWouldGoBack { .. }
-    ));
+    assert!(matches!(script.send(nine).unwrap_err(), Rejection::HeadWouldGoBack { .. }));
     // Said twice, answered twice.
     assert_eq!(generations(&script.effects(ten)), ["ack"]);
     assert_eq!(script.record.position.step, Step(10));
@@ -387,10 +285,7 @@ fn run_3_the_head_never_goes_back() {
 fn run_5_success_needs_a_committed_last_step() {
     let mut script = Script::running();
     let early = script.finished(10);
-    assert_eq!(
-        script.send(early.clone()).unwrap_err(),
-        Rejection::NotCommitted { step: Step(10) }
-    );
+    assert_eq!(script.send(early.clone()).unwrap_err(), Rejection::NotCommitted { step: Step(10) });
     let written = script.checkpoint(10);
     script.effects(written);
     script.effects(early);
@@ -419,15 +314,8 @@ fn run_7_no_progress_ends_the_run() {
         assert_eq!(script.record.state, RunState::Resizing);
     }
     lose(&mut script, false);
-    assert_eq!(
-        (script.record.state, script.record.reason),
-        (RunState::Failed, RunReason::NoProgress)
-    );
-    assert!(
-        script.record.message.starts_with("5 generations in a row"),
-        "{}",
-        script.record.message
-    );
+    assert_eq!((script.record.state, script.record.reason), (RunState::Failed, RunReason::NoProgress));
+    assert!(script.record.message.starts_with("5 generations in a row"), "{}", script.record.message);
 }
 
 #[test]
@@ -436,42 +324,20 @@ fn a_trainers_verdict_decides_between_failing_and_trying_again() {
         let mut script = Script::running();
         let failed = script.failed(class);
         assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
-        assert_eq!(
-            (script.record.state, script.record.reason),
-            (RunState::Failed, RunReason::TrainerError)
-        );
-        assert_eq!(
-            script.record.message,
-            "rank 1 on b slot 0: the label `x` is unknown"
-        );
+        assert_eq!((script.record.state, script.record.reason), (RunState::Failed, RunReason::TrainerError));
+        assert_eq!(script.record.message, "rank 1 on b slot 0: the label `x` is unknown");
     }
     for class in [FailureClass::Retry, FailureClass::Fenced] {
         let mut script = Script::running();
         let failed = script.failed(class);
         assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
-        assert_eq!(
-            (script.record.state, script.record.members.len()),
-            (RunState::Resizing, 2)
-        );
+        assert_eq!((script.record.state, script.record.members.len()), (RunState::Resizing, 2));
     }
     let mut script = Script::admitted();
-    let Input::TrainerFailed {
-        trainer,
-        class,
-        reason,
-        message,
-        ..
-    } = script.failed(FailureClass::Invalid)
-    else {
+    let Input::TrainerFailed { trainer, class, reason, message, .. } = script.failed(FailureClass::Invalid) else {
         panic!()
     };
-    script.effects(Input::TrainerFailed {
-        trainer,
-        generation: Generation(0),
-        class,
-        reason,
-        message,
-    });
+    script.effects(Input::TrainerFailed { trainer, generation: Generation(0), class, reason, message });
     assert_eq!(script.record.state, RunState::Failed);
 }
 
@@ -480,27 +346,15 @@ fn a_trainers_verdict_decides_between_failing_and_trying_again() {
 fn a_late_trainer_is_left_out() {
     let mut script = Script::forming();
     let prompt = script.trainer(0);
-    script.effects(Input::GangBuilt {
-        trainer: prompt,
-        generation: Generation(1),
-    });
+    script.effects(Input::GangBuilt { trainer: prompt, generation: Generation(1) });
     script.now_ms += Policy::default().forming_timeout_ms;
     let tick = script.tick();
     script.effects(tick);
-    assert_eq!(
-        (script.record.state, script.record.reason),
-        (RunState::Resizing, RunReason::GangTimeout)
-    );
-    assert_eq!(
-        script.record.message,
-        "trainer(s) on b slot 0 did not join the gang in time"
-    );
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::GangTimeout));
+    assert_eq!(script.record.message, "trainer(s) on b slot 0 did not join the gang in time");
     script.now_ms += Policy::default().stop_timeout_ms;
     let tick = script.tick();
-    assert!(
-        script.effects(tick).is_empty(),
-        "it waits a moment for more of its maximum"
-    );
+    assert!(script.effects(tick).is_empty(), "it waits a moment for more of its maximum");
     script.now_ms += Policy::default().gather_ms;
     let tick = script.tick();
     let effects = script.effects(tick);
@@ -513,61 +367,29 @@ fn a_late_trainer_is_left_out() {
 #[test]
 fn a_run_waits_for_workers_and_says_so_once() {
     let mut script = Script::new();
-    let nothing = Input::Tick {
-        free: Vec::new(),
-        fresh: Vec::new(),
-    };
+    let nothing = Input::Tick { free: Vec::new(), fresh: Vec::new() };
     let (_, events) = script.send(nothing.clone()).unwrap();
-    assert_eq!(
-        (events.len(), script.record.message.as_str()),
-        (1, "0 slot(s) free, 1 needed")
-    );
+    assert_eq!((events.len(), script.record.message.as_str()), (1, "0 slot(s) free, 1 needed"));
     assert!(script.send(nothing).unwrap().1.is_empty());
     script.now_ms += 10_000;
-    let refused = script
-        .send(Input::Tick {
-            free: vec![place("a"), place("b")],
-            fresh: Vec::new(),
-        })
-        .unwrap_err();
-    assert_eq!(
-        refused,
-        Rejection::TooFewIncarnations {
-            needed: 2,
-            given: 0
-        }
-    );
+    let refused = script.send(Input::Tick { free: vec![place("a"), place("b")], fresh: Vec::new() }).unwrap_err();
+    assert_eq!(refused, Rejection::TooFewIncarnations { needed: 2, given: 0 });
 }
 
 #[test]
 fn suspend_and_resume() {
     let mut script = Script::running();
-    assert_eq!(
-        generations(&script.effects(Input::Suspend)),
-        ["suspend", "suspend"]
-    );
+    assert_eq!(generations(&script.effects(Input::Suspend)), ["suspend", "suspend"]);
     let written = script.checkpoint(12);
     script.effects(written);
-    let stopped = Input::Suspended {
-        trainer: script.trainer(0),
-        generation: Generation(1),
-    };
+    let stopped = Input::Suspended { trainer: script.trainer(0), generation: Generation(1) };
     assert_eq!(generations(&script.effects(stopped)), ["stop", "stop"]);
-    assert_eq!(
-        (script.record.state, script.record.message.as_str()),
-        (RunState::Suspended, "suspended at step 12")
-    );
+    assert_eq!((script.record.state, script.record.message.as_str()), (RunState::Suspended, "suspended at step 12"));
     script.effects(Input::Resume);
-    assert_eq!(
-        (script.record.state, script.record.attempt),
-        (RunState::Pending, Attempt(2))
-    );
+    assert_eq!((script.record.state, script.record.attempt), (RunState::Pending, Attempt(2)));
     let tick = script.tick();
     script.effects(tick);
-    assert_eq!(
-        (script.record.attempt, script.record.generation),
-        (Attempt(2), Generation(2))
-    );
+    assert_eq!((script.record.attempt, script.record.generation), (Attempt(2), Generation(2)));
 }
 
 #[test]
@@ -584,42 +406,21 @@ fn a_started_coordinator_forms_the_gang_again() {
     let mut script = Script::running();
     let old = script.trainer(0);
     script.observed = Observed::default();
-    assert_eq!(
-        generations(&script.effects(Input::CoordinatorStarted)),
-        ["stop", "stop"]
-    );
-    assert_eq!(
-        (script.record.state, script.record.reason),
-        (RunState::Resizing, RunReason::CoordinatorRestarted)
-    );
+    assert_eq!(generations(&script.effects(Input::CoordinatorStarted)), ["stop", "stop"]);
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert_eq!(script.record.failures_without_progress, 0);
     let tick = script.tick();
     assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
     // RUN-8: a straggler of the old gang is stopped when it is seen.
-    let seen = Input::TrainersSeen {
-        worker: "a".into(),
-        trainers: vec![old.clone()],
-    };
-    assert_eq!(
-        script.effects(seen),
-        [Effect::StopTrainer {
-            trainer: old,
-            generation: Generation(2)
-        }]
-    );
+    let seen = Input::TrainersSeen { worker: "a".into(), trainers: vec![old.clone()] };
+    assert_eq!(script.effects(seen), [Effect::StopTrainer { trainer: old, generation: Generation(2) }]);
 }
 
 #[test]
 fn run_8_a_trainer_that_its_worker_no_longer_has_is_lost() {
     let mut script = Script::admitted();
-    let nothing = Input::TrainersSeen {
-        worker: "a".into(),
-        trainers: Vec::new(),
-    };
-    assert!(
-        script.effects(nothing.clone()).is_empty(),
-        "it may be starting still"
-    );
+    let nothing = Input::TrainersSeen { worker: "a".into(), trainers: Vec::new() };
+    assert!(script.effects(nothing.clone()).is_empty(), "it may be starting still");
     script.all_ready();
     script.effects(nothing);
     assert_eq!(script.record.state, RunState::Resizing);
@@ -628,24 +429,11 @@ fn run_8_a_trainer_that_its_worker_no_longer_has_is_lost() {
 #[test]
 fn a_lost_worker_is_the_loss_of_its_trainers() {
     let mut script = Script::running();
-    assert_eq!(
-        generations(&script.effects(Input::WorkerLost { worker: "b".into() })),
-        ["stop"]
-    );
+    assert_eq!(generations(&script.effects(Input::WorkerLost { worker: "b".into() })), ["stop"]);
     assert_eq!(script.record.message, "worker b is lost");
-    assert!(
-        script
-            .effects(Input::WorkerLost { worker: "c".into() })
-            .is_empty()
-    );
+    assert!(script.effects(Input::WorkerLost { worker: "c".into() }).is_empty());
     script.effects(Input::WorkerLost { worker: "a".into() });
-    assert_eq!(
-        (
-            script.record.failures_without_progress,
-            script.record.members.len()
-        ),
-        (1, 0)
-    );
+    assert_eq!((script.record.failures_without_progress, script.record.members.len()), (1, 0));
 }
 
 #[test]
@@ -659,10 +447,7 @@ fn stages_end_in_order_and_once() {
     let (first, second) = (ended(&script, 0), ended(&script, 1));
     assert_eq!(
         script.send(second).unwrap_err(),
-        Rejection::StageOutOfOrder {
-            given: StageIndex(1),
-            expected: StageIndex(0)
-        }
+        Rejection::StageOutOfOrder { given: StageIndex(1), expected: StageIndex(0) }
     );
     script.effects(first.clone());
     script.effects(first);

@@ -1,8 +1,6 @@
 //! One step in the making: the record as it will be, and what is to be done and told.
 
-use super::{
-    Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer,
-};
+use super::{Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::run::{RunReason, RunState};
 
@@ -18,12 +16,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(
-        policy: Policy,
-        record: &RunRecord,
-        observed: &Observed,
-        now_ms: u64,
-    ) -> Self {
+    pub(super) fn new(policy: Policy, record: &RunRecord, observed: &Observed, now_ms: u64) -> Self {
         Self {
             policy,
             now_ms,
@@ -86,20 +79,12 @@ impl Turn {
     }
 
     pub(super) fn stop(&mut self, trainer: Trainer) {
-        self.effect(Effect::StopTrainer {
-            trainer,
-            generation: self.record.generation,
-        });
+        self.effect(Effect::StopTrainer { trainer, generation: self.record.generation });
     }
 
     /// Tells every member to stop, and keeps them in the record.
     pub(super) fn stop_members(&mut self) {
-        let trainers: Vec<Trainer> = self
-            .record
-            .members
-            .iter()
-            .map(|member| member.trainer.clone())
-            .collect();
+        let trainers: Vec<Trainer> = self.record.members.iter().map(|member| member.trainer.clone()).collect();
         for trainer in trainers {
             self.stop(trainer);
         }
@@ -119,27 +104,19 @@ impl Turn {
         self.record.failures_without_progress += 1;
         let failures = self.record.failures_without_progress;
         if failures >= self.policy.most_failures {
-            let message = format!(
-                "{failures} generations in a row ended without a newly committed step; the last: {message}"
-            );
+            let message =
+                format!("{failures} generations in a row ended without a newly committed step; the last: {message}");
             self.release_members();
             self.enter(RunState::Failed, RunReason::NoProgress, message, None);
         } else {
             self.stop_members();
-            self.enter(
-                RunState::Resizing,
-                reason,
-                message,
-                Some(self.policy.stop_timeout_ms),
-            );
+            self.enter(RunState::Resizing, reason, message, Some(self.policy.stop_timeout_ms));
         }
     }
 
     /// A trainer is gone. What that means depends on what the run was doing.
     pub(super) fn lose_trainer(&mut self, trainer: &Trainer, reason: RunReason, message: String) {
-        self.record
-            .members
-            .retain(|member| member.trainer != *trainer);
+        self.record.members.retain(|member| member.trainer != *trainer);
         self.changed = true;
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
@@ -153,11 +130,7 @@ impl Turn {
             // It was told to stop.
             RunState::Resizing => {}
             // These hold no members.
-            RunState::Pending
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => {}
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
     }
 
@@ -167,17 +140,10 @@ impl Turn {
     }
 
     /// Rank of a trainer of the present generation (RUN-2).
-    pub(super) fn member(
-        &self,
-        trainer: &Trainer,
-        generation: Generation,
-    ) -> Result<Rank, Rejection> {
+    pub(super) fn member(&self, trainer: &Trainer, generation: Generation) -> Result<Rank, Rejection> {
         let ours = self.record.generation;
         if generation != ours {
-            return Err(Rejection::StaleGeneration {
-                theirs: generation,
-                ours,
-            });
+            return Err(Rejection::StaleGeneration { theirs: generation, ours });
         }
         self.member_of_any(trainer)
     }
@@ -185,29 +151,17 @@ impl Turn {
     /// Rank of a trainer that may not have been told its generation yet.
     pub(super) fn member_of_any(&self, trainer: &Trainer) -> Result<Rank, Rejection> {
         if self.record.state.has_ended() {
-            return Err(Rejection::AlreadyEnded {
-                state: self.record.state,
-            });
+            return Err(Rejection::AlreadyEnded { state: self.record.state });
         }
-        let member = self
-            .record
-            .members
-            .iter()
-            .find(|member| member.trainer == *trainer);
-        member
-            .map(|member| member.rank)
-            .ok_or_else(|| Rejection::UnknownTrainer {
-                incarnation: trainer.incarnation.clone(),
-                generation: self.record.generation,
-            })
+        let member = self.record.members.iter().find(|member| member.trainer == *trainer);
+        member.map(|member| member.rank).ok_or_else(|| Rejection::UnknownTrainer {
+            incarnation: trainer.incarnation.clone(),
+            generation: self.record.generation,
+        })
     }
 
     /// [`Turn::member`], for what only rank 0 may say.
-    pub(super) fn committer(
-        &self,
-        trainer: &Trainer,
-        generation: Generation,
-    ) -> Result<(), Rejection> {
+    pub(super) fn committer(&self, trainer: &Trainer, generation: Generation) -> Result<(), Rejection> {
         match self.member(trainer, generation)? {
             Rank(0) => Ok(()),
             rank => Err(Rejection::NotCommitter { rank }),
@@ -216,11 +170,7 @@ impl Turn {
 
     pub(super) fn not_legal(&self, operation: &'static str) -> Rejection {
         let state = self.record.state;
-        if state.has_ended() {
-            Rejection::AlreadyEnded { state }
-        } else {
-            Rejection::NotLegal { operation, state }
-        }
+        if state.has_ended() { Rejection::AlreadyEnded { state } } else { Rejection::NotLegal { operation, state } }
     }
 
     /// Whether trying again may help.

@@ -3,9 +3,8 @@
 use crate::convert::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, Checkpoint, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform,
-    LayerGroupRule, LrScheduler, Optimizer, RateDecay, RunSpec, Split, Stage, Until, Verification,
-    Workers,
+    Backbone, Checkpoint, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform, LayerGroupRule,
+    LrScheduler, Optimizer, RateDecay, RunSpec, Split, Stage, Until, Verification, Workers,
 };
 use url::Url;
 
@@ -36,9 +35,7 @@ impl From<&RunSpec> for pb::RunSpec {
             stages: spec.stages.iter().map(Into::into).collect(),
             thaw_units: Some(spec.thaw_units),
             stop_when_no_gain: Some(spec.stop_when_no_gain),
-            batch_norm: Some(pb::BatchNorm {
-                frozen_groups: spec.frozen_batch_norm.number(),
-            }),
+            batch_norm: Some(pb::BatchNorm { frozen_groups: spec.frozen_batch_norm.number() }),
             thaw_embeddings: Some(spec.thaw_embeddings),
             eval_steps: spec.eval_steps,
             logging_steps: Some(spec.logging_steps),
@@ -71,10 +68,7 @@ impl From<&Head> for pb::Head {
 
 impl From<&LayerGroupRule> for pb::LayerGroupRule {
     fn from(rule: &LayerGroupRule) -> Self {
-        Self {
-            name: rule.name.clone(),
-            pattern: rule.pattern.clone(),
-        }
+        Self { name: rule.name.clone(), pattern: rule.pattern.clone() }
     }
 }
 
@@ -106,22 +100,13 @@ impl From<&DataSource> for pb::DataSource {
 
 impl From<&Split> for pb::Split {
     fn from(split: &Split) -> Self {
-        Self {
-            train: split.train,
-            eval: split.eval,
-            test: split.test,
-            stratified: Some(split.stratified),
-        }
+        Self { train: split.train, eval: split.eval, test: split.test, stratified: Some(split.stratified) }
     }
 }
 
 impl From<&ImageTransform> for pb::ImageTransform {
     fn from(image: &ImageTransform) -> Self {
-        Self {
-            size: Some(image.size),
-            mean: image.mean.clone(),
-            std: image.std.clone(),
-        }
+        Self { size: Some(image.size), mean: image.mean.clone(), std: image.std.clone() }
     }
 }
 
@@ -147,11 +132,7 @@ impl From<&EarlyStopping> for pb::EarlyStopping {
 
 impl From<&Workers> for pb::Workers {
     fn from(workers: &Workers) -> Self {
-        Self {
-            min: Some(workers.min),
-            max: Some(workers.max),
-            threads_per_trainer: Some(workers.threads_per_trainer),
-        }
+        Self { min: Some(workers.min), max: Some(workers.max), threads_per_trainer: Some(workers.threads_per_trainer) }
     }
 }
 
@@ -168,12 +149,7 @@ impl From<&Checkpoint> for pb::Checkpoint {
 impl From<&Optimizer> for pb::Optimizer {
     fn from(optimizer: &Optimizer) -> Self {
         match *optimizer {
-            Optimizer::AdamW {
-                weight_decay,
-                beta1,
-                beta2,
-                epsilon,
-            } => Self {
+            Optimizer::AdamW { weight_decay, beta1, beta2, epsilon } => Self {
                 r#type: OptimizerType::Adamw.number(),
                 weight_decay: Some(weight_decay),
                 beta1: Some(beta1),
@@ -182,11 +158,7 @@ impl From<&Optimizer> for pb::Optimizer {
                 momentum: None,
                 nesterov: false,
             },
-            Optimizer::Sgd {
-                weight_decay,
-                momentum,
-                nesterov,
-            } => Self {
+            Optimizer::Sgd { weight_decay, momentum, nesterov } => Self {
                 r#type: OptimizerType::Sgd.number(),
                 weight_decay: Some(weight_decay),
                 beta1: None,
@@ -201,10 +173,7 @@ impl From<&Optimizer> for pb::Optimizer {
 
 impl From<&LrScheduler> for pb::LrScheduler {
     fn from(scheduler: &LrScheduler) -> Self {
-        Self {
-            r#type: scheduler.kind.map_or(0, WireEnum::number),
-            warmup_steps: scheduler.warmup_steps,
-        }
+        Self { r#type: scheduler.kind.map_or(0, WireEnum::number), warmup_steps: scheduler.warmup_steps }
     }
 }
 
@@ -224,10 +193,7 @@ impl From<&Stage> for pb::Stage {
 
 impl From<&Verification> for pb::Verification {
     fn from(verification: &Verification) -> Self {
-        Self {
-            digest_steps: verification.digest_steps,
-            trace: verification.trace,
-        }
+        Self { digest_steps: verification.digest_steps, trace: verification.trace }
     }
 }
 

@@ -20,21 +20,15 @@ impl Index {
     /// [`Error::Write`].
     pub fn save(&self, folder: &Path) -> Result<PathBuf, Error> {
         let path = folder.join(FILE_NAME);
-        self.write(folder, &path).map_err(|source| Error::Write {
-            path: path.clone(),
-            source,
-        })?;
+        self.write(folder, &path).map_err(|source| Error::Write { path: path.clone(), source })?;
         Ok(path)
     }
 
     fn write(&self, folder: &Path, path: &Path) -> io::Result<()> {
         static WRITES: AtomicU64 = AtomicU64::new(0);
         fs::create_dir_all(folder)?;
-        let temporary = folder.join(format!(
-            ".{FILE_NAME}.{}.{}",
-            process::id(),
-            WRITES.fetch_add(1, Ordering::Relaxed)
-        ));
+        let temporary =
+            folder.join(format!(".{FILE_NAME}.{}.{}", process::id(), WRITES.fetch_add(1, Ordering::Relaxed)));
         let written = write_durably(&temporary, self).and_then(|()| fs::rename(&temporary, path));
         if written.is_err() {
             // The first error is the one to report; a leftover has a name nobody reads.
@@ -55,25 +49,14 @@ impl Index {
         }
         let path = folder.join(FILE_NAME);
         let bytes = fs::read(&path).map_err(|source| read_error(&path, source))?;
-        let not_an_index = |source| Error::NotAnIndex {
-            path: path.clone(),
-            source,
-        };
-        let corrupt = |message: String| Error::Corrupt {
-            path: path.clone(),
-            message,
-        };
+        let not_an_index = |source| Error::NotAnIndex { path: path.clone(), source };
+        let corrupt = |message: String| Error::Corrupt { path: path.clone(), message };
         let header: Header = serde_json::from_slice(&bytes).map_err(not_an_index)?;
         if header.version != VERSION {
-            return Err(corrupt(format!(
-                "has version {}, this program reads version {VERSION}",
-                header.version
-            )));
+            return Err(corrupt(format!("has version {}, this program reads version {VERSION}", header.version)));
         }
         let index: Self = serde_json::from_slice(&bytes).map_err(not_an_index)?;
-        index
-            .check()
-            .map_err(|message| corrupt(message.to_owned()))?;
+        index.check().map_err(|message| corrupt(message.to_owned()))?;
         Ok(index)
     }
 
@@ -82,15 +65,10 @@ impl Index {
     /// # Errors
     /// [`Error::Changed`] or [`Error::Missing`], naming the file.
     pub fn verify(&self) -> Result<(), Error> {
-        self.sources
-            .iter()
-            .try_for_each(|source| match source.format {
-                DataFormat::Csv | DataFormat::Jsonl => verify_file(source),
-                DataFormat::ImageFolder => source
-                    .files
-                    .iter()
-                    .try_for_each(|entry| verify_image(source, entry)),
-            })
+        self.sources.iter().try_for_each(|source| match source.format {
+            DataFormat::Csv | DataFormat::Jsonl => verify_file(source),
+            DataFormat::ImageFolder => source.files.iter().try_for_each(|entry| verify_image(source, entry)),
+        })
     }
 
     /// What must hold within any index, however it came to be.
@@ -107,24 +85,13 @@ impl Index {
             if !source.offsets.is_sorted() {
                 return Err("offsets do not ascend");
             }
-            if source
-                .labels
-                .iter()
-                .any(|label| *label as usize >= self.classes.len())
-            {
+            if source.labels.iter().any(|label| *label as usize >= self.classes.len()) {
                 return Err("a label has no class");
             }
         }
         for list in &self.parts {
-            let source = self
-                .sources
-                .get(list.source as usize)
-                .ok_or("a part has no source")?;
-            if list
-                .records
-                .iter()
-                .any(|record| *record as usize >= source.labels.len())
-            {
+            let source = self.sources.get(list.source as usize).ok_or("a part has no source")?;
+            if list.records.iter().any(|record| *record as usize >= source.labels.len()) {
                 return Err("a part names a record that is not there");
             }
         }
@@ -146,24 +113,15 @@ fn verify_file(source: &Source) -> Result<(), Error> {
     let path = &source.path;
     let metadata = fs::metadata(path).map_err(|error| read_error(path, error))?;
     if metadata.len() != source.size {
-        return Err(Error::Changed {
-            path: path.clone(),
-            what: "size",
-        });
+        return Err(Error::Changed { path: path.clone(), what: "size" });
     }
     if modified_ns(&metadata) != source.modified_ns && hash_file(path)? != source.hash {
-        return Err(Error::Changed {
-            path: path.clone(),
-            what: "contents",
-        });
+        return Err(Error::Changed { path: path.clone(), what: "contents" });
     }
     Ok(())
 }
 
-fn verify_image(
-    source: &Source,
-    FileEntry(name, size, modified, hash): &FileEntry,
-) -> Result<(), Error> {
+fn verify_image(source: &Source, FileEntry(name, size, modified, hash): &FileEntry) -> Result<(), Error> {
     let path = source.path.join(name);
     let metadata = fs::metadata(&path).map_err(|error| read_error(&path, error))?;
     if metadata.len() != *size {
@@ -172,10 +130,7 @@ fn verify_image(
     if modified_ns(&metadata) != *modified {
         let bytes = fs::read(&path).map_err(|error| read_error(&path, error))?;
         if folder::short_hash(&bytes) != *hash {
-            return Err(Error::Changed {
-                path,
-                what: "contents",
-            });
+            return Err(Error::Changed { path, what: "contents" });
         }
     }
     Ok(())
@@ -186,10 +141,7 @@ fn hash_file(path: &Path) -> Result<String, Error> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 16];
     loop {
-        match reader
-            .read(&mut buffer)
-            .map_err(|source| read_error(path, source))?
-        {
+        match reader.read(&mut buffer).map_err(|source| read_error(path, source))? {
             0 => return Ok(hasher.finalize().to_hex().to_string()),
             read => hasher.update(&buffer[..read]),
         };

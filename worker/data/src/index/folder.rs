@@ -19,14 +19,9 @@ pub(crate) fn scan(scan: &Scan<'_>, book: &mut LabelBook) -> Result<Source, Erro
         let mut paths = Vec::new();
         walk(&folder, &mut paths)?;
         if paths.is_empty() {
-            return Err(Error::EmptyClass {
-                path: folder,
-                class,
-            });
+            return Err(Error::EmptyClass { path: folder, class });
         }
-        let label = book
-            .id(&class)
-            .ok_or_else(|| scan.unseen(None, &class, book))?;
+        let label = book.id(&class).ok_or_else(|| scan.unseen(None, &class, book))?;
         for path in paths {
             let entry = examine(root, &path, size < DECODED_BYTES)?;
             size += entry.1;
@@ -39,12 +34,7 @@ pub(crate) fn scan(scan: &Scan<'_>, book: &mut LabelBook) -> Result<Source, Erro
         }
     }
     let hash = hasher.finalize().to_hex().to_string();
-    Ok(Source {
-        files,
-        size,
-        modified_ns: 0,
-        ..scan.source(hash, Vec::new(), labels)
-    })
+    Ok(Source { files, size, modified_ns: 0, ..scan.source(hash, Vec::new(), labels) })
 }
 
 /// The first 128 bits of BLAKE3, in hex.
@@ -55,20 +45,10 @@ pub(crate) fn short_hash(bytes: &[u8]) -> String {
 fn examine(root: &Path, path: &Path, decode: bool) -> Result<FileEntry, Error> {
     let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
     let bytes = fs::read(path).map_err(|source| read_error(path, source))?;
-    image::inspect(&bytes, decode).map_err(|source| Error::Image {
-        path: path.to_owned(),
-        source,
-    })?;
+    image::inspect(&bytes, decode).map_err(|source| Error::Image { path: path.to_owned(), source })?;
     let relative = path.strip_prefix(root).expect("the walk began at the root");
-    let name = relative.to_str().ok_or_else(|| Error::Name {
-        path: path.to_owned(),
-    })?;
-    Ok(FileEntry(
-        name.to_owned(),
-        bytes.len() as u64,
-        modified_ns(&metadata),
-        short_hash(&bytes),
-    ))
+    let name = relative.to_str().ok_or_else(|| Error::Name { path: path.to_owned() })?;
+    Ok(FileEntry(name.to_owned(), bytes.len() as u64, modified_ns(&metadata), short_hash(&bytes)))
 }
 
 fn class_folders(root: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
@@ -86,9 +66,7 @@ fn class_folders(root: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
         }
     }
     if folders.is_empty() {
-        return Err(Error::NoClassFolders {
-            path: root.to_owned(),
-        });
+        return Err(Error::NoClassFolders { path: root.to_owned() });
     }
     Ok(folders)
 }
@@ -119,17 +97,10 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 }
 
 fn is_folder(path: &Path) -> Result<bool, Error> {
-    Ok(fs::metadata(path)
-        .map_err(|source| read_error(path, source))?
-        .is_dir())
+    Ok(fs::metadata(path).map_err(|source| read_error(path, source))?.is_dir())
 }
 
 fn image_name(path: &Path) -> bool {
-    let extension = path
-        .extension()
-        .and_then(|extension| extension.to_str())
-        .unwrap_or_default();
-    ["png", "jpg", "jpeg"]
-        .iter()
-        .any(|known| extension.eq_ignore_ascii_case(known))
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    ["png", "jpg", "jpeg"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }

@@ -17,27 +17,18 @@ pub(crate) fn scan(scan: &Scan<'_>, book: &mut LabelBook) -> Result<Source, Erro
     let (mut offset, mut line) = (0, 0);
     loop {
         bytes.clear();
-        let read = reader
-            .read_until(b'\n', &mut bytes)
-            .map_err(|source| read_error(path, source))?;
+        let read = reader.read_until(b'\n', &mut bytes).map_err(|source| read_error(path, source))?;
         if read == 0 {
             break;
         }
         line += 1;
-        let marked = if line == 1 && bytes.starts_with(BYTE_ORDER_MARK) {
-            BYTE_ORDER_MARK.len()
-        } else {
-            0
-        };
+        let marked = if line == 1 && bytes.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
         let body = &bytes[marked..];
         if !body.trim_ascii().is_empty() {
             let object = parse(path, line, body)?;
             text(path, line, &object, scan.text)?;
             let label = label(path, line, &object, scan.label)?;
-            labels.push(
-                book.id(&label)
-                    .ok_or_else(|| scan.unseen(Some(line), &label, book))?,
-            );
+            labels.push(book.id(&label).ok_or_else(|| scan.unseen(Some(line), &label, book))?);
             offsets.push(offset + marked as u64);
         }
         offset += read as u64;
@@ -60,17 +51,9 @@ pub(crate) fn text_of(record: &[u8], key: &str) -> Option<String> {
 fn parse(path: &Path, line: u64, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
     let path = || path.to_owned();
     let text = std::str::from_utf8(bytes).map_err(|_| Error::NotUtf8 { path: path(), line })?;
-    match serde_json::from_str(text).map_err(|source| Error::NotJson {
-        path: path(),
-        line,
-        source,
-    })? {
+    match serde_json::from_str(text).map_err(|source| Error::NotJson { path: path(), line, source })? {
         Value::Object(object) => Ok(object),
-        other => Err(Error::NotObject {
-            path: path(),
-            line,
-            found: kind(&other),
-        }),
+        other => Err(Error::NotObject { path: path(), line, found: kind(&other) }),
     }
 }
 
@@ -95,12 +78,7 @@ fn label(path: &Path, line: u64, object: &Map<String, Value>, key: &str) -> Resu
     }
 }
 
-fn get<'a>(
-    path: &Path,
-    line: u64,
-    object: &'a Map<String, Value>,
-    key: &str,
-) -> Result<&'a Value, Error> {
+fn get<'a>(path: &Path, line: u64, object: &'a Map<String, Value>, key: &str) -> Result<&'a Value, Error> {
     object.get(key).ok_or_else(|| {
         let keys = || object.keys().map(String::as_str);
         Error::NoKey {
@@ -114,21 +92,11 @@ fn get<'a>(
 }
 
 fn empty(path: &Path, line: u64, key: &str) -> Error {
-    Error::EmptyValue {
-        path: path.to_owned(),
-        line,
-        column: key.to_owned(),
-    }
+    Error::EmptyValue { path: path.to_owned(), line, column: key.to_owned() }
 }
 
 fn wrong(path: &Path, line: u64, key: &str, found: &Value, expected: &'static str) -> Error {
-    Error::WrongType {
-        path: path.to_owned(),
-        line,
-        key: key.to_owned(),
-        found: kind(found),
-        expected,
-    }
+    Error::WrongType { path: path.to_owned(), line, key: key.to_owned(), found: kind(found), expected }
 }
 
 fn kind(value: &Value) -> &'static str {

@@ -36,12 +36,7 @@ pub(crate) struct Source {
 
 /// Relative path, bytes, modification time in ns, and the first 128 bits of BLAKE3 in hex. A tuple, to keep the JSON small.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FileEntry(
-    pub(crate) String,
-    pub(crate) u64,
-    pub(crate) u64,
-    pub(crate) String,
-);
+pub(crate) struct FileEntry(pub(crate) String, pub(crate) u64, pub(crate) u64, pub(crate) String);
 
 impl Source {
     /// Path of an image record.
@@ -128,53 +123,31 @@ impl Read for HashingReader {
 
 /// The local path of a source, which exists and is of the kind its format needs.
 pub(crate) fn locate(source: &DataSource) -> Result<(PathBuf, Metadata), Error> {
-    let refused = || Error::Scheme {
-        url: source.path.to_string(),
-    };
+    let refused = || Error::Scheme { url: source.path.to_string() };
     if source.path.scheme() != "file" {
         return Err(refused());
     }
     let path = source.path.to_file_path().map_err(|()| refused())?;
     let metadata = fs::metadata(&path).map_err(|source| read_error(&path, source))?;
     match source.format {
-        DataFormat::Csv if !metadata.is_file() => Err(Error::Kind {
-            path,
-            expected: "file",
-            format: "csv",
-        }),
-        DataFormat::Jsonl if !metadata.is_file() => Err(Error::Kind {
-            path,
-            expected: "file",
-            format: "jsonl",
-        }),
-        DataFormat::ImageFolder if !metadata.is_dir() => Err(Error::Kind {
-            path,
-            expected: "folder",
-            format: "image_folder",
-        }),
+        DataFormat::Csv if !metadata.is_file() => Err(Error::Kind { path, expected: "file", format: "csv" }),
+        DataFormat::Jsonl if !metadata.is_file() => Err(Error::Kind { path, expected: "file", format: "jsonl" }),
+        DataFormat::ImageFolder if !metadata.is_dir() => {
+            Err(Error::Kind { path, expected: "folder", format: "image_folder" })
+        }
         DataFormat::Csv | DataFormat::Jsonl | DataFormat::ImageFolder => Ok((path, metadata)),
     }
 }
 
 pub(crate) fn read_error(path: &Path, source: io::Error) -> Error {
     match source.kind() {
-        io::ErrorKind::NotFound => Error::Missing {
-            path: path.to_owned(),
-        },
-        _ => Error::Read {
-            path: path.to_owned(),
-            source,
-        },
+        io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
+        _ => Error::Read { path: path.to_owned(), source },
     }
 }
 
 /// Nanoseconds since 1970; 0 where the file system does not say.
 pub(crate) fn modified_ns(metadata: &Metadata) -> u64 {
-    let modified = metadata
-        .modified()
-        .ok()
-        .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    modified.map_or(0, |since| {
-        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-    })
+    let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    modified.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

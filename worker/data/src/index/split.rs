@@ -22,23 +22,11 @@ pub(crate) fn divide(
     if split.stratified {
         for (class, members) in members(labels, classes.len()).into_iter().enumerate() {
             check_size(path, &classes[class], members.len(), shares)?;
-            deal(
-                members,
-                shares,
-                &mut owed,
-                &mut Stream::new(seed, "split", &classes[class]),
-                &mut divided,
-            );
+            deal(members, shares, &mut owed, &mut Stream::new(seed, "split", &classes[class]), &mut divided);
         }
     } else {
         let everything = (0..labels.len() as u32).collect();
-        deal(
-            everything,
-            shares,
-            &mut owed,
-            &mut Stream::new(seed, "split all", ""),
-            &mut divided,
-        );
+        deal(everything, shares, &mut owed, &mut Stream::new(seed, "split all", ""), &mut divided);
     }
     for records in &mut divided {
         records.sort_unstable();
@@ -82,13 +70,7 @@ fn members(labels: &[u32], classes: usize) -> Vec<Vec<u32>> {
     members
 }
 
-fn deal(
-    mut records: Vec<u32>,
-    shares: [f64; 3],
-    owed: &mut [f64; 3],
-    stream: &mut Stream,
-    divided: &mut Divided,
-) {
+fn deal(mut records: Vec<u32>, shares: [f64; 3], owed: &mut [f64; 3], stream: &mut Stream, divided: &mut Divided) {
     stream.shuffle(&mut records);
     let counts = apportion(records.len(), shares, owed);
     let mut rest = records.as_slice();
@@ -102,12 +84,7 @@ fn deal(
 fn check_size(path: &Path, class: &str, samples: usize, shares: [f64; 3]) -> Result<(), Error> {
     let parts = shares.iter().filter(|share| **share > 0.0).count();
     if samples < parts {
-        return Err(Error::ClassTooSmall {
-            path: path.to_owned(),
-            class: class.to_owned(),
-            samples,
-            parts,
-        });
+        return Err(Error::ClassTooSmall { path: path.to_owned(), class: class.to_owned(), samples, parts });
     }
     Ok(())
 }
@@ -125,24 +102,12 @@ fn check_parts(
         trained[labels[*record as usize] as usize] = true;
     }
     if let Some(class) = trained.iter().position(|trained| !trained) {
-        let samples = labels
-            .iter()
-            .filter(|label| **label as usize == class)
-            .count();
-        return Err(Error::NoTrainSample {
-            path: path(),
-            class: classes[class].clone(),
-            samples,
-        });
+        let samples = labels.iter().filter(|label| **label as usize == class).count();
+        return Err(Error::NoTrainSample { path: path(), class: classes[class].clone(), samples });
     }
     for (part, name) in Part::ALL.into_iter().enumerate() {
         if shares[part] > 0.0 && divided[part].is_empty() {
-            return Err(Error::EmptyPart {
-                path: path(),
-                part: name,
-                share: shares[part],
-                samples: labels.len(),
-            });
+            return Err(Error::EmptyPart { path: path(), part: name, share: shares[part], samples: labels.len() });
         }
     }
     Ok(())
@@ -154,7 +119,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn split(train: f64, eval: f64, test: f64, stratified: bool) -> Split {
-        serde_json::from_value(serde_json::json!({"train": train, "eval": eval, "test": test, "stratified": stratified})).unwrap()
+        serde_json::from_value(
+            serde_json::json!({"train": train, "eval": eval, "test": test, "stratified": stratified}),
+        )
+        .unwrap()
     }
 
     #[test]
@@ -162,10 +130,7 @@ mod tests {
         let mut owed = [0.0; 3];
         let mut sums = [0; 3];
         for _ in 0..100 {
-            for (sum, count) in sums
-                .iter_mut()
-                .zip(apportion(5, [0.8, 0.1, 0.1], &mut owed))
-            {
+            for (sum, count) in sums.iter_mut().zip(apportion(5, [0.8, 0.1, 0.1], &mut owed)) {
                 *sum += count;
             }
         }
@@ -176,48 +141,15 @@ mod tests {
     fn a_class_left_without_training_samples_is_named() {
         let labels = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1];
         let classes = ["a".to_owned(), "b".to_owned()];
-        let error = divide(
-            Path::new("x.csv"),
-            &labels,
-            &classes,
-            &split(0.1, 0.45, 0.45, true),
-            1,
-        )
-        .unwrap_err();
+        let error = divide(Path::new("x.csv"), &labels, &classes, &split(0.1, 0.45, 0.45, true), 1).unwrap_err();
         assert!(
             matches!(error, Error::ClassTooSmall { ref class, samples: 2, parts: 3, .. } if class == "b"),
             "{error}"
         );
-        let error = divide(
-            Path::new("x.csv"),
-            &labels,
-            &classes,
-            &split(0.1, 0.9, 0.0, true),
-            1,
-        )
-        .unwrap_err();
-        assert!(
-            matches!(error, Error::NoTrainSample { ref class, samples: 2, .. } if class == "b"),
-            "{error}"
-        );
-        let error = divide(
-            Path::new("x.csv"),
-            &labels,
-            &classes,
-            &split(0.999, 0.001, 0.0, true),
-            1,
-        )
-        .unwrap_err();
-        assert!(
-            matches!(
-                error,
-                Error::EmptyPart {
-                    part: Part::Eval,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        let error = divide(Path::new("x.csv"), &labels, &classes, &split(0.1, 0.9, 0.0, true), 1).unwrap_err();
+        assert!(matches!(error, Error::NoTrainSample { ref class, samples: 2, .. } if class == "b"), "{error}");
+        let error = divide(Path::new("x.csv"), &labels, &classes, &split(0.999, 0.001, 0.0, true), 1).unwrap_err();
+        assert!(matches!(error, Error::EmptyPart { part: Part::Eval, .. }), "{error}");
     }
 
     proptest! {

@@ -11,26 +11,15 @@ use std::path::Path;
 /// Reads the file once: offsets, labels, hash.
 pub(crate) fn scan(scan: &Scan<'_>, book: &mut LabelBook) -> Result<Source, Error> {
     let path = scan.path.as_path();
-    let mut reader = ReaderBuilder::new()
-        .buffer_capacity(1 << 16)
-        .from_reader(HashingReader::open(path)?);
+    let mut reader = ReaderBuilder::new().buffer_capacity(1 << 16).from_reader(HashingReader::open(path)?);
     let (text_column, label_column) = columns(path, &mut reader, scan)?;
     let (mut offsets, mut labels) = (Vec::new(), Vec::new());
     let mut record = ByteRecord::new();
-    while reader
-        .read_byte_record(&mut record)
-        .map_err(|error| broken(path, error))?
-    {
-        let offset = record
-            .position()
-            .expect("a record that was read has a position")
-            .byte();
+    while reader.read_byte_record(&mut record).map_err(|error| broken(path, error))? {
+        let offset = record.position().expect("a record that was read has a position").byte();
         value(path, offset, &record, text_column, scan.text)?;
         let label = value(path, offset, &record, label_column, scan.label)?;
-        labels.push(
-            book.id(label)
-                .ok_or_else(|| scan.unseen(Some(line_at(path, offset)), label, book))?,
-        );
+        labels.push(book.id(label).ok_or_else(|| scan.unseen(Some(line_at(path, offset)), label, book))?);
         offsets.push(offset);
     }
     let hashed = reader.into_inner();
@@ -39,10 +28,7 @@ pub(crate) fn scan(scan: &Scan<'_>, book: &mut LabelBook) -> Result<Source, Erro
         check_closed(path, *last)?;
     }
     offsets.push(hashed.bytes);
-    Ok(Source {
-        text_column: Some(text_column as u32),
-        ..scan.source(hashed.hash(), offsets, labels)
-    })
+    Ok(Source { text_column: Some(text_column as u32), ..scan.source(hashed.hash(), offsets, labels) })
 }
 
 /// The text of one record, given its bytes.
@@ -55,31 +41,17 @@ pub(crate) fn text_of(record: &[u8], column: u32) -> Option<String> {
     String::from_utf8(fields.get(column as usize)?.to_vec()).ok()
 }
 
-fn columns(
-    path: &Path,
-    reader: &mut Reader<HashingReader>,
-    scan: &Scan<'_>,
-) -> Result<(usize, usize), Error> {
+fn columns(path: &Path, reader: &mut Reader<HashingReader>, scan: &Scan<'_>) -> Result<(usize, usize), Error> {
     let header = reader.byte_headers().map_err(|error| broken(path, error))?;
     if header.is_empty() {
-        return Err(Error::Empty {
-            path: path.to_owned(),
-        });
+        return Err(Error::Empty { path: path.to_owned() });
     }
     let names = header
         .iter()
-        .map(|field| {
-            std::str::from_utf8(field).map_err(|_| Error::NotUtf8 {
-                path: path.to_owned(),
-                line: 1,
-            })
-        })
+        .map(|field| std::str::from_utf8(field).map_err(|_| Error::NotUtf8 { path: path.to_owned(), line: 1 }))
         .collect::<Result<Vec<_>, _>>()?;
     let find = |column: &str| {
-        let mut found = names
-            .iter()
-            .enumerate()
-            .filter(|(_, name)| **name == column);
+        let mut found = names.iter().enumerate().filter(|(_, name)| **name == column);
         let Some((position, _)) = found.next() else {
             return Err(Error::NoColumn {
                 path: path.to_owned(),
@@ -89,36 +61,19 @@ fn columns(
             });
         };
         match found.next() {
-            Some(_) => Err(Error::RepeatedColumn {
-                path: path.to_owned(),
-                column: column.to_owned(),
-            }),
+            Some(_) => Err(Error::RepeatedColumn { path: path.to_owned(), column: column.to_owned() }),
             None => Ok(position),
         }
     };
     Ok((find(scan.text)?, find(scan.label)?))
 }
 
-fn value<'a>(
-    path: &Path,
-    offset: u64,
-    record: &'a ByteRecord,
-    column: usize,
-    name: &str,
-) -> Result<&'a str, Error> {
-    let field = record
-        .get(column)
-        .expect("the reader refuses records shorter than the header");
-    let value = std::str::from_utf8(field).map_err(|_| Error::NotUtf8 {
-        path: path.to_owned(),
-        line: line_at(path, offset),
-    })?;
+fn value<'a>(path: &Path, offset: u64, record: &'a ByteRecord, column: usize, name: &str) -> Result<&'a str, Error> {
+    let field = record.get(column).expect("the reader refuses records shorter than the header");
+    let value = std::str::from_utf8(field)
+        .map_err(|_| Error::NotUtf8 { path: path.to_owned(), line: line_at(path, offset) })?;
     if value.trim().is_empty() {
-        return Err(Error::EmptyValue {
-            path: path.to_owned(),
-            line: line_at(path, offset),
-            column: name.to_owned(),
-        });
+        return Err(Error::EmptyValue { path: path.to_owned(), line: line_at(path, offset), column: name.to_owned() });
     }
     Ok(value)
 }
@@ -128,20 +83,12 @@ fn value<'a>(
 fn check_closed(path: &Path, offset: u64) -> Result<(), Error> {
     let mut bytes = Vec::new();
     let mut file = File::open(path).map_err(|source| read_error(path, source))?;
-    file.seek(SeekFrom::Start(offset))
-        .map_err(|source| read_error(path, source))?;
-    file.read_to_end(&mut bytes)
-        .map_err(|source| read_error(path, source))?;
+    file.seek(SeekFrom::Start(offset)).map_err(|source| read_error(path, source))?;
+    file.read_to_end(&mut bytes).map_err(|source| read_error(path, source))?;
     bytes.extend_from_slice(b"\nnext");
-    let mut reader = ReaderBuilder::new()
-        .has_headers(false)
-        .flexible(true)
-        .from_reader(bytes.as_slice());
+    let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes.as_slice());
     match reader.byte_records().count() {
-        1 => Err(Error::OpenQuote {
-            path: path.to_owned(),
-            line: line_at(path, offset),
-        }),
+        1 => Err(Error::OpenQuote { path: path.to_owned(), line: line_at(path, offset) }),
         _ => Ok(()),
     }
 }
@@ -165,14 +112,9 @@ fn broken(path: &Path, error: csv::Error) -> Error {
     let path = path.to_owned();
     let line = line_at(&path, error.position().map_or(0, csv::Position::byte));
     match error.into_kind() {
-        ErrorKind::UnequalLengths {
-            expected_len, len, ..
-        } => Error::Ragged {
-            path,
-            line,
-            found: len,
-            expected: expected_len,
-        },
+        ErrorKind::UnequalLengths { expected_len, len, .. } => {
+            Error::Ragged { path, line, found: len, expected: expected_len }
+        }
         ErrorKind::Io(source) => read_error(&path, source),
         // The rest comes of decoding to text or to structs, which is not done through the parser.
         _ => Error::NotUtf8 { path, line },

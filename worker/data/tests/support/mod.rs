@@ -38,8 +38,8 @@ impl Folder {
 
     /// A spec that trains on `name`, split 0.6 / 0.2 / 0.2.
     pub(crate) fn spec(&self, name: &str, format: &str) -> Value {
-        let image = (format == "image_folder")
-            .then(|| json!({"size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}));
+        let image =
+            (format == "image_folder").then(|| json!({"size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}));
         json!({
             "train": self.source(name, format), "eval": null, "test": null,
             "split": {"train": 0.6, "eval": 0.2, "test": 0.2, "stratified": true},
@@ -66,11 +66,7 @@ pub(crate) fn csv(classes: &[&str], each: usize) -> String {
 /// A picture whose pixels follow from its number.
 pub(crate) fn picture(number: u32, width: u32, height: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
-        Rgb([
-            (x * 7 + number * 31) as u8,
-            (y * 11 + number * 17) as u8,
-            (x * y + number) as u8,
-        ])
+        Rgb([(x * 7 + number * 31) as u8, (y * 11 + number * 17) as u8, (x * y + number) as u8])
     })
 }
 
@@ -88,43 +84,24 @@ pub(crate) fn encoded(picture: &RgbImage, format: image::ImageFormat) -> Vec<u8>
 pub(crate) fn images(folder: &Folder, classes: &[&str], each: u32) {
     for (class_number, class) in classes.iter().enumerate() {
         for number in 0..each {
-            folder.write(
-                &format!("images/{class}/{number:03}.png"),
-                png(class_number as u32 * 100 + number),
-            );
+            folder.write(&format!("images/{class}/{number:03}.png"), png(class_number as u32 * 100 + number));
         }
     }
 }
 
 pub(crate) fn wants(inputs: &[(&str, ElementType)]) -> Vec<InputWant> {
-    inputs
-        .iter()
-        .map(|(name, dtype)| InputWant {
-            name: (*name).to_owned(),
-            dtype: *dtype,
-        })
-        .collect()
+    inputs.iter().map(|(name, dtype)| InputWant { name: (*name).to_owned(), dtype: *dtype }).collect()
 }
 
 pub(crate) fn text_wants() -> Vec<InputWant> {
-    wants(&[
-        ("input_ids", ElementType::I64),
-        ("attention_mask", ElementType::I64),
-    ])
+    wants(&[("input_ids", ElementType::I64), ("attention_mask", ElementType::I64)])
 }
 
 /// Word pieces `a`..`z` and digits, [CLS] text [SEP].
 pub(crate) fn tokenizer() -> Vec<u8> {
     let mut vocab = serde_json::Map::new();
-    let pieces = ('a'..='z')
-        .chain('0'..='9')
-        .flat_map(|letter| [letter.to_string(), format!("##{letter}")]);
-    for (id, piece) in ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        .map(str::to_owned)
-        .into_iter()
-        .chain(pieces)
-        .enumerate()
-    {
+    let pieces = ('a'..='z').chain('0'..='9').flat_map(|letter| [letter.to_string(), format!("##{letter}")]);
+    for (id, piece) in ["[PAD]", "[UNK]", "[CLS]", "[SEP]"].map(str::to_owned).into_iter().chain(pieces).enumerate() {
         vocab.insert(piece, json!(id));
     }
     let special = |id: u32, content: &str| json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false});
