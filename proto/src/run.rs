@@ -108,6 +108,9 @@ pub struct StageResult {
     pub eval: Evaluation,
     pub deciding_eval: Evaluation,
     pub replica_digest: String,
+    /// Of the first of several stages, where there is a test part.
+    #[serde(default)]
+    pub test: Option<Evaluation>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -72,6 +72,7 @@ impl Traced {
         let run = self.sandbox.run_folder();
         let output = self.sandbox.path().join("report.json");
         let mut command = Command::new(fixtures::python());
+        command.env("PYTHONPATH", fixtures::root().join("deploy/export"));
         command.arg(fixtures::root().join("tests/reference").join(script)).arg(&run);
         command.arg("--weights").arg(run.join("trace/stage-2.safetensors")).arg("--output").arg(&output).args(more);
         let ended = Process::start(&mut command).wait(DEADLINE);

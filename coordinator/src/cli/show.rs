@@ -150,6 +150,16 @@ pub(super) fn closing(run: &pb::Run) -> String {
     }
     align_right(&mut stages, &[2, 3, 4, 5]);
     let mut text = stages.to_string();
+    for result in &run.stage_results {
+        if let Some(test) = &result.test {
+            let name = stage_name(run, result.stage);
+            let _ = write!(
+                text,
+                "\nafter stage {name} alone: test accuracy {:.4}, macro F1 {:.4}, loss {:.4}",
+                test.accuracy, test.macro_f1, test.loss
+            );
+        }
+    }
     if let Some(result) = &run.result {
         if let Some(test) = &result.test {
             let _ = write!(

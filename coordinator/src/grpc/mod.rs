@@ -69,6 +69,8 @@ pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(thaw_proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that clients can print the details of an error.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let built = "the descriptors were made by the same build";
     let router = tonic::transport::Server::builder()

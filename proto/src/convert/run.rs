@@ -109,6 +109,11 @@ impl TryFrom<&pb::StageResult> for StageResult {
             eval: required("eval", raw.eval.as_ref())?,
             deciding_eval: required("deciding_eval", raw.deciding_eval.as_ref())?,
             replica_digest: raw.replica_digest.clone(),
+            test: raw
+                .test
+                .as_ref()
+                .map(|test| Evaluation::try_from(test).map_err(|found| found.under("test")))
+                .transpose()?,
         })
     }
 }
@@ -124,6 +129,7 @@ impl From<&StageResult> for pb::StageResult {
             eval: Some((&result.eval).into()),
             deciding_eval: Some((&result.deciding_eval).into()),
             replica_digest: result.replica_digest.clone(),
+            test: result.test.as_ref().map(Into::into),
         }
     }
 }

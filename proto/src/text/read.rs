@@ -44,7 +44,15 @@ impl Reader {
         let mut chosen: BTreeMap<String, String> = BTreeMap::new();
         for (key, node) in entries {
             let Some(field) = known_field(&descriptor, &key.text) else {
-                self.within(&cut(&key.text), |at| at.refuse(key.line, unknown_key(&descriptor, &key.text)));
+                let names: Vec<_> = descriptor.fields().map(|field| field.name().to_owned()).collect();
+                let meant = nearest(&snake_case(&key.text), &names);
+                if let Some(meant) = meant {
+                    // That it is absent is the same mistake, and one message is enough.
+                    self.within(meant, |at| {
+                        at.unread.insert(at.path.clone());
+                    });
+                }
+                self.within(&cut(&key.text), |at| at.refuse(key.line, unknown_key(meant, &names)));
                 continue;
             };
             self.within(field.name(), |at| {
@@ -175,9 +183,8 @@ fn field_names(descriptor: &MessageDescriptor) -> String {
     descriptor.fields().map(|field| field.name().to_owned()).collect::<Vec<_>>().join(", ")
 }
 
-fn unknown_key(descriptor: &MessageDescriptor, key: &str) -> String {
-    let names: Vec<_> = descriptor.fields().map(|field| field.name().to_owned()).collect();
-    match nearest(&snake_case(key), &names) {
+fn unknown_key(meant: Option<&str>, names: &[String]) -> String {
+    match meant {
         Some(name) => format!("is not a field: did you mean {name}?"),
         None if names.is_empty() => "is not a field: there are none here".to_owned(),
         None => format!("is not a field: known are {}", names.join(", ")),

@@ -132,11 +132,19 @@ fn write_fields(yaml: &mut String, fields: &Map<String, Json>, indent: usize) {
     }
 }
 
+/// Readers of YAML 1.1 take `1e-8` for text; a number there needs a point and a signed exponent.
+fn number_text(number: &str) -> String {
+    let Some((digits, exponent)) = number.split_once('e') else { return number.to_owned() };
+    let point = if digits.contains('.') { "" } else { ".0" };
+    let sign = if exponent.starts_with(['-', '+']) { "" } else { "+" };
+    format!("{digits}{point}e{sign}{exponent}")
+}
+
 fn flow(value: &Json) -> String {
     match value {
         Json::Null => "null".to_owned(),
         Json::Bool(value) => value.to_string(),
-        Json::Number(number) => number.to_string(),
+        Json::Number(number) => number_text(&number.to_string()),
         Json::String(text) => scalar_text(text),
         Json::Array(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),
         Json::Object(_) => "{}".to_owned(),

@@ -23,6 +23,15 @@ use thaw_torch::executor::kind_of;
 use thaw_torch::model::{self, StateTensor};
 use thaw_torch::tch::Tensor;
 
+/// Element types of saved weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoredAs {
+    /// As in the archive the run began with.
+    Original,
+    /// As they are trained.
+    Trained,
+}
+
 /// How long the last checkpoint may wait for the coordinator to make it the head.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
 /// Files younger than this may belong to a save in progress.
@@ -381,8 +390,8 @@ fn graph_dtype(dtype: Dtype) -> Option<DType> {
     DTYPES.iter().find(|pair| pair.1 == dtype).map(|pair| pair.0)
 }
 
-/// Every parameter and buffer by its original name and in its original element type, in name order.
-fn named_tensors(job: &Job, replica: &Replica) -> BTreeMap<String, Tensor> {
+/// Every parameter and buffer by its original name, in name order.
+fn named_tensors(job: &Job, replica: &Replica, precision: StoredAs) -> BTreeMap<String, Tensor> {
     let graph = &job.graph.graph;
     let original: BTreeMap<&str, DType> =
         graph.parameters.iter().chain(&graph.buffers).map(|weight| (weight.name.as_str(), weight.dtype)).collect();
@@ -394,6 +403,9 @@ fn named_tensors(job: &Job, replica: &Replica) -> BTreeMap<String, Tensor> {
         for (name, value) in &group.buffers {
             named.insert(name.clone(), value.shallow_clone());
         }
+    }
+    if precision == StoredAs::Trained {
+        return named;
     }
     for (name, value) in &mut named {
         if let Some(&dtype) = original.get(name.as_str()) {
@@ -432,14 +444,14 @@ pub(crate) fn write_model(job: &Job, replica: &Replica) -> Result<(), Error> {
     let folder = job.model_folder();
     std::fs::create_dir_all(&folder).map_err(|source| Error::File { path: folder.clone(), source })?;
     write_archive(job, replica, &folder.join("model.pt2"))?;
-    write_weights(job, replica, &folder.join("model.safetensors"))?;
+    write_weights(job, replica, &folder.join("model.safetensors"), StoredAs::Original)?;
     let labels = serde_json::to_vec_pretty(&job.plan.classes).expect("names are plain data");
     write_whole(&folder.join("labels.json"), &labels)
 }
 
 /// The run's archive with the replica's weights.
 pub(crate) fn write_archive(job: &Job, replica: &Replica, path: &Path) -> Result<(), Error> {
-    let tensors = named_bytes(job, replica)?;
+    let tensors = named_bytes(job, replica, StoredAs::Original)?;
     let value = |name: &str| {
         let tensor = tensors.get(name)?;
         let shape = tensor.shape.iter().map(|&size| i64::try_from(size).expect("sizes of real tensors fit")).collect();
@@ -449,15 +461,16 @@ pub(crate) fn write_archive(job: &Job, replica: &Replica, path: &Path) -> Result
 }
 
 /// Every parameter and buffer under its original name, those that the graph does not use included, as safetensors.
-pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path) -> Result<(), Error> {
-    let mut tensors = named_bytes(job, replica)?;
-    for (name, payload) in job.archive.payloads() {
-        if !tensors.contains_key(name) {
-            let data = job.archive.weight_bytes(name)?;
-            let shape =
-                payload.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
-            let dtype = safetensors_dtype(payload.dtype);
-            tensors.insert(name.clone(), TensorBytes { name: name.clone(), dtype, shape, data });
+pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path, precision: StoredAs) -> Result<(), Error> {
+    let mut tensors = named_bytes(job, replica, precision)?;
+    let graph = job.archive.graph()?;
+    // A buffer that is not persistent is no part of a module's state.
+    for weight in graph.parameters.iter().chain(graph.buffers.iter().filter(|buffer| buffer.flag)) {
+        if !tensors.contains_key(&weight.name) {
+            let name = weight.name.clone();
+            let data = job.archive.weight_bytes(&name)?;
+            let shape = weight.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
+            tensors.insert(name.clone(), TensorBytes { name, dtype: safetensors_dtype(weight.dtype), shape, data });
         }
     }
     // Readers of the Hugging Face kind look for this key.
@@ -468,8 +481,8 @@ pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path) -> Result
     write_whole(path, &body)
 }
 
-fn named_bytes(job: &Job, replica: &Replica) -> Result<BTreeMap<String, TensorBytes>, Error> {
-    let named = named_tensors(job, replica);
+fn named_bytes(job: &Job, replica: &Replica, precision: StoredAs) -> Result<BTreeMap<String, TensorBytes>, Error> {
+    let named = named_tensors(job, replica, precision);
     named.into_iter().map(|(name, tensor)| Ok((name.clone(), tensor_bytes(&name, &tensor)?))).collect()
 }
 

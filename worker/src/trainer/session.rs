@@ -288,6 +288,7 @@ impl Session<'_> {
             eval: self.state.tracker.best.clone().or_else(|| deciding.clone()).ok_or(Error::NeverFinite)?,
             deciding_eval: deciding.ok_or(Error::NeverFinite)?,
             replica_digest: digest.to_hex().to_string(),
+            test: self.test_of_first_stage(index)?,
         };
         self.state.results.push(result.clone());
         self.state.ended.push(steps);
@@ -297,6 +298,20 @@ impl Session<'_> {
         self.state.position.stage = index.next();
         self.state.position.stage_step = 0;
         self.save(true, vec![Outbox::stage_ended(&result)])
+    }
+
+    /// What the best weights of the first of several stages score on the test part. Leaves the replica as it was.
+    fn test_of_first_stage(&mut self, index: StageIndex) -> Result<Option<Evaluation>, Error> {
+        let is_first_of_several = index.0 == 0 && self.job.plan.stages.len() > 1;
+        let Some(best) = self.state.best.as_ref().filter(|_| is_first_of_several) else { return Ok(None) };
+        if self.job.dataset.index().size(Part::Test) == 0 {
+            return Ok(None);
+        }
+        let present = self.replica.snapshot(&self.job.ever_trained(index));
+        self.replica.restore(&best.groups)?;
+        let test = self.evaluate(Part::Test)?;
+        self.replica.restore(&present)?;
+        Ok(Some(test))
     }
 
     fn save(&mut self, must: bool, then: Vec<super::outbox::Event>) -> Result<(), Error> {
