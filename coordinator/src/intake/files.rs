@@ -5,11 +5,10 @@
 
 use super::{Planned, SpecPlanner};
 use crate::folder::local_path;
-use std::path::Path;
 use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts};
-use thaw_data::{Dataset, ElementType, Index, InputWant, Part, index};
-use thaw_graph::{Archive, Attach, GroupRule, HeadSpec, Summary};
-use thaw_proto::spec::{DataFormat, HeadAttach, RunSpec};
+use thaw_data::{Dataset, Index, Part, fit, index};
+use thaw_graph::{Archive, Summary};
+use thaw_proto::spec::RunSpec;
 use thaw_proto::violation::Violations;
 use thaw_runtime::chain;
 
@@ -61,22 +60,9 @@ fn open_archive(spec: &RunSpec) -> Result<Archive, Violations> {
 
 /// The archive with the run's head, and what the planner needs of it.
 fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archive, Summary), Violations> {
-    let head = &spec.backbone.head;
-    let wanted = HeadSpec {
-        attach: match head.attach {
-            HeadAttach::Auto => Attach::Auto,
-            HeadAttach::Replace => Attach::Replace,
-            HeadAttach::Append => Attach::Append,
-        },
-        hidden_sizes: head.hidden_sizes.iter().map(|size| *size as usize).collect(),
-        dropout: head.dropout,
-        batch_norm: head.batch_norm,
-        classes,
-    };
+    let wanted = fit::head(spec, classes);
     let archive = archive.with_head(&wanted).map_err(|error| Violations::one("backbone.head", chain(&error)))?;
-    let rule =
-        |rule: &thaw_proto::spec::LayerGroupRule| GroupRule { name: rule.name.clone(), pattern: rule.pattern.clone() };
-    let rules: Vec<GroupRule> = spec.backbone.layer_groups.iter().map(rule).collect();
+    let rules = fit::group_rules(spec);
     let graph = archive.graph().map_err(|error| graph_mistake(chain(&error)))?;
     let field = if rules.is_empty() { "backbone.graph" } else { "backbone.layer_groups" };
     let segmented = thaw_graph::segment(&graph, &rules).map_err(|error| Violations::one(field, chain(&error)))?;
@@ -86,20 +72,9 @@ fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archi
 
 /// Opens the data as a trainer will, and loads one sample.
 fn check_fit(spec: &RunSpec, archive: &Archive, summary: &Summary, index: &Index) -> Result<(), Violations> {
-    let mut data = spec.data.clone();
-    if let Some(most) = summary.max_length {
-        data.max_length = data.max_length.min(u32::try_from(most).unwrap_or(u32::MAX));
-    }
-    let tokenizer = match spec.data.train.format {
-        DataFormat::Csv | DataFormat::Jsonl => read_tokenizer(spec, archive)?,
-        DataFormat::ImageFolder => None,
-    };
-    let want = |input: &thaw_graph::InputSummary| InputWant {
-        name: input.name.clone(),
-        dtype: if input.dtype.is_float() { ElementType::F32 } else { ElementType::I64 },
-    };
-    let wants: Vec<InputWant> = summary.inputs.iter().map(want).collect();
-    let dataset = Dataset::open(index.clone(), &data, tokenizer.as_deref(), &wants)
+    let tokenizer =
+        fit::tokenizer(spec, archive).map_err(|error| Violations::one("data.train.tokenizer", chain(&error)))?;
+    let dataset = Dataset::open(index.clone(), &fit::data(spec, summary), tokenizer.as_deref(), &fit::wants(summary))
         .map_err(|error| Violations::one(fit_path(&error), chain(&error)))?;
     let batch = dataset.load(Part::Train, &[0]).map_err(|error| Violations::one("data.train", chain(&error)))?;
     let mut violations = Violations::default();
@@ -134,24 +109,6 @@ fn fit_path(error: &thaw_data::batch::Error) -> &'static str {
         Error::Input { .. } | Error::InputCount { .. } | Error::NoTokens { .. } => "backbone.graph",
         _ => "data.train",
     }
-}
-
-/// The bytes of `tokenizer.json`: named in the spec, inside the archive, or beside it.
-fn read_tokenizer(spec: &RunSpec, archive: &Archive) -> Result<Option<Vec<u8>>, Violations> {
-    let field = "data.train.tokenizer";
-    let read = |path: &Path| {
-        let refuse = |error| Violations::one(field, format!("read {}: {error}", path.display()));
-        std::fs::read(path).map_err(refuse)
-    };
-    if let Some(url) = &spec.data.train.tokenizer {
-        let path = local_path(url).map_err(|error| Violations::one(field, error.to_string()))?;
-        return read(&path).map(Some);
-    }
-    if let Some(bytes) = archive.extra("tokenizer.json").map_err(|error| graph_mistake(chain(&error)))? {
-        return Ok(Some(bytes));
-    }
-    let beside = archive.path().with_file_name("tokenizer.json");
-    if beside.is_file() { read(&beside).map(Some) } else { Ok(None) }
 }
 
 /// The field of the spec that a data error is about.

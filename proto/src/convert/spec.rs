@@ -75,8 +75,11 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         thaw_units: at.whole("thaw_units", raw.thaw_units, 1..=1000, 4),
         stop_when_no_gain: raw.stop_when_no_gain.unwrap_or(gradual),
         frozen_batch_norm: at.within("batch_norm", |at| {
-            at.choice("frozen_groups", raw.batch_norm.unwrap_or_default().frozen_groups)
-                .unwrap_or(BatchNormPolicy::Frozen)
+            let policy = at.choice("frozen_groups", raw.batch_norm.unwrap_or_default().frozen_groups);
+            if policy == Some(BatchNormPolicy::Recompute) {
+                at.refuse("frozen_groups", "recompute is not available in this version: leave it out, or write frozen");
+            }
+            BatchNormPolicy::Frozen
         }),
         thaw_embeddings: raw.thaw_embeddings.unwrap_or(every_group),
         eval_steps: at.whole_or_none("eval_steps", raw.eval_steps, 1..=u32::MAX, "an evaluation at each epoch's end"),

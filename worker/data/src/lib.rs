@@ -16,6 +16,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
 pub mod batch;
+pub mod fit;
 pub mod image;
 pub mod index;
 mod name;

@@ -1,15 +1,16 @@
 //! What a trainer is to do, made ready: the checked spec and plan, the data, the graph with its new head.
 
 use crate::checkpoint::CheckpointStore;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use thaw_core::manifest::Fingerprints;
-use thaw_data::batch::{Dataset, ElementType, InputWant};
+use thaw_data::batch::Dataset;
+use thaw_data::fit;
 use thaw_data::index::Index;
-use thaw_graph::{Archive, Attach, GroupRule, HeadSpec, SegmentedGraph};
+use thaw_graph::{Archive, SegmentedGraph};
 use thaw_proto::ids::{RunId, StageIndex};
 use thaw_proto::pb;
 use thaw_proto::plan::Plan;
-use thaw_proto::spec::{self, RunSpec};
+use thaw_proto::spec::RunSpec;
 use url::Url;
 
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +29,8 @@ pub(crate) enum Error {
     Head(#[from] thaw_graph::head::Error),
     #[error("cannot divide the backbone into layer groups")]
     Cuts(#[from] thaw_graph::cuts::Error),
-    #[error("cannot read the tokenizer {path}")]
-    Tokenizer { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Fit(#[from] fit::Error),
     #[error("the data was indexed as {found}, the plan was made for {planned}; submit the run again")]
     OtherData { found: String, planned: String },
     #[error("cannot open the run's folder")]
@@ -55,7 +56,7 @@ impl Job {
     /// Reads everything that `start` names.
     pub(crate) fn load(start: &pb::StartTrainer) -> Result<Self, Error> {
         let given = start.spec.clone().ok_or_else(|| message("spec", "it is absent"))?;
-        let mut spec = thaw_proto::convert::spec::check(&given).map_err(|problem| message("spec", problem))?;
+        let spec = thaw_proto::convert::spec::check(&given).map_err(|problem| message("spec", problem))?;
         let plan = start.plan.clone().ok_or_else(|| message("plan", "it is absent"))?;
         let plan = Plan::try_from(&plan).map_err(|problem| message("plan", problem))?;
         let run_url: Url = start.run_url.parse().map_err(|problem| message("run_url", problem))?;
@@ -64,21 +65,17 @@ impl Job {
         if index.fingerprint() != plan.data.fingerprint {
             return Err(Error::OtherData { found: index.fingerprint().to_owned(), planned: plan.data.fingerprint });
         }
-        let archive =
-            Archive::open(&local(&spec.backbone.graph)?)?.with_head(&head(&spec.backbone.head, plan.classes.len()))?;
-        let graph = thaw_graph::segment(&archive.graph()?, &rules(&spec))?;
-        let fingerprint = archive.fingerprint()?;
-        if let Some(most) = thaw_graph::summary(&graph, fingerprint.clone()).max_length {
-            spec.data.max_length = spec.data.max_length.min(u32::try_from(most).unwrap_or(u32::MAX));
-        }
-        let tokenizer = tokenizer(&spec, &archive)?;
-        let dataset = Dataset::open(index, &spec.data, tokenizer.as_deref(), &wants(&graph))?;
+        let archive = Archive::open(&local(&spec.backbone.graph)?)?.with_head(&fit::head(&spec, plan.classes.len()))?;
+        let graph = thaw_graph::segment(&archive.graph()?, &fit::group_rules(&spec))?;
+        let summary = thaw_graph::summary(&graph, archive.fingerprint()?);
+        let tokenizer = fit::tokenizer(&spec, &archive)?;
+        let dataset = Dataset::open(index, &fit::data(&spec, &summary), tokenizer.as_deref(), &fit::wants(&summary))?;
         let fingerprints = Fingerprints {
             spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes())
                 .to_hex()
                 .to_string(),
             data: plan.data.fingerprint.clone(),
-            graph: fingerprint,
+            graph: summary.fingerprint,
         };
         let store = CheckpointStore::open(&run_url)?;
         let shard_sizes = dataset.index().shard_sizes();
@@ -122,45 +119,4 @@ fn message(what: &'static str, problem: impl std::fmt::Display) -> Error {
 fn local(url: &Url) -> Result<PathBuf, Error> {
     let path = if url.scheme() == "file" { url.to_file_path().ok() } else { None };
     path.ok_or_else(|| Error::NotLocal { url: url.to_string() })
-}
-
-fn head(head: &spec::Head, classes: usize) -> HeadSpec {
-    HeadSpec {
-        attach: match head.attach {
-            spec::HeadAttach::Auto => Attach::Auto,
-            spec::HeadAttach::Replace => Attach::Replace,
-            spec::HeadAttach::Append => Attach::Append,
-        },
-        hidden_sizes: head.hidden_sizes.iter().map(|&size| size as usize).collect(),
-        dropout: head.dropout,
-        batch_norm: head.batch_norm,
-        classes,
-    }
-}
-
-fn rules(spec: &RunSpec) -> Vec<GroupRule> {
-    let rule = |rule: &spec::LayerGroupRule| GroupRule { name: rule.name.clone(), pattern: rule.pattern.clone() };
-    spec.backbone.layer_groups.iter().map(rule).collect()
-}
-
-fn wants(graph: &SegmentedGraph) -> Vec<InputWant> {
-    let want = |input: &thaw_graph::ir::GraphInput| {
-        let meta = graph.graph.values[input.value.0 as usize].tensor.as_ref();
-        let float = meta.is_some_and(|meta| meta.dtype.is_float());
-        InputWant { name: input.name.clone(), dtype: if float { ElementType::F32 } else { ElementType::I64 } }
-    };
-    graph.graph.inputs.iter().map(want).collect()
-}
-
-/// The bytes of tokenizer.json: named in the spec, inside the archive, or beside it.
-fn tokenizer(spec: &RunSpec, archive: &Archive) -> Result<Option<Vec<u8>>, Error> {
-    let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Tokenizer { path: path.to_owned(), source });
-    if let Some(url) = &spec.data.train.tokenizer {
-        return read(&local(url)?).map(Some);
-    }
-    if let Some(bytes) = archive.extra("tokenizer.json")? {
-        return Ok(Some(bytes));
-    }
-    let beside = local(&spec.backbone.graph)?.with_file_name("tokenizer.json");
-    if beside.is_file() { read(&beside).map(Some) } else { Ok(None) }
 }

@@ -469,7 +469,8 @@ pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path, precision
         if !tensors.contains_key(&weight.name) {
             let name = weight.name.clone();
             let data = job.archive.weight_bytes(&name)?;
-            let shape = weight.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
+            let shape =
+                weight.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
             tensors.insert(name.clone(), TensorBytes { name, dtype: safetensors_dtype(weight.dtype), shape, data });
         }
     }

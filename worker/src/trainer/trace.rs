@@ -57,7 +57,12 @@ impl Trace {
 
     /// Writes the weights that a stage ended with.
     pub(crate) fn end(&self, job: &Job, replica: &Replica, stage: StageIndex) -> Result<(), save::Error> {
-        save::write_weights(job, replica, &job.folder.join("trace").join(format!("stage-{stage}.safetensors")), save::StoredAs::Trained)
+        save::write_weights(
+            job,
+            replica,
+            &job.folder.join("trace").join(format!("stage-{stage}.safetensors")),
+            save::StoredAs::Trained,
+        )
     }
 
     pub(crate) fn step(&mut self, order: &Order, job: &Job, step: &TraceStep<'_>) -> io::Result<()> {
