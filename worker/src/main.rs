@@ -47,6 +47,9 @@ struct AgentOptions {
     /// End when standard input ends: the process that started this one is gone.
     #[arg(long)]
     exit_with_stdin: bool,
+    /// Log only what went wrong, unless THAW_LOG says otherwise.
+    #[arg(long)]
+    quiet: bool,
     /// Passed on to the trainers; see `thaw-worker trainer --help`. For tests.
     #[arg(long, hide = true)]
     hold: Option<String>,
@@ -80,8 +83,10 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let _telemetry =
-            thaw_runtime::telemetry::init("thaw-worker", &thaw_runtime::telemetry::Options::from_env("info")?)?;
+        let _telemetry = thaw_runtime::telemetry::init(
+            "thaw-worker",
+            &thaw_runtime::telemetry::Options::from_env(if options.quiet { "warn" } else { "info" })?,
+        )?;
         let shutdown = thaw_runtime::shutdown::signal()?;
         if options.exit_with_stdin {
             let ended = shutdown.clone();

@@ -20,6 +20,13 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What the workers write to this process's stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WorkerLogs {
+    Everything,
+    Failures,
+}
+
 pub(super) struct Cluster {
     address: SocketAddr,
     data_dir: PathBuf,
@@ -30,7 +37,7 @@ pub(super) struct Cluster {
 
 impl Cluster {
     /// Binds the coordinator, then starts the workers.
-    pub(super) async fn start(options: &ClusterOptions, listen: SocketAddr) -> Result<Self, Failure> {
+    pub(super) async fn start(options: &ClusterOptions, listen: SocketAddr, logs: WorkerLogs) -> Result<Self, Failure> {
         let program = worker_program(options.worker_program.as_deref())?;
         let data_dir = std::path::absolute(&options.data_dir).map_err(|error| {
             Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
@@ -43,7 +50,7 @@ impl Cluster {
         let serving = tokio::spawn(bound.run(shutdown.clone()));
         let mut cluster = Self { address, data_dir, workers: Vec::new(), shutdown, serving };
         for index in 0..options.workers {
-            let worker = start_worker(&program, &cluster.url(), index, options.hold.as_deref());
+            let worker = start_worker(&program, &cluster.url(), index, options.hold.as_deref(), logs);
             cluster.workers.push(worker?);
         }
         Ok(cluster)
@@ -101,7 +108,7 @@ impl Cluster {
 /// `thaw up`: until a signal.
 pub(super) async fn up(options: UpOptions) -> Result<ExitCode, Failure> {
     let interrupted = interruption()?;
-    let mut cluster = Cluster::start(&options.cluster, options.listen).await?;
+    let mut cluster = Cluster::start(&options.cluster, options.listen, WorkerLogs::Everything).await?;
     cluster.wait_for_workers().await?;
     eprintln!(
         "coordinator at {} with {} workers; data in {}",
@@ -173,9 +180,18 @@ fn worker_program(given: Option<&Path>) -> Result<PathBuf, Failure> {
     }
 }
 
-fn start_worker(program: &Path, coordinator: &str, index: u32, hold: Option<&str>) -> Result<Child, Failure> {
+fn start_worker(
+    program: &Path,
+    coordinator: &str,
+    index: u32,
+    hold: Option<&str>,
+    logs: WorkerLogs,
+) -> Result<Child, Failure> {
     let mut command = Command::new(program);
     command.args(["agent", "--coordinator", coordinator, "--name", &format!("worker-{index}"), "--exit-with-stdin"]);
+    if logs == WorkerLogs::Failures {
+        command.arg("--quiet");
+    }
     if let Some(hold) = hold {
         command.args(["--hold", hold]);
     }

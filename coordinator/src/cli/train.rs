@@ -1,7 +1,7 @@
 //! `train`, `plan` and `watch`: from a spec to its outcome.
 
 use super::args::{Format, PlanOptions, TrainOptions};
-use super::embedded::Cluster;
+use super::embedded::{Cluster, WorkerLogs};
 use super::progress::View;
 use super::{Failure, client, print, print_as, show};
 use std::path::Path;
@@ -35,7 +35,7 @@ pub(super) async fn plan(options: PlanOptions) -> Result<ExitCode, Failure> {
 pub(super) async fn train(options: TrainOptions) -> Result<ExitCode, Failure> {
     let (spec, _) = read_spec(&options.spec)?;
     let interrupted = interruption()?;
-    let cluster = Cluster::start(&options.cluster, options.listen).await?;
+    let cluster = Cluster::start(&options.cluster, options.listen, WorkerLogs::Failures).await?;
     let outcome = tokio::select! {
         outcome = train_on(&cluster, spec, options.output) => outcome,
         () = interrupted.cancelled() => Err(Failure::failed("interrupted; run `thaw up` with the same --data-dir to go on")),
