@@ -61,8 +61,7 @@ until.early_stopping.patience: expected a whole number, found the number 1.5 (li
 until.max_epochs: must be in 1-100000, not 0; leave it out for no limit by epochs (line 10)
 until: is given twice (first in line 10): remove one (line 11)
 workers.max: must be in 4-4096 (not below min), not 2: raise max or lower min (line 12)
-seed: must be in 0-18446744073709551615, not -1 (line 13)
-name: is required: 1-63 characters of [a-z0-9-], starting with a letter"
+seed: must be in 0-18446744073709551615, not -1 (line 13)"
     );
 }
 

@@ -1,4 +1,4 @@
-//! The README's grpcurl lines, each run as it stands there but for the port, the files and the run's name.
+//! The README's grpcurl lines, each run as it stands there but for the port and the run's name.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -32,6 +32,7 @@ impl Cluster {
         });
         let texts = fs::read_to_string(fixtures::folder().join("texts.csv")).unwrap();
         let _ = sandbox.file("packages.csv", &texts.replacen("text,label", "description,section", 1));
+        std::os::unix::fs::symlink(fixtures::folder().join("text.pt2"), sandbox.path().join("minilm.pt2")).unwrap();
         Self { sandbox, up, address }
     }
 
@@ -41,10 +42,9 @@ impl Cluster {
         let line = line
             .replacen("grpcurl", &grpcurl.display().to_string(), 1)
             .replace("127.0.0.1:7070", &self.address)
-            .replace("/models/minilm.pt2", &fixtures::folder().join("text.pt2").display().to_string())
-            .replace("/data/packages.csv", &self.sandbox.path().join("packages.csv").display().to_string())
-            .replace("debian-sections-0a1b2c3d", run);
-        let ended = Process::start(Command::new("bash").args(["-c", &line])).wait(DEADLINE);
+            .replace("\"RUN\"", &format!("{run:?}"));
+        let ended =
+            Process::start(Command::new("bash").args(["-c", &line]).current_dir(self.sandbox.path())).wait(DEADLINE);
         assert!(ended.status.success(), "{line}\n{}", ended.stderr);
         ended.stdout
     }

@@ -15,13 +15,9 @@ fn weights(summary: &Value) -> String {
     summary["weights_blake3"].as_str().unwrap().to_owned()
 }
 
-fn manifest_steps(run: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(run.join("manifests"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
+/// Whether a checkpoint's manifest is there.
+fn has_manifest(run: &Path) -> bool {
+    fs::read_dir(run.join("manifests")).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 #[test]
@@ -120,7 +116,7 @@ fn twenty_steps_are_ten_a_death_and_ten() {
     let mut first = Process::start(&mut broken.train_command(&spec, 1, &["--hold", &hold]));
     process::file(&reached, DEADLINE);
     let run = broken.run_folder();
-    process::eventually("the checkpoint of step 10", DEADLINE, || (!manifest_steps(&run).is_empty()).then_some(()));
+    process::eventually("the checkpoint of step 10", DEADLINE, || has_manifest(&run).then_some(()));
     first.kill();
 
     let again = Process::start(broken.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"]));
