@@ -25,8 +25,8 @@ demo-images: build ## Train a small residual network on digits 0-4, then transfe
 test: build ## Run all tests and print their count.
 	@tests/run.sh
 
-bench: build ## Run the benchmarks.
-	cargo bench -p thaw-tests
+bench: build ## Time an optimizer update beside plain PyTorch and print the ratio.
+	@.venv/bin/python tests/bench.py
 
 fmt: setup ## Format the Rust code.
 	cargo fmt --all

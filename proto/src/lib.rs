@@ -16,7 +16,7 @@ pub mod violation;
 pub mod worker;
 
 /// The generated messages, clients and servers of package `thaw.v1`.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::allow_attributes_without_reason, reason = "generated")]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::allow_attributes_without_reason, rustdoc::all, reason = "generated")]
 #[rustfmt::skip]
 pub mod pb {
     tonic::include_proto!("thaw.v1");

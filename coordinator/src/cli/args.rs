@@ -185,7 +185,7 @@ pub(crate) struct ClusterOptions {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeOptions {
-    /// embedded:PATH or etcd://HOST:PORT[,HOST:PORT…][/PREFIX]
+    /// embedded:PATH or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`
     #[arg(long)]
     pub(crate) store: String,
     #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]

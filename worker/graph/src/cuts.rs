@@ -1,4 +1,4 @@
-//! Divides a graph into segments; see [`crate::segment`] for the laws.
+//! Divides a graph into segments; see [`mod@crate::segment`] for the laws.
 //!
 //! CUT-1: only tensors cross a cut.
 //! CUT-2: an in-place operator never writes memory that came through a cut, a graph input, a parameter or a constant: it is replaced by the

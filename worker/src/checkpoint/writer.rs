@@ -14,7 +14,7 @@ type Save<R> = Box<dyn FnOnce(&CheckpointStore) -> Result<R, Error> + Send>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Submitted {
-    /// Its result will come from [`Writer::results`].
+    /// Its result will come from [`Writer::poll`] or [`Writer::wait`].
     Accepted,
     /// One is in flight; this one is not made.
     Refused,

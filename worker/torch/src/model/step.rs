@@ -54,7 +54,7 @@ impl SegmentedModel {
 
     /// One forward and backward of a batch; the weights stay as they are.
     ///
-    /// The gradient is that of `weight` times the mean cross-entropy against `labels` (i64, [batch]). Each trainable group's flat gradient
+    /// The gradient is that of `weight` times the mean cross-entropy against `labels` (i64, `[batch]`). Each trainable group's flat gradient
     /// goes to `on_group` with the group's index as soon as it is final, from the head down; it lies in a buffer that the next step reuses.
     ///
     /// # Errors
