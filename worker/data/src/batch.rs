@@ -93,6 +93,8 @@ pub struct Batch {
     pub labels: Vec<i64>,
     /// The positions asked for.
     pub samples: Vec<u32>,
+    /// Tokens of each text, padding not counted; empty for images.
+    pub lengths: Vec<u32>,
 }
 
 /// Samples by part and position. Cheap to clone, and read from any thread.
@@ -108,7 +110,11 @@ struct Inner {
 }
 
 enum Preparation {
-    Text(Box<Tokenizer>),
+    Text {
+        tokenizer: Box<Tokenizer>,
+        /// BLAKE3 of the tokenizer's file and the longest length.
+        identity: blake3::Hash,
+    },
     Images(ImageTransform),
 }
 
@@ -127,8 +133,11 @@ impl Dataset {
         let preparation = match index.source(Part::Train).format {
             DataFormat::Csv | DataFormat::Jsonl => {
                 check_text_inputs(inputs)?;
-                let tokenizer = Tokenizer::new(tokenizer.ok_or(Error::NoTokenizer)?, spec.max_length);
-                Preparation::Text(Box::new(tokenizer.map_err(|source| Error::Tokenizer { source })?))
+                let bytes = tokenizer.ok_or(Error::NoTokenizer)?;
+                let tokenizer = Tokenizer::new(bytes, spec.max_length).map_err(|source| Error::Tokenizer { source })?;
+                let identity =
+                    *blake3::Hasher::new().update(&spec.max_length.to_le_bytes()).update(bytes).finalize().as_bytes();
+                Preparation::Text { tokenizer: Box::new(tokenizer), identity: identity.into() }
             }
             DataFormat::ImageFolder => {
                 check_image_inputs(inputs)?;
@@ -162,19 +171,71 @@ impl Dataset {
             labels.push(i64::from(index.label(part, *position).ok_or_else(beyond)?));
             records.push(index.records(part)[*position as usize]);
         }
-        let inputs = match &self.0.preparation {
-            Preparation::Text(tokenizer) => self.load_texts(part, &records, tokenizer)?,
-            Preparation::Images(transform) => vec![self.load_images(part, &records, transform)?],
+        let (inputs, lengths) = match &self.0.preparation {
+            Preparation::Text { tokenizer, .. } => self.load_texts(part, &records, tokenizer)?,
+            Preparation::Images(transform) => (vec![self.load_images(part, &records, transform)?], Vec::new()),
         };
-        Ok(Batch { inputs, labels, samples: positions.to_vec() })
+        Ok(Batch { inputs, labels, samples: positions.to_vec(), lengths })
     }
 
-    fn load_texts(&self, part: Part, records: &[u32], tokenizer: &Tokenizer) -> Result<Vec<InputArray>, Error> {
+    /// Rows of batches that this dataset loaded, as one batch; texts cut or padded to `columns` tokens, which must hold the longest.
+    ///
+    /// # Panics
+    /// If a row is another dataset's, or longer than `columns`.
+    #[must_use]
+    pub fn gather(&self, rows: &[(&Batch, usize)], columns: usize) -> Batch {
+        let mut inputs = Vec::with_capacity(self.0.inputs.len());
+        for (position, want) in self.0.inputs.iter().enumerate() {
+            let rows = rows.iter().map(|(batch, row)| (&batch.inputs[position], *row));
+            inputs.push(match &self.0.preparation {
+                Preparation::Text { tokenizer, .. } => gather_tokens(want, rows, columns, tokenizer.filler(&want.name)),
+                Preparation::Images(_) => gather_images(want, rows),
+            });
+        }
+        let lengths: Vec<u32> = rows.iter().filter_map(|(batch, row)| batch.lengths.get(*row).copied()).collect();
+        assert!(
+            lengths.iter().all(|length| *length as usize <= columns),
+            "no text is longer than what it is gathered into"
+        );
+        Batch {
+            inputs,
+            labels: rows.iter().map(|(batch, row)| batch.labels[*row]).collect(),
+            samples: rows.iter().map(|(batch, row)| batch.samples[*row]).collect(),
+            lengths,
+        }
+    }
+
+    /// Whether what a graph computes of a text is the same however far it is padded: padding comes last. True for images.
+    #[must_use]
+    pub fn pads_right(&self) -> bool {
+        match &self.0.preparation {
+            Preparation::Text { tokenizer, .. } => tokenizer.pads_right(),
+            Preparation::Images(_) => true,
+        }
+    }
+
+    /// What a part's records hold once they are prepared: the same for equal contents and equal preparation, whatever the split.
+    #[must_use]
+    pub fn records_identity(&self, part: Part) -> String {
+        let source = self.0.index.source(part);
+        let preparation = match &self.0.preparation {
+            Preparation::Text { identity, .. } => identity.to_hex().to_string(),
+            Preparation::Images(transform) => format!("{transform:?}"),
+        };
+        format!("{} {:?} {:?} {preparation}", source.hash, source.format, source.text)
+    }
+
+    fn load_texts(
+        &self,
+        part: Part,
+        records: &[u32],
+        tokenizer: &Tokenizer,
+    ) -> Result<(Vec<InputArray>, Vec<u32>), Error> {
         let source = self.0.index.source(part);
         let texts = records.iter().map(|record| self.text(part, source, *record)).collect::<Result<Vec<_>, _>>()?;
         let failed = |error| Error::Tokenize { path: source.path.clone(), record: records[0], source: error };
         let tokens = tokenizer.encode(&texts).map_err(failed)?;
-        Ok(self.0.inputs.iter().map(|want| token_array(&want.name, &tokens)).collect())
+        Ok((self.0.inputs.iter().map(|want| token_array(&want.name, &tokens)).collect(), tokens.lengths))
     }
 
     fn text(&self, part: Part, source: &Source, record: u32) -> Result<String, Error> {
@@ -230,6 +291,41 @@ fn token_array(name: &str, tokens: &Tokens) -> InputArray {
         shape: vec![tokens.rows as i64, tokens.columns as i64],
         data: ArrayData::I64(data.clone()),
     }
+}
+
+/// Rows of token arrays as one array of `[rows, columns]`.
+fn gather_tokens<'a>(
+    want: &InputWant,
+    rows: impl Iterator<Item = (&'a InputArray, usize)>,
+    columns: usize,
+    filler: i64,
+) -> InputArray {
+    let mut data = Vec::new();
+    let mut count = 0;
+    for (array, row) in rows {
+        let ArrayData::I64(values) = &array.data else { unreachable!("texts give integers") };
+        let width = values.len() / usize::try_from(array.shape[0]).expect("a batch has rows");
+        let kept = width.min(columns);
+        data.extend_from_slice(&values[row * width..row * width + kept]);
+        data.extend(std::iter::repeat_n(filler, columns - kept));
+        count += 1;
+    }
+    InputArray { name: want.name.clone(), shape: vec![count, columns as i64], data: ArrayData::I64(data) }
+}
+
+/// Rows of image arrays as one array of `[rows, channels, size, size]`.
+fn gather_images<'a>(want: &InputWant, rows: impl Iterator<Item = (&'a InputArray, usize)>) -> InputArray {
+    let mut data = Vec::new();
+    let mut shape = vec![0];
+    for (array, row) in rows {
+        let ArrayData::F32(values) = &array.data else { unreachable!("images give reals") };
+        let size = values.len() / usize::try_from(array.shape[0]).expect("a batch has rows");
+        data.extend_from_slice(&values[row * size..(row + 1) * size]);
+        shape = array.shape.clone();
+        shape[0] = 0;
+    }
+    shape[0] = (data.len() as i64).checked_div(shape[1..].iter().product()).unwrap_or(0);
+    InputArray { name: want.name.clone(), shape, data: ArrayData::F32(data) }
 }
 
 fn check_text_inputs(inputs: &[InputWant]) -> Result<(), Error> {

@@ -179,7 +179,7 @@ mod tests {
     use std::sync::mpsc;
 
     fn batch(work: &Work) -> Batch {
-        Batch { inputs: Vec::new(), labels: Vec::new(), samples: work.samples.clone() }
+        Batch { inputs: Vec::new(), labels: Vec::new(), samples: work.samples.clone(), lengths: Vec::new() }
     }
 
     fn works(count: u32) -> impl Iterator<Item = Work> + Send + 'static {

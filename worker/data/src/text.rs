@@ -28,6 +28,8 @@ pub struct Tokens {
     /// 1 at tokens, 0 at padding.
     pub attention_mask: Vec<i64>,
     pub token_type_ids: Vec<i64>,
+    /// Tokens of each row, padding not counted.
+    pub lengths: Vec<u32>,
 }
 
 /// A model's tokenizer, ready for one run.
@@ -82,11 +84,28 @@ impl Tokenizer {
         let mut tokens = Tokens { rows: texts.len(), columns, ..Tokens::default() };
         for encoding in &encodings {
             let real = encoding.len();
+            tokens.lengths.push(u32::try_from(real).expect("a text is cut to max_length tokens"));
             self.pad(&mut tokens.input_ids, encoding.get_ids(), self.padding.id, columns);
             self.pad(&mut tokens.token_type_ids, encoding.get_type_ids(), self.padding.type_id, columns);
             self.pad(&mut tokens.attention_mask, &vec![1; real], 0, columns);
         }
         Ok(tokens)
+    }
+
+    /// Whether padding follows the tokens, so that what is computed of a text does not depend on how far it is padded.
+    #[must_use]
+    pub fn pads_right(&self) -> bool {
+        !self.padding.left
+    }
+
+    /// What the input of that name holds at padding.
+    #[must_use]
+    pub fn filler(&self, input: &str) -> i64 {
+        match input {
+            "input_ids" => i64::from(self.padding.id),
+            "token_type_ids" => i64::from(self.padding.type_id),
+            _ => 0,
+        }
     }
 
     fn pad(&self, row: &mut Vec<i64>, values: &[u32], filler: u32, columns: usize) {

@@ -208,3 +208,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn gathered_rows_are_what_loading_them_together_gives() {
+    let folder = Folder::new();
+    folder.write("x.csv", csv(&["x", "y"], 9));
+    let dataset = open(&folder.spec("x.csv", "csv"));
+    let one = dataset.load(Part::Train, &[0, 3, 1]).unwrap();
+    let other = dataset.load(Part::Train, &[2]).unwrap();
+    let whole = dataset.load(Part::Train, &[3, 2, 0]).unwrap();
+    let columns = whole.inputs[0].shape[1] as usize;
+    assert_eq!(dataset.gather(&[(&one, 1), (&other, 0), (&one, 0)], columns), whole);
+    let wider = dataset.gather(&[(&one, 1)], columns + 3);
+    assert_eq!(wider.inputs[1].shape, [1, columns as i64 + 3]);
+    assert_eq!(i64s(&wider.inputs[1].data).iter().sum::<i64>(), i64::from(wider.lengths[0]), "padding is masked");
+    assert!(dataset.pads_right());
+}
+
+#[test]
+fn gathered_images_keep_their_pixels_and_identity_follows_contents_not_the_split() {
+    let folder = Folder::new();
+    images(&folder, &["x", "y"], 8);
+    let open = |seed| {
+        let data = checked(&folder.spec("images", "image_folder"));
+        Dataset::open(build(&data, seed, 2).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap()
+    };
+    let dataset = open(3);
+    let one = dataset.load(Part::Train, &[1, 0]).unwrap();
+    let whole = dataset.load(Part::Train, &[0, 1]).unwrap();
+    assert_eq!(dataset.gather(&[(&one, 1), (&one, 0)], 0), whole);
+    assert_eq!(dataset.records_identity(Part::Train), open(4).records_identity(Part::Eval));
+    folder.write("images/x/000.png", support::png(77));
+    assert_ne!(dataset.records_identity(Part::Train), open(3).records_identity(Part::Train));
+}

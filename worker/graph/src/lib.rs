@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
 pub mod archive;
+pub mod boundary;
 mod cost;
 pub mod cuts;
 mod flow;
@@ -27,6 +28,7 @@ pub mod symbols;
 pub mod writer;
 
 pub use archive::{Archive, TensorBytes};
+pub use boundary::{Boundary, CutDim, CutValue, InputNeed, boundary, prefix_identity};
 pub use cuts::segment;
 pub use groups::GroupRule;
 pub use head::{Attach, HeadSpec, NewParameter};

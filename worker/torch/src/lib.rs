@@ -12,6 +12,7 @@ mod ffi;
 pub mod model;
 pub mod op;
 pub mod optim;
+pub mod rows;
 pub mod runtime;
 
 pub use executor::Precision;

@@ -8,6 +8,7 @@
 //! MODEL-4: gradients are summed in the order of one backward pass over the whole graph, so they equal it bit for bit.
 
 mod load;
+mod prefix;
 mod state;
 mod step;
 
@@ -19,6 +20,7 @@ use thaw_graph::segment::SegmentedGraph;
 pub use crate::executor::Options;
 use crate::executor::{self, Frame, Phase, Program};
 pub use load::{WeightBytes, WeightSource};
+pub use prefix::Entry;
 pub use state::StateTensor;
 pub use step::StepOutput;
 
@@ -46,6 +48,12 @@ pub enum Error {
     NothingTrainable,
     #[error("cannot use the layer group {index}: the model has {groups}")]
     NoSuchGroup { index: usize, groups: usize },
+    #[error(
+        "cannot enter above the layer group {group}: {found} values were given for {expected} that cross the boundary"
+    )]
+    Cut { group: String, expected: usize, found: usize },
+    #[error("cannot train above the boundary below segment {boundary}: the layer group {lowest} below it is trainable")]
+    BoundaryAbove { boundary: usize, lowest: usize },
     #[error("cannot use the model's output: {0} was not computed")]
     NoOutput(String),
     #[error(transparent)]

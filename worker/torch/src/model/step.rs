@@ -1,13 +1,14 @@
 //! A batch through the model: evaluation, and a training step.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 use thaw_graph::guards;
 use thaw_graph::ir::{DType, GraphInput};
 
-use super::{Error, SegmentedModel, tensor_error};
+use super::{Entry, Error, SegmentedModel, tensor_error};
 use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Phase, dtype_of};
 use crate::op::Value;
@@ -45,9 +46,12 @@ impl SegmentedModel {
     ///
     /// # Errors
     /// [`Error::Input`] where the batch does not fit the graph, else what its operators say.
-    pub fn forward(&mut self, inputs: &[Tensor]) -> Result<Tensor, Error> {
+    pub fn forward<'a>(&mut self, entry: impl Into<Entry<'a>>) -> Result<Tensor, Error> {
         let _mode = GradMode::set(false);
-        let result = self.bind(inputs).and_then(|()| self.run_frozen(self.groups.len())).and_then(|()| self.logits());
+        let result = self
+            .enter(&entry.into())
+            .and_then(|first| self.run_frozen(first..self.groups.len()))
+            .and_then(|()| self.logits());
         self.clear();
         result
     }
@@ -59,21 +63,21 @@ impl SegmentedModel {
     ///
     /// # Errors
     /// [`Error::NothingTrainable`], [`Error::Input`], else what libtorch says.
-    pub fn train_step(
+    pub fn train_step<'a>(
         &mut self,
-        inputs: &[Tensor],
+        entry: impl Into<Entry<'a>>,
         labels: &Tensor,
         weight: f64,
         on_group: &mut dyn FnMut(usize, &Tensor),
     ) -> Result<StepOutput, Error> {
-        let result = self.step(inputs, labels, weight, on_group);
+        let result = self.step(&entry.into(), labels, weight, on_group);
         self.clear();
         result
     }
 
     fn step(
         &mut self,
-        inputs: &[Tensor],
+        entry: &Entry<'_>,
         labels: &Tensor,
         weight: f64,
         on_group: &mut dyn FnMut(usize, &Tensor),
@@ -82,8 +86,8 @@ impl SegmentedModel {
         let boundary = self.trainable().first().copied().ok_or(Error::NothingTrainable)?;
         {
             let _mode = GradMode::set(false);
-            self.bind(inputs)?;
-            self.run_frozen(boundary)?;
+            let first = self.enter(entry)?;
+            self.run_frozen(first..boundary)?;
         }
         let _mode = GradMode::set(true);
         let mut records = Vec::new();
@@ -97,7 +101,7 @@ impl SegmentedModel {
     }
 
     /// Puts a batch into the frame, checked against the graph: sizes, then element types.
-    fn bind(&mut self, inputs: &[Tensor]) -> Result<(), Error> {
+    pub(super) fn bind(&mut self, inputs: &[Tensor]) -> Result<(), Error> {
         let graph = &self.graph.graph;
         let shapes: Vec<Vec<i64>> = inputs.iter().map(Tensor::size).collect();
         guards::bind(graph, &shapes)?;
@@ -113,10 +117,9 @@ impl SegmentedModel {
         Ok(())
     }
 
-    /// The prologue and the segments below `boundary`, as in evaluation. The caller has switched gradients off.
-    fn run_frozen(&mut self, boundary: usize) -> Result<(), Error> {
-        self.program.prologue.run(&mut self.frame, Phase::EVAL)?;
-        for block in &self.program.blocks[..boundary] {
+    /// Segments as in evaluation. The caller has switched gradients off.
+    pub(super) fn run_frozen(&mut self, segments: Range<usize>) -> Result<(), Error> {
+        for block in &self.program.blocks[segments] {
             block.run(&mut self.frame, Phase::EVAL)?;
         }
         Ok(())
@@ -278,7 +281,7 @@ impl SegmentedModel {
     }
 
     /// Empties the cells of the batch.
-    fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         for value in &self.transient {
             self.frame.cells[*value] = Cell::Empty;
         }
