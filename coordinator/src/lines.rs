@@ -47,6 +47,8 @@ struct ProgressLine<'a> {
     samples_per_second: f64,
     /// In seconds per step.
     step_time: StepTimeLine,
+    prefix_computed: u64,
+    prefix_cached: u64,
 }
 
 #[derive(Serialize)]
@@ -56,6 +58,7 @@ struct StepTimeLine {
     backward: f64,
     exposed_all_reduce: f64,
     optimizer: f64,
+    prefix: f64,
 }
 
 #[derive(Serialize)]
@@ -122,7 +125,10 @@ pub(crate) fn progress(progress: &pb::Progress) -> String {
             backward: time.backward,
             exposed_all_reduce: time.exposed_all_reduce,
             optimizer: time.optimizer,
+            prefix: time.prefix,
         },
+        prefix_computed: progress.prefix_computed,
+        prefix_cached: progress.prefix_cached,
     })
 }
 

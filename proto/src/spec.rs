@@ -40,6 +40,28 @@ pub struct RunSpec {
     pub logging_steps: u32,
     pub head_rate_after_thaw: f64,
     pub verification: Verification,
+    pub prefix_cache: PrefixCache,
+}
+
+/// How the outputs of frozen groups are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct PrefixCache {
+    pub mode: PrefixCacheMode,
+    /// `None`: a quarter of what is free.
+    pub memory_mib: Option<u32>,
+    /// `None`: a quarter of what is free.
+    pub disk_mib: Option<u32>,
+    /// Samples that a prefix is computed for at a time; `None`: by the size of a sample.
+    pub chunk_size: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixCacheMode {
+    Auto,
+    Off,
+    Required,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

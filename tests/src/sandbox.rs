@@ -55,6 +55,10 @@ impl Sandbox {
     pub fn thaw(&self) -> Command {
         let mut command = Command::new(binary("thaw"));
         command.current_dir(self.path()).env("THAW_DATA_DIR", self.data_dir()).env_remove("THAW_SERVER");
+        for tier in ["MEMORY", "DISK"] {
+            command
+                .env(format!("THAW_PREFIX_CACHE_{tier}"), self.path().join("prefix-cache").join(tier.to_lowercase()));
+        }
         command
     }
 

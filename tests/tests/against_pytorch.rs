@@ -22,6 +22,9 @@ stages:
 eval_steps: 10
 verification: {trace: true, digest_steps: 1}";
 
+/// Each batch runs whole, in its own shape, as in PyTorch.
+const OWN_SHAPE: &str = "prefix_cache: {mode: off}";
+
 fn text(more: &str) -> String {
     format!(
         "name: small-text
@@ -115,7 +118,7 @@ fn assert_bitwise(report: &Value) {
 
 #[test]
 fn one_trainer_equals_plain_pytorch_bit_for_bit() {
-    let run = Traced::run(&text(""), 1);
+    let run = Traced::run(&text(OWN_SHAPE), 1);
     assert_bitwise(&run.follow("run_reference.py", &[]));
     // The comparison can fail: moments of another step.
     let wrong = run.follow("run_reference.py", &["--wrong-moments"]);
@@ -125,12 +128,22 @@ fn one_trainer_equals_plain_pytorch_bit_for_bit() {
 
 #[test]
 fn a_convolution_net_equals_plain_pytorch_and_its_frozen_batch_norm_stands_still() {
-    let run = Traced::run(&image("optimizer: {type: sgd}"), 1);
+    let run = Traced::run(&image(&format!("optimizer: {{type: sgd}}\n{OWN_SHAPE}")), 1);
     assert_bitwise(&run.follow("run_reference.py", &[]));
     // The comparison can fail: batch norm of a frozen group that trains.
     let wrong = run.follow("run_reference.py", &["--train-frozen-batch-norm"]);
     assert_eq!(wrong["losses_bitwise"], false);
     assert!(number(&wrong, "losses_relative") > 1e-4, "{}", wrong["losses_relative"]);
+}
+
+/// Frozen prefixes in shapes of their own change the last bits, as any other batch shape does.
+#[test]
+fn a_cached_prefix_is_within_the_last_bits_of_plain_pytorch() {
+    let run = Traced::run(&text("optimizer: {type: sgd}"), 1);
+    let found = run.follow("run_reference.py", &[]);
+    assert!(number(&found, "losses_relative") <= 1e-5, "{}", found["losses_relative"]);
+    let run = Traced::run(&image("optimizer: {type: sgd}\nprefix_cache: {mode: required, chunk_size: 32}"), 1);
+    assert_bitwise(&run.follow("run_reference.py", &[]));
 }
 
 #[test]

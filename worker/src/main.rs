@@ -1,9 +1,9 @@
 //! The binary `thaw-worker`: the agent on a node, and the trainers it starts.
 
 use clap::{Parser, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use thaw_worker::trainer::Hold;
+use thaw_worker::trainer::{CacheFolders, Hold};
 use thaw_worker::{agent, trainer};
 
 /// The worker of a Thaw cluster.
@@ -27,7 +27,31 @@ enum Role {
         /// where the file exists, go on. For tests.
         #[arg(long)]
         hold: Option<Hold>,
+        #[command(flatten)]
+        cache: CacheOptions,
     },
+}
+
+/// Where this node keeps the outputs of frozen layer groups, for all runs.
+#[derive(Debug, clap::Args)]
+struct CacheOptions {
+    /// Folder on a memory file system; emptied when the agent ends. Absent: one in /dev/shm.
+    #[arg(long, env = "THAW_PREFIX_CACHE_MEMORY")]
+    prefix_cache_memory: Option<PathBuf>,
+    /// Folder on a local disk; kept. Absent: one in the system's folder for temporary files.
+    #[arg(long, env = "THAW_PREFIX_CACHE_DISK")]
+    prefix_cache_disk: Option<PathBuf>,
+}
+
+impl CacheOptions {
+    fn folders(self) -> CacheFolders {
+        // By user: a folder of somebody else's could not be written to.
+        let own = format!("thaw-prefix-cache-{}", nix::unistd::getuid());
+        CacheFolders {
+            memory: self.prefix_cache_memory.unwrap_or_else(|| Path::new("/dev/shm").join(&own)),
+            disk: self.prefix_cache_disk.unwrap_or_else(|| std::env::temp_dir().join(&own)),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -50,6 +74,8 @@ struct AgentOptions {
     /// Log only what went wrong, unless THAW_LOG says otherwise.
     #[arg(long)]
     quiet: bool,
+    #[command(flatten)]
+    cache: CacheOptions,
     /// Passed on to the trainers; see `thaw-worker trainer --help`. For tests.
     #[arg(long, hide = true)]
     hold: Option<String>,
@@ -57,7 +83,7 @@ struct AgentOptions {
 
 fn main() -> ExitCode {
     match Args::parse().role {
-        Role::Trainer { host, hold } => trainer::run(&host, hold),
+        Role::Trainer { host, hold, cache } => trainer::run(&host, cache.folders(), hold),
         Role::Agent(options) => match serve(options) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -70,6 +96,10 @@ fn main() -> ExitCode {
 
 fn serve(options: AgentOptions) -> anyhow::Result<()> {
     let mut trainer_arguments = vec!["trainer".to_owned(), "--host".to_owned(), options.host.clone()];
+    let cache = options.cache.folders();
+    for (option, folder) in [("--prefix-cache-memory", &cache.memory), ("--prefix-cache-disk", &cache.disk)] {
+        trainer_arguments.extend([option.to_owned(), folder.display().to_string()]);
+    }
     if let Some(hold) = options.hold {
         trainer_arguments.extend(["--hold".to_owned(), hold]);
     }
@@ -99,6 +129,7 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
         anyhow::Ok(agent::run(config, shutdown).await?)
     });
     runtime.shutdown_background();
+    cache.clear_memory();
     outcome
 }
 

@@ -342,7 +342,8 @@ mod tests {
         let judge = Judge { metric: Metric::EvalAccuracy, min_delta: 0.0 };
         assert!(judge.is_better(0.8, 0.7) && !judge.is_better(0.7, 0.7) && !judge.improves(0.6, 0.7));
         let plan = patient_plan();
-        let tracker = tracker(&plan, &[1.0, 0.1 + 0.2, f64::NAN]);
+        // The last needs all 17 digits, read exactly.
+        let tracker = tracker(&plan, &[1.0, 0.1 + 0.2, 0.998_403_397_000_000_1, f64::NAN]);
         let text = serde_json::to_string(&tracker).unwrap();
         assert_eq!(serde_json::from_str::<RunTracker>(&text).unwrap(), tracker);
     }

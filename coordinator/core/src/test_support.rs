@@ -43,6 +43,7 @@ pub(crate) fn spec(changes: Value) -> RunSpec {
         "logging_steps": 10,
         "head_rate_after_thaw": 0.5,
         "verification": {"digest_steps": null, "trace": false},
+        "prefix_cache": {"mode": "auto", "memory_mib": null, "disk_mib": null, "chunk_size": null},
     });
     let Value::Object(changes) = changes else { panic!("changes are an object") };
     spec.as_object_mut().unwrap().extend(changes);

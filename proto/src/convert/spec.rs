@@ -11,7 +11,8 @@ use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
     Backbone, BatchNormPolicy, Checkpoint, EarlyStopping, Head, HeadAttach, LayerGroupRule, LrScheduler,
-    LrSchedulerType, Metric, OnEnter, Optimizer, Precision, RateDecay, RunSpec, Strategy, Until, Verification, Workers,
+    LrSchedulerType, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode, RateDecay, RunSpec, Strategy,
+    Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -89,6 +90,7 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
             at.real("head_rate_after_thaw", raw.head_rate_after_thaw, Interval::LeftOpen(0.0, 1.0), default)
         },
         verification: at.within("verification", |at| verification(at, &raw.verification.unwrap_or_default())),
+        prefix_cache: at.within("prefix_cache", |at| prefix_cache(at, &raw.prefix_cache.unwrap_or_default())),
     };
     at.finish(spec)
 }
@@ -256,6 +258,17 @@ fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: 
 fn verification(at: &mut Checker, raw: &pb::Verification) -> Verification {
     let digest_steps = at.whole_or_none("digest_steps", raw.digest_steps, 1..=u32::MAX, "a digest at stage ends only");
     Verification { digest_steps, trace: raw.trace }
+}
+
+fn prefix_cache(at: &mut Checker, raw: &pb::PrefixCache) -> PrefixCache {
+    const MOST_MIB: u32 = 1 << 24;
+    let free = "a quarter of what is free";
+    PrefixCache {
+        mode: at.choice("mode", raw.mode).unwrap_or(PrefixCacheMode::Auto),
+        memory_mib: at.whole_or_none("memory_mib", raw.memory_mib, 0..=MOST_MIB, free),
+        disk_mib: at.whole_or_none("disk_mib", raw.disk_mib, 0..=MOST_MIB, free),
+        chunk_size: at.whole_or_none("chunk_size", raw.chunk_size, 1..=4096, "a size that suits the samples"),
+    }
 }
 
 /// The end of a planned stage: here it is required.

@@ -1,12 +1,14 @@
 //! Which samples go where: the batches of a stage's steps and of an evaluation, loaded ahead.
 
+use super::prefix::{self, Prefix, Source};
 use super::replica::ShardBatch;
 use std::ops::Range;
 use thaw_core::sampler::{self, ShardSampler};
-use thaw_data::batch::{Batch, Dataset, Error};
+use thaw_data::batch::Dataset;
 use thaw_data::index::Part;
-use thaw_data::prefetch::{Prefetch, Work};
+use thaw_data::prefetch::Work;
 use thaw_proto::plan::Plan;
+use thaw_torch::SegmentedModel;
 
 /// Samples per evaluation batch; fixed, so that evaluation does not depend on the world size (EVAL-1).
 const EVALUATION_BATCH: u32 = 64;
@@ -51,7 +53,7 @@ impl Order {
 
 /// The batches of one rank's shards from a step of a stage on, step by step.
 pub(crate) struct Feed {
-    prefetch: Prefetch,
+    source: Source,
     shards: Range<u32>,
 }
 
@@ -62,8 +64,8 @@ impl Feed {
         first_epoch: u32,
         steps: Range<u32>,
         shards: Range<u32>,
-    ) -> std::io::Result<Self> {
-        let ahead = AHEAD * shards.len();
+        prefix: Option<&Prefix>,
+    ) -> Result<Self, prefix::Error> {
         let of_step = shards.clone();
         let work = steps.flat_map(move |step| {
             let order = order.clone();
@@ -71,17 +73,21 @@ impl Feed {
                 .clone()
                 .map(move |shard| Work { part: Part::Train, samples: order.samples(first_epoch, step, shard) })
         });
-        Ok(Self { prefetch: Prefetch::spawn(dataset.clone(), work, ahead, 1)?, shards })
+        let ahead = AHEAD * shards.len();
+        Ok(Self { source: Source::start(dataset, work, ahead, prefix)?, shards })
     }
 
     /// The next step's batches in shard order; `None` after the last step.
-    pub(crate) fn next(&mut self) -> Option<Result<Vec<ShardBatch>, Error>> {
+    pub(crate) fn next(
+        &mut self,
+        mut prefix: Option<&mut Prefix>,
+        model: &mut SegmentedModel,
+    ) -> Option<Result<Vec<ShardBatch>, prefix::Error>> {
         let mut batches = Vec::with_capacity(self.shards.len());
         for shard in self.shards.clone() {
-            match self.prefetch.next()? {
-                Ok(batch) => {
-                    batches.push(ShardBatch { shard, batch: Some(batch).filter(|batch| !batch.labels.is_empty()) })
-                }
+            match self.source.next(prefix.as_deref_mut(), model)? {
+                Ok(micro) => batches
+                    .push(ShardBatch { shard, micro: Some(micro).filter(|micro| !micro.batch.labels.is_empty()) }),
                 Err(error) => return Some(Err(error)),
             }
         }
@@ -95,16 +101,16 @@ pub(crate) fn evaluation_batches(samples: u32) -> u32 {
 }
 
 /// The given range of a part's fixed evaluation batches.
-pub(crate) fn evaluation_feed(
+pub(crate) fn evaluation_source(
     dataset: &Dataset,
     part: Part,
     batches: Range<u32>,
-) -> std::io::Result<impl Iterator<Item = Result<Batch, Error>>> {
+    prefix: Option<&Prefix>,
+) -> Result<Source, prefix::Error> {
     let size = dataset.index().size(part);
     let work = batches.map(move |batch| {
         let start = batch * EVALUATION_BATCH;
         Work { part, samples: (start..(start + EVALUATION_BATCH).min(size)).collect() }
     });
-    let mut prefetch = Prefetch::spawn(dataset.clone(), work, AHEAD, 1)?;
-    Ok(std::iter::from_fn(move || prefetch.next()))
+    Source::start(dataset, work, AHEAD, prefix)
 }

@@ -1,5 +1,6 @@
 //! What a trainer is to do, made ready: the checked spec and plan, the data, the graph with its new head.
 
+use super::prefix::CacheFolders;
 use crate::checkpoint::CheckpointStore;
 use std::path::PathBuf;
 use thaw_core::manifest::Fingerprints;
@@ -50,11 +51,14 @@ pub(crate) struct Job {
     pub(crate) graph: SegmentedGraph,
     pub(crate) fingerprints: Fingerprints,
     pub(crate) store: CheckpointStore,
+    /// Tokens of the longest text that the data may give.
+    pub(crate) longest_text: u32,
+    pub(crate) cache: CacheFolders,
 }
 
 impl Job {
     /// Reads everything that `start` names.
-    pub(crate) fn load(start: &pb::StartTrainer) -> Result<Self, Error> {
+    pub(crate) fn load(start: &pb::StartTrainer, cache: CacheFolders) -> Result<Self, Error> {
         let given = start.spec.clone().ok_or_else(|| message("spec", "it is absent"))?;
         let spec = thaw_proto::convert::spec::check(&given).map_err(|problem| message("spec", problem))?;
         let plan = start.plan.clone().ok_or_else(|| message("plan", "it is absent"))?;
@@ -69,7 +73,9 @@ impl Job {
         let graph = thaw_graph::segment(&archive.graph()?, &fit::group_rules(&spec))?;
         let summary = thaw_graph::summary(&graph, archive.fingerprint()?);
         let tokenizer = fit::tokenizer(&spec, &archive)?;
-        let dataset = Dataset::open(index, &fit::data(&spec, &summary), tokenizer.as_deref(), &fit::wants(&summary))?;
+        let data = fit::data(&spec, &summary);
+        let longest_text = data.max_length;
+        let dataset = Dataset::open(index, &data, tokenizer.as_deref(), &fit::wants(&summary))?;
         let fingerprints = Fingerprints {
             spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes())
                 .to_hex()
@@ -91,6 +97,8 @@ impl Job {
             graph,
             fingerprints,
             store,
+            longest_text,
+            cache,
         })
     }
 

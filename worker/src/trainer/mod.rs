@@ -16,6 +16,7 @@ mod job;
 mod metrics;
 mod optimizer;
 mod outbox;
+mod prefix;
 mod reduce;
 mod replica;
 mod save;
@@ -24,6 +25,7 @@ mod shard_tree;
 mod trace;
 
 pub use hold::{Hold, HoldPoint};
+pub use prefix::CacheFolders;
 
 use crate::collective::{self, Collective, Listener, Membership, Options};
 use crate::pipe::{TrainerPipe, die_with_parent};
@@ -76,7 +78,7 @@ enum Error {
 
 /// Runs the trainer of this process until its agent ends it.
 #[must_use]
-pub fn run(host: &str, hold: Option<Hold>) -> ExitCode {
+pub fn run(host: &str, cache: CacheFolders, hold: Option<Hold>) -> ExitCode {
     let _telemetry = thaw_runtime::telemetry::Options::from_env("info")
         .and_then(|options| thaw_runtime::telemetry::init("thaw-trainer", &options));
     // Without it the end of standard input still ends this process (TRN-2).
@@ -95,7 +97,7 @@ pub fn run(host: &str, hold: Option<Hold>) -> ExitCode {
     let span = tracing::info_span!("trainer", run = start.run, slot = start.slot);
     thaw_runtime::telemetry::set_parent(&span, &start.traceparent);
     let _entered = span.entered();
-    let Err(error) = train(&start, host, messages, &outbox, hold) else { return ExitCode::SUCCESS };
+    let Err(error) = train(&start, host, cache, messages, &outbox, hold) else { return ExitCode::SUCCESS };
     let (class, reason) = classify(&error);
     outbox.send(Outbox::failed(class, reason, thaw_runtime::chain(&error)));
     drop(outbox);
@@ -124,11 +126,12 @@ enum Order {
 fn train(
     start: &pb::StartTrainer,
     host: &str,
+    cache: CacheFolders,
     messages: Receiver<pb::CoordinatorMessage>,
     outbox: &Arc<Outbox>,
     hold: Option<Hold>,
 ) -> Result<(), Error> {
-    let job = Job::load(start)?;
+    let job = Job::load(start, cache)?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
     let model = load_model(&job)?;
     let timeout = match start.collective_timeout_ms {
@@ -261,7 +264,18 @@ fn session(
         None
     };
     let generation = Generation(proposal.generation);
-    Ok(Session { job, generation, replica, state, outbox, saver, trace }.run()?)
+    Ok(Session {
+        job,
+        generation,
+        replica,
+        state,
+        outbox,
+        prefix: None,
+        evaluated: prefix::Counts::default(),
+        saver,
+        trace,
+    }
+    .run()?)
 }
 
 /// What the coordinator should do about a failure, and what to call it.
@@ -299,17 +313,21 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         Error::Collective(error) => of_collective(error),
         Error::Replica(error) | Error::Session(session::Error::Replica(error)) => of_replica(error),
         Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
-        Error::AgentGone | Error::Thread(_) | Error::Session(session::Error::Thread(_)) => {
+        Error::AgentGone | Error::Thread(_) | Error::Session(session::Error::Prefix(prefix::Error::Thread(_))) => {
             (FailureClass::Retry, RunReason::TrainerLost)
         }
         Error::Job(_)
         | Error::Model(_)
-        | Error::Session(session::Error::Data(_) | session::Error::NeverFinite | session::Error::Trace(_)) => {
-            (FailureClass::Invalid, RunReason::TrainerError)
-        }
+        | Error::Session(
+            session::Error::Prefix(prefix::Error::Data(_) | prefix::Error::Required { .. })
+            | session::Error::NeverFinite
+            | session::Error::Trace(_),
+        ) => (FailureClass::Invalid, RunReason::TrainerError),
         Error::Protocol { .. }
         | Error::Proposal { .. }
         | Error::Runtime(_)
-        | Error::Session(session::Error::DataEnded) => (FailureClass::Fatal, RunReason::TrainerError),
+        | Error::Session(
+            session::Error::DataEnded | session::Error::Prefix(prefix::Error::Model(_) | prefix::Error::Tensor(_)),
+        ) => (FailureClass::Fatal, RunReason::TrainerError),
     }
 }

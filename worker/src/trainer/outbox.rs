@@ -65,7 +65,7 @@ impl Outbox {
         rates: &[f64],
         epoch: f64,
     ) {
-        let [data_wait, forward, backward, exposed_all_reduce, optimizer] = pace.step_seconds;
+        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix] = pace.step_seconds;
         let generation = self.heard().generation.0;
         self.send(Payload::Progress(pb::Progress {
             position: Some(pb::Position::from(&position)),
@@ -73,9 +73,11 @@ impl Outbox {
             loss: report.loss,
             learning_rates: rates.to_vec(),
             samples_per_second: pace.samples_per_second,
-            step_time: Some(pb::StepTime { data_wait, forward, backward, exposed_all_reduce, optimizer }),
+            step_time: Some(pb::StepTime { data_wait, forward, backward, exposed_all_reduce, optimizer, prefix }),
             grad_norm: Some(report.grad_norm),
             epoch,
+            prefix_computed: pace.prefix.computed,
+            prefix_cached: pace.prefix.cached,
         }));
     }
 

@@ -7,6 +7,7 @@
 use super::hold::{Hold, HoldPoint};
 use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
+use super::prefix::Micro;
 use super::reduce::Exchange;
 use super::shard_tree::ShardTree;
 use crate::collective::Collective;
@@ -55,10 +56,10 @@ pub(crate) struct Settings {
     pub(crate) hold: Option<Hold>,
 }
 
-/// One logical shard's part of a step; `batch` is `None` where the shard has no sample left in the epoch.
+/// One logical shard's part of a step; `micro` is `None` where the shard has no sample left in the epoch.
 pub(crate) struct ShardBatch {
     pub(crate) shard: u32,
-    pub(crate) batch: Option<Batch>,
+    pub(crate) micro: Option<Micro>,
 }
 
 /// What one step does besides its data.
@@ -162,6 +163,11 @@ impl Replica {
         &self.model
     }
 
+    /// For running prefixes; what is trainable stays as it is.
+    pub(crate) fn model_mut(&mut self) -> &mut SegmentedModel {
+        &mut self.model
+    }
+
     /// Makes exactly `groups` (ascending) trainable. A group thawed for the first time gets zero optimizer state; one that freezes keeps its
     /// weights and loses its optimizer state.
     pub(crate) fn set_trainable(&mut self, groups: Vec<usize>) -> Result<(), Error> {
@@ -189,7 +195,7 @@ impl Replica {
         let (mut forward, mut backward) = (0.0, 0.0);
         let last = batches.len().saturating_sub(1);
         let mut tickets = Vec::with_capacity(self.trainable.len());
-        for (index, ShardBatch { shard, batch }) in batches.into_iter().enumerate() {
+        for (index, ShardBatch { shard, micro }) in batches.into_iter().enumerate() {
             Hold::at(self.settings.hold.as_ref(), HoldPoint::Forward, plan.step.0);
             let exchange = &mut self.exchange;
             let only = last == 0;
@@ -202,7 +208,7 @@ impl Replica {
                     tickets.push((group, exchange.sum_tensors(tree.take())));
                 }
             };
-            let Some(batch) = batch else {
+            let Some(micro) = micro else {
                 for &group in self.trainable.iter().rev() {
                     give(group, &self.model.groups()[group].flat.zeros_like());
                 }
@@ -212,8 +218,9 @@ impl Replica {
                 }
                 continue;
             };
-            let samples = batch.labels.len();
-            let (inputs, labels) = tensors(&batch, self.model.master_kind());
+            let samples = micro.batch.labels.len();
+            let inputs = input_tensors(&micro.batch, self.model.master_kind());
+            let labels = Tensor::from_slice(&micro.batch.labels);
             let weight = share(samples, plan.samples);
             runtime::manual_seed(sampler::shard_seed(self.settings.seed, plan.step.0, shard).unsigned_abs())?;
             if let Some(before) = &before {
@@ -221,7 +228,7 @@ impl Replica {
             }
             let enough = samples >= BATCH_NORM_MINIMUM;
             self.model.set_batch_norm(if enough { BatchNorm::BatchStatistics } else { BatchNorm::FrozenStatistics });
-            let output = self.model.train_step(&inputs, &labels, weight, &mut give)?;
+            let output = self.model.train_step(micro.entry(&inputs), &labels, weight, &mut give)?;
             forward += output.forward.as_secs_f64();
             backward += output.backward.as_secs_f64();
             let loss = output.loss.double_value(&[]);
@@ -286,17 +293,16 @@ impl Replica {
         sampler::ranks_shards(self.rank, self.world_size, batches)
     }
 
-    /// Exact over all ranks; each gives the batches of [`Replica::evaluation_share`] in order.
+    /// Exact over all ranks; `next` gives the batches of [`Replica::evaluation_share`] in order.
     pub(crate) fn evaluate<E: From<Error>>(
         &mut self,
         position: Position,
-        batches: impl Iterator<Item = Result<Batch, E>>,
+        mut next: impl FnMut(&mut SegmentedModel) -> Option<Result<Micro, E>>,
     ) -> Result<Evaluation, E> {
         let classes = self.settings.classes;
         let mut tally = Tally::new(classes);
-        for batch in batches {
-            let batch = batch?;
-            self.tally(&batch, &mut tally).map_err(E::from)?;
+        while let Some(micro) = next(&mut self.model) {
+            self.tally(&micro?, &mut tally).map_err(E::from)?;
         }
         let gathered = self.exchange.gather(tally.to_bytes()).map_err(|error| E::from(error.into()))?;
         let tallies = gathered
@@ -307,14 +313,15 @@ impl Replica {
         Ok(metrics::evaluation(position, &tallies, classes))
     }
 
-    fn tally(&mut self, batch: &Batch, tally: &mut Tally) -> Result<(), Error> {
-        let (inputs, labels) = tensors(batch, self.model.master_kind());
-        let logits = self.model.forward(&inputs)?;
+    fn tally(&mut self, micro: &Micro, tally: &mut Tally) -> Result<(), Error> {
+        let inputs = input_tensors(&micro.batch, self.model.master_kind());
+        let labels = Tensor::from_slice(&micro.batch.labels);
+        let logits = self.model.forward(micro.entry(&inputs))?;
         let losses = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::None, -100, 0.0);
         let predictions = logits.argmax(-1, false);
         let losses = Vec::<f64>::try_from(losses.to_kind(Kind::Double)).unwrap_or_default();
         let predictions = Vec::<i64>::try_from(predictions).unwrap_or_default();
-        tally.add(&batch.labels, &losses, &predictions);
+        tally.add(&micro.batch.labels, &losses, &predictions);
         Ok(())
     }
 
@@ -394,8 +401,8 @@ fn share(samples: usize, all: u32) -> f64 {
     f64::from(samples) / f64::from(all)
 }
 
-/// The batch as tensors; real-valued inputs in the model's element type.
-fn tensors(batch: &Batch, kind: Kind) -> (Vec<Tensor>, Tensor) {
+/// The batch's inputs as tensors; real-valued ones in the model's element type.
+pub(super) fn input_tensors(batch: &Batch, kind: Kind) -> Vec<Tensor> {
     let inputs = batch.inputs.iter().map(|input| {
         let values = match &input.data {
             ArrayData::I64(values) => Tensor::from_slice(values),
@@ -403,7 +410,7 @@ fn tensors(batch: &Batch, kind: Kind) -> (Vec<Tensor>, Tensor) {
         };
         values.reshape(&input.shape)
     });
-    (inputs.collect(), Tensor::from_slice(&batch.labels))
+    inputs.collect()
 }
 
 fn hash(hasher: &mut blake3::Hasher, tensor: &Tensor) -> Result<(), Error> {

@@ -7,14 +7,14 @@
 use super::feed::{self, Feed, Order};
 use super::job::Job;
 use super::outbox::Outbox;
+use super::prefix::{self, Prefix};
 use super::replica::{self, GroupSnapshot, Replica, StepPlan, StepReport};
 use super::save::{self, Saver};
 use super::trace::{Trace, TraceStep};
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use thaw_core::schedule::Rates;
 use thaw_core::stage_end::{self, AfterStage, Decision, Judge, RunTracker, Standing};
-use thaw_data::batch::Error as DataError;
 use thaw_data::index::Part;
 use thaw_proto::ids::{Generation, StageIndex};
 use thaw_proto::plan::PlannedStage;
@@ -25,10 +25,8 @@ use thaw_proto::spec::OnEnter;
 pub(crate) enum Error {
     #[error(transparent)]
     Replica(#[from] replica::Error),
-    #[error("cannot load samples")]
-    Data(#[from] DataError),
-    #[error("cannot start a loading thread")]
-    Thread(#[source] std::io::Error),
+    #[error(transparent)]
+    Prefix(#[from] prefix::Error),
     #[error(transparent)]
     Save(#[from] save::Error),
     #[error("cannot write the trace")]
@@ -91,6 +89,10 @@ pub(crate) struct Session<'a> {
     pub(crate) replica: Replica,
     pub(crate) state: State,
     pub(crate) outbox: &'a Outbox,
+    /// Of the present stage, where its frozen part is run apart.
+    pub(crate) prefix: Option<Prefix>,
+    /// Samples of evaluations since the last measurement; their time is not a step's.
+    pub(crate) evaluated: prefix::Counts,
     /// On rank 0 only.
     pub(crate) saver: Option<Saver>,
     /// On rank 0, where the spec asks for it.
@@ -143,18 +145,20 @@ impl Session<'_> {
             self.enter(stage)?;
         } else {
             self.replica.set_trainable(indices(stage))?;
+            self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
         }
         let steps = self.state.position.stage_step..stage.max_steps;
         let order = Order::new(&self.job.plan, self.job.spec.seed, &self.job.shard_sizes);
+        let (dataset, shards) = (&self.job.dataset, self.replica.shards());
         let mut feed =
-            Feed::start(&self.job.dataset, order.clone(), self.state.first_epoch, steps, self.replica.shards())
-                .map_err(Error::Thread)?;
+            Feed::start(dataset, order.clone(), self.state.first_epoch, steps, shards, self.prefix.as_ref())?;
         let rates = Rates::entering(&self.job.plan, &self.state.ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
         loop {
             let waited = Instant::now();
-            let batches = feed.next().ok_or(Error::DataEnded)??;
-            let data_wait = waited.elapsed().as_secs_f64();
+            let batches = feed.next(self.prefix.as_mut(), self.replica.model_mut()).ok_or(Error::DataEnded)??;
+            let counts = self.prefix.as_mut().map(Prefix::take_counts).unwrap_or_default();
+            let data_wait = waited.elapsed().saturating_sub(counts.time).as_secs_f64();
             let at = self.state.position;
             let plan = StepPlan {
                 step: at.step,
@@ -166,7 +170,8 @@ impl Session<'_> {
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
-            pace.add(&report, data_wait, plan.samples);
+            pace.add(&report, data_wait, counts, plan.samples);
+            pace.prefix.add(std::mem::take(&mut self.evaluated));
             self.after_step(stage, &order, at, &plan, &report, &mut pace)?;
             if let Decision::End(end) = self.decide(stage)? {
                 self.state.stage_seconds = before + started.elapsed().as_secs_f64();
@@ -188,6 +193,7 @@ impl Session<'_> {
             restored = self.state.tracker.best.as_ref().map(|best| best.position.step);
         }
         self.replica.set_trainable(indices(stage))?;
+        self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
         if let Some(trace) = &mut self.trace {
             trace.enter(restored);
         }
@@ -220,8 +226,12 @@ impl Session<'_> {
     fn evaluate(&mut self, part: Part) -> Result<Evaluation, Error> {
         let batches = feed::evaluation_batches(self.job.dataset.index().size(part));
         let share = self.replica.evaluation_share(batches);
-        let feed = feed::evaluation_feed(&self.job.dataset, part, share).map_err(Error::Thread)?;
-        let evaluation = self.replica.evaluate(self.state.position, feed.map(|batch| batch.map_err(Error::from)))?;
+        let Self { job, replica, prefix, .. } = self;
+        let mut source = feed::evaluation_source(&job.dataset, part, share, prefix.as_ref())?;
+        let next = |model: &mut _| source.next(prefix.as_mut(), model).map(|micro| micro.map_err(Error::from));
+        let evaluation = replica.evaluate(self.state.position, next)?;
+        let counts = self.prefix.as_mut().map(Prefix::take_counts).unwrap_or_default();
+        self.evaluated.add(prefix::Counts { time: Duration::ZERO, ..counts });
         if self.replica.rank() == 0 && part == Part::Eval {
             self.outbox.evaluation(&evaluation);
         }
@@ -354,27 +364,37 @@ pub(crate) struct Pace {
     since: Instant,
     steps: u32,
     samples: u64,
-    sums: [f64; 5],
+    sums: [f64; 6],
+    prefix: prefix::Counts,
 }
 
-/// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer.
 pub(crate) struct PaceReport {
     pub(crate) samples_per_second: f64,
-    pub(crate) step_seconds: [f64; 5],
+    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix.
+    pub(crate) step_seconds: [f64; 6],
+    pub(crate) prefix: prefix::Counts,
 }
 
 impl Pace {
     fn new() -> Self {
-        Self { since: Instant::now(), steps: 0, samples: 0, sums: [0.0; 5] }
+        Self { since: Instant::now(), steps: 0, samples: 0, sums: [0.0; 6], prefix: prefix::Counts::default() }
     }
 
-    fn add(&mut self, report: &StepReport, data_wait: f64, samples: u32) {
-        let parts = [data_wait, report.forward, report.backward, report.exposed_all_reduce, report.optimizer];
+    fn add(&mut self, report: &StepReport, data_wait: f64, prefix: prefix::Counts, samples: u32) {
+        let parts = [
+            data_wait,
+            report.forward,
+            report.backward,
+            report.exposed_all_reduce,
+            report.optimizer,
+            prefix.time.as_secs_f64(),
+        ];
         for (sum, part) in self.sums.iter_mut().zip(parts) {
             *sum += part;
         }
         self.steps += 1;
         self.samples += u64::from(samples);
+        self.prefix.add(prefix);
     }
 
     fn take(&mut self) -> PaceReport {
@@ -384,6 +404,7 @@ impl Pace {
         let report = PaceReport {
             samples_per_second: self.samples as f64 / seconds,
             step_seconds: self.sums.map(|sum| sum / steps),
+            prefix: self.prefix,
         };
         *self = Self::new();
         report

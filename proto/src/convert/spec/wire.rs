@@ -4,7 +4,7 @@ use crate::convert::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
     Backbone, Checkpoint, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform, LayerGroupRule,
-    LrScheduler, Optimizer, RateDecay, RunSpec, Split, Stage, Until, Verification, Workers,
+    LrScheduler, Optimizer, PrefixCache, RateDecay, RunSpec, Split, Stage, Until, Verification, Workers,
 };
 use url::Url;
 
@@ -41,6 +41,18 @@ impl From<&RunSpec> for pb::RunSpec {
             logging_steps: Some(spec.logging_steps),
             head_rate_after_thaw: Some(spec.head_rate_after_thaw),
             verification: Some((&spec.verification).into()),
+            prefix_cache: Some((&spec.prefix_cache).into()),
+        }
+    }
+}
+
+impl From<&PrefixCache> for pb::PrefixCache {
+    fn from(cache: &PrefixCache) -> Self {
+        Self {
+            mode: cache.mode.number(),
+            memory_mib: cache.memory_mib,
+            disk_mib: cache.disk_mib,
+            chunk_size: cache.chunk_size,
         }
     }
 }
