@@ -40,11 +40,13 @@ pub struct RunSpec {
     pub logging_steps: u32,
     pub head_rate_after_thaw: f64,
     pub verification: Verification,
+    /// Later than the first version: records without it are read too.
+    #[serde(default)]
     pub prefix_cache: PrefixCache,
 }
 
 /// How the outputs of frozen groups are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PrefixCache {
     pub mode: PrefixCacheMode,
@@ -56,9 +58,10 @@ pub struct PrefixCache {
     pub chunk_size: Option<u32>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PrefixCacheMode {
+    #[default]
     Auto,
     Off,
     Required,

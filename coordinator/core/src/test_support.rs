@@ -1,4 +1,4 @@
-//! One small run for the tests of every module: embeddings, six layers, a head; 200 samples in two shards.
+//! One small run for the tests of every module, as the first version would have stored it: embeddings, six layers, a head; 200 samples in two shards.
 
 use crate::planner::{DataFacts, GraphFacts, GroupFacts, plan};
 use serde_json::{Value, json};
@@ -43,7 +43,6 @@ pub(crate) fn spec(changes: Value) -> RunSpec {
         "logging_steps": 10,
         "head_rate_after_thaw": 0.5,
         "verification": {"digest_steps": null, "trace": false},
-        "prefix_cache": {"mode": "auto", "memory_mib": null, "disk_mib": null, "chunk_size": null},
     });
     let Value::Object(changes) = changes else { panic!("changes are an object") };
     spec.as_object_mut().unwrap().extend(changes);

@@ -32,7 +32,8 @@ pub(super) struct Cluster {
     data_dir: PathBuf,
     workers: Vec<Child>,
     shutdown: CancellationToken,
-    serving: JoinHandle<Result<(), server::Error>>,
+    /// `None` once it has ended by itself.
+    serving: Option<JoinHandle<Result<(), server::Error>>>,
 }
 
 impl Cluster {
@@ -48,7 +49,7 @@ impl Cluster {
         let address = bound.address();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(bound.run(shutdown.clone()));
-        let mut cluster = Self { address, data_dir, workers: Vec::new(), shutdown, serving };
+        let mut cluster = Self { address, data_dir, workers: Vec::new(), shutdown, serving: Some(serving) };
         for index in 0..options.workers {
             let worker = start_worker(&program, &cluster.url(), index, options.hold.as_deref(), logs);
             cluster.workers.push(worker?);
@@ -65,18 +66,23 @@ impl Cluster {
     }
 
     /// Until every worker has said hello.
-    pub(super) async fn wait_for_workers(&self) -> Result<(), Failure> {
+    pub(super) async fn wait_for_workers(&mut self) -> Result<(), Failure> {
         let all = self.workers.len();
+        let url = self.url();
         let wait = async {
             loop {
                 // Until the coordinator leads it knows of no workers and says so with an error.
-                match client::workers(&self.url()).await {
+                match client::workers(&url).await {
                     Ok(list) if list.workers.len() >= all => return Ok(()),
                     Ok(_) | Err(_) => tokio::time::sleep(POLL).await,
                 }
             }
         };
-        tokio::time::timeout(START_DEADLINE, wait).await.unwrap_or_else(|_| {
+        let started = tokio::select! {
+            started = tokio::time::timeout(START_DEADLINE, wait) => started,
+            failure = ended_by_itself(&mut self.serving) => return Err(failure),
+        };
+        started.unwrap_or_else(|_| {
             Err(Failure::failed(format!(
                 "not all of {all} workers started within {} s; see their messages above",
                 START_DEADLINE.as_secs()
@@ -97,7 +103,8 @@ impl Cluster {
             }
         }
         self.shutdown.cancel();
-        match tokio::time::timeout(STOP_DEADLINE, self.serving).await {
+        let Some(serving) = self.serving else { return };
+        match tokio::time::timeout(STOP_DEADLINE, serving).await {
             Ok(Ok(Ok(()))) => {}
             Ok(ended) => tracing::error!(error = serving_failure(ended).to_string(), "the coordinator failed"),
             Err(_) => tracing::error!("the coordinator did not stop in time"),
@@ -118,14 +125,14 @@ pub(super) async fn up(options: UpOptions) -> Result<ExitCode, Failure> {
     );
     let failed = tokio::select! {
         () = interrupted.cancelled() => None,
-        ended = &mut cluster.serving => Some(ended),
+        failure = ended_by_itself(&mut cluster.serving) => Some(failure),
     };
     match failed {
         None => {
             cluster.stop().await;
             Ok(ExitCode::SUCCESS)
         }
-        Some(ended) => Err(serving_failure(ended)),
+        Some(failure) => Err(failure),
     }
 }
 
@@ -153,6 +160,14 @@ pub(super) async fn serve(options: ServeOptions) -> Result<ExitCode, Failure> {
 
 async fn bind(config: ServeConfig) -> Result<Bound, Failure> {
     Server::bind(config).await.map_err(|error| Failure::from_error(&error))
+}
+
+/// Waits for the coordinator to end, which it should not do unasked. Never returns where it already has.
+async fn ended_by_itself(serving: &mut Option<JoinHandle<Result<(), server::Error>>>) -> Failure {
+    let Some(running) = serving else { return std::future::pending().await };
+    let ended = running.await;
+    *serving = None;
+    serving_failure(ended)
 }
 
 fn serving_failure(ended: Result<Result<(), server::Error>, tokio::task::JoinError>) -> Failure {

@@ -35,9 +35,9 @@ pub(super) async fn plan(options: PlanOptions) -> Result<ExitCode, Failure> {
 pub(super) async fn train(options: TrainOptions) -> Result<ExitCode, Failure> {
     let (spec, _) = read_spec(&options.spec)?;
     let interrupted = interruption()?;
-    let cluster = Cluster::start(&options.cluster, options.listen, WorkerLogs::Failures).await?;
+    let mut cluster = Cluster::start(&options.cluster, options.listen, WorkerLogs::Failures).await?;
     let outcome = tokio::select! {
-        outcome = train_on(&cluster, spec, options.output) => outcome,
+        outcome = train_on(&mut cluster, spec, options.output) => outcome,
         () = interrupted.cancelled() => Err(Failure::failed("interrupted; run `thaw up` with the same --data-dir to go on")),
     };
     cluster.stop().await;
@@ -49,7 +49,7 @@ pub(super) fn interruption() -> Result<CancellationToken, Failure> {
     thaw_runtime::shutdown::signal().map_err(|error| Failure::failed(format!("cannot listen to signals: {error}")))
 }
 
-async fn train_on(cluster: &Cluster, spec: pb::RunSpec, output: Format) -> Result<ExitCode, Failure> {
+async fn train_on(cluster: &mut Cluster, spec: pb::RunSpec, output: Format) -> Result<ExitCode, Failure> {
     let mut runs = client::runs(&cluster.url()).await?;
     cluster.wait_for_workers().await?;
     let run = client::submit(&mut runs, spec).await?;
