@@ -52,6 +52,8 @@ pub struct Options {
     pub connect_deadline: Duration,
     /// How long each operation may take.
     pub operation_deadline: Duration,
+    /// Whether ranks of one host reduce through shared memory. The same on every rank.
+    pub shared_memory: bool,
 }
 
 /// A socket that peers will connect to, open before anybody knows its rank.
@@ -87,10 +89,15 @@ impl Listener {
             streams[rank as usize] = Some(forming.dial(rank, address)?);
         }
         forming.accept(&self.socket, &mut streams)?;
-        Tree::start(forming.rank, options.shards, options.operation_deadline, streams).map_err(|source| Error::Listen {
+        let tree = Tree::start(forming.rank, options.shards, options.operation_deadline, streams);
+        let mut tree = tree.map_err(|source| Error::Listen {
             address: membership.addresses[forming.rank as usize].clone(),
             source: Arc::new(source),
-        })
+        })?;
+        if options.shared_memory {
+            tree.share_memory(forming.token())?;
+        }
+        Ok(tree)
     }
 }
 
@@ -132,6 +139,15 @@ impl Forming {
             return Err(forming.failed(rank, Refusal::Shape, None));
         }
         Ok(forming)
+    }
+
+    /// What this rank's segment is known by: nobody without the key can guess it.
+    fn token(&self) -> [u8; 32] {
+        let mut what = b"segment".to_vec();
+        what.extend(self.generation.to_le_bytes());
+        what.extend(self.rank.to_le_bytes());
+        what.extend(std::process::id().to_le_bytes());
+        *blake3::keyed_hash(&self.key, &what).as_bytes()
     }
 
     fn failed(&self, rank: u32, reason: Refusal, source: Option<io::Error>) -> Error {

@@ -13,6 +13,7 @@
 
 mod error;
 mod handshake;
+mod local;
 mod queue;
 mod tcp;
 #[cfg(test)]

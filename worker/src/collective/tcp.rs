@@ -1,4 +1,4 @@
-//! [`Tree`]: the collective of processors, over TCP.
+//! [`Tree`]: the collective of processors, over TCP; reductions through shared memory where all ranks are on one host.
 //!
 //! The elements are cut into as many chunks as there are ranks. Rank `c` gets everyone's parts of chunk `c`, adds them along
 //! the tree, and sends the sum to all: each rank sends and receives about twice the buffer, whatever the world size, and one
@@ -8,6 +8,7 @@
 //! cannot block each other. The calling thread writes straight from the caller's buffers.
 
 use super::error::Error;
+use super::local::{Local, Offer};
 use super::tree;
 use super::wire::{self, Buffer, Header, Kind};
 use super::{Collective, Element};
@@ -39,6 +40,8 @@ pub struct Tree {
     /// In rank order; `None` is this rank.
     peers: Vec<Option<Peer>>,
     shared: Arc<Shared>,
+    /// Where all ranks share a host.
+    local: Option<Local>,
 }
 
 #[derive(Debug)]
@@ -66,7 +69,7 @@ struct Inbox {
 }
 
 /// An operation in flight.
-struct Operation {
+pub(super) struct Operation {
     sequence: u64,
     kind: Kind,
     elements: u64,
@@ -75,7 +78,11 @@ struct Operation {
 }
 
 impl Operation {
-    fn mismatch(&self, what: String) -> Error {
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    pub(super) fn mismatch(&self, what: String) -> Error {
         Error::Mismatch { operation: self.kind.name(), sequence: self.sequence, what }
     }
 
@@ -109,13 +116,45 @@ impl Tree {
         let world_size = u32::try_from(streams.len()).expect("ranks are u32");
         let frames = streams.iter().map(|_| VecDeque::new()).collect();
         let shared = Arc::new(Shared { inbox: Mutex::new(Inbox { frames, ..Inbox::default() }), ..Shared::default() });
-        let mut tree = Self { rank, world_size, shards, deadline, sequence: Mutex::new(0), peers: Vec::new(), shared };
+        let mut tree = Self {
+            rank,
+            world_size,
+            shards,
+            deadline,
+            sequence: Mutex::new(0),
+            peers: Vec::new(),
+            shared,
+            local: None,
+        };
         for (peer, stream) in (0..).zip(streams) {
             // Pushed one by one: where a thread cannot start, dropping `tree` joins those before it.
             let peer = stream.map(|stream| tree.start_peer(peer, stream)).transpose()?;
             tree.peers.push(peer);
         }
         Ok(tree)
+    }
+
+    /// Lets reductions pass through shared memory, where every rank can map every other's (all decide the same).
+    ///
+    /// # Errors
+    /// Where the ranks cannot exchange what they found.
+    pub(super) fn share_memory(&mut self, token: [u8; 32]) -> Result<(), Error> {
+        if self.world_size == 1 {
+            return Ok(());
+        }
+        let offer = Offer::new(self.world_size, self.shards, token);
+        let offers = self.all_gather(&offer.as_ref().map(Offer::encode).unwrap_or_default())?;
+        let local = offer.ok().and_then(|offer| offer.map(self.rank, &offers));
+        let all = self.all_gather(&[u8::from(local.is_some())])?;
+        self.local = local.filter(|_| all.iter().all(|found| found == &[1]));
+        tracing::debug!(rank = self.rank, shared_memory = self.local.is_some(), "built the collective");
+        Ok(())
+    }
+
+    /// Whether reductions pass through shared memory.
+    #[must_use]
+    pub fn shares_memory(&self) -> bool {
+        self.local.is_some()
     }
 
     fn start_peer(&self, rank: u32, stream: TcpStream) -> io::Result<Peer> {
@@ -251,6 +290,9 @@ impl Tree {
                     out.len()
                 )));
             }
+            if let Some(local) = &self.local {
+                return local.reduce(operation, &Waiting { shared: &self.shared }, parts, out);
+            }
             for (rank, peer) in self.others() {
                 let chunk = self.chunk(rank, out.len());
                 let payload: Vec<&[u8]> = parts.iter().map(|part| bytemuck::cast_slice(&part[chunk.clone()])).collect();
@@ -341,6 +383,26 @@ fn check(operation: &Operation, phase: u8, rank: u32, found: Header) -> Result<(
 
 fn wrong_length(operation: &Operation, rank: u32, buffer: &Buffer, expected: usize) -> Error {
     operation.mismatch(format!("rank {rank} sent {} bytes, expected {expected}", buffer.as_bytes().len()))
+}
+
+/// What ends a wait that is not for a frame.
+pub(super) struct Waiting<'a> {
+    shared: &'a Shared,
+}
+
+impl Waiting<'_> {
+    /// Why waiting for `rank` has no sense any more.
+    pub(super) fn ended(&self, operation: &Operation, rank: u32) -> Option<Error> {
+        let inbox = self.shared.inbox();
+        if let Some(failed) = &inbox.failed {
+            return Some(failed.clone());
+        }
+        // Who was seen to go first is named, even where another one is waited for: that one fails because of it.
+        if let Some((lost, source)) = inbox.lost.first().filter(|_| inbox.lost.iter().any(|(lost, _)| *lost == rank)) {
+            return Some(operation.lost(*lost, source.clone()));
+        }
+        operation.left().is_none().then(|| operation.too_late(vec![rank]))
+    }
 }
 
 impl Shared {

@@ -14,8 +14,11 @@ const SHARDS: u32 = 7;
 const SOON: Duration = Duration::from_secs(30);
 
 fn options(operation_deadline: Duration) -> Options {
-    Options { shards: SHARDS, connect_deadline: SOON, operation_deadline }
+    Options { shards: SHARDS, connect_deadline: SOON, operation_deadline, shared_memory: false }
 }
+
+/// Over TCP alone, and through shared memory.
+const TRANSPORTS: [bool; 2] = [false, true];
 
 fn listeners(world_size: u32) -> (Vec<Listener>, Vec<String>) {
     (0..world_size).map(|_| Listener::bind("127.0.0.1").unwrap()).unzip()
@@ -31,7 +34,8 @@ fn membership(rank: usize, addresses: &[String]) -> Membership {
     }
 }
 
-fn gang(world_size: u32, operation_deadline: Duration) -> Vec<Tree> {
+fn gang(world_size: u32, operation_deadline: Duration, shared_memory: bool) -> Vec<Tree> {
+    let options = Options { shared_memory, ..options(operation_deadline) };
     let (listeners, addresses) = listeners(world_size);
     std::thread::scope(|scope| {
         let joining: Vec<_> = listeners
@@ -39,7 +43,7 @@ fn gang(world_size: u32, operation_deadline: Duration) -> Vec<Tree> {
             .enumerate()
             .map(|(rank, listener)| {
                 let membership = membership(rank, &addresses);
-                scope.spawn(move || listener.connect(&membership, options(operation_deadline)).unwrap())
+                scope.spawn(move || listener.connect(&membership, options).unwrap())
             })
             .collect();
         joining.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -90,12 +94,16 @@ fn reduce(tree: &Tree, elements: usize) -> Result<Vec<u32>, Error> {
 
 #[test]
 fn sums_are_the_same_bits_for_every_world_size() {
+    TRANSPORTS.into_iter().for_each(sums_are_the_same_bits_for_every_world_size_over);
+}
+
+fn sums_are_the_same_bits_for_every_world_size_over(shared_memory: bool) {
     // The last is more than sockets hold, so both sides must read while they write.
     let lengths = [0, 1, 3, 7, 1001, 3_000_017];
     let alone = Tree::alone(SHARDS);
     let expected: Vec<_> = lengths.iter().map(|length| reduce(&alone, *length).unwrap()).collect();
     for world_size in WORLD_SIZES {
-        let gang = gang(world_size, SOON);
+        let gang = gang(world_size, SOON, shared_memory);
         for sums in on_all(&gang, |tree| lengths.map(|length| reduce(tree, length).unwrap())) {
             assert!(sums.iter().eq(&expected), "world size {world_size}");
         }
@@ -113,8 +121,12 @@ fn the_order_of_the_sum_shows_in_its_bits() {
 
 #[test]
 fn doubles_are_summed_and_bytes_gathered() {
+    TRANSPORTS.into_iter().for_each(doubles_are_summed_and_bytes_gathered_over);
+}
+
+fn doubles_are_summed_and_bytes_gathered_over(shared_memory: bool) {
     for world_size in WORLD_SIZES {
-        let gang = gang(world_size, SOON);
+        let gang = gang(world_size, SOON, shared_memory);
         let results = on_all(&gang, |tree| {
             let subtrees = maximal_subtrees(ranks_shards(tree.rank().0, world_size, SHARDS), SHARDS);
             let values: Vec<[f64; 2]> = subtrees.iter().map(|node| [node.len() as f64, 0.5]).collect();
@@ -133,7 +145,11 @@ fn doubles_are_summed_and_bytes_gathered() {
 
 #[test]
 fn abort_wakes_a_blocked_operation_and_stays() {
-    let gang = gang(3, SOON);
+    TRANSPORTS.into_iter().for_each(abort_wakes_a_blocked_operation_and_stays_over);
+}
+
+fn abort_wakes_a_blocked_operation_and_stays_over(shared_memory: bool) {
+    let gang = gang(3, SOON, shared_memory);
     let begun = Instant::now();
     std::thread::scope(|scope| {
         let blocked = scope.spawn(|| reduce(&gang[0], 2_000_000));
@@ -155,8 +171,12 @@ fn abort_wakes_a_blocked_operation_and_stays() {
 
 #[test]
 fn a_dead_peer_is_named_at_once() {
+    TRANSPORTS.into_iter().for_each(a_dead_peer_is_named_at_once_over);
+}
+
+fn a_dead_peer_is_named_at_once_over(shared_memory: bool) {
     for world_size in [2, 4, 8] {
-        let mut gang = gang(world_size, SOON);
+        let mut gang = gang(world_size, SOON, shared_memory);
         let begun = Instant::now();
         drop(gang.pop());
         for error in on_all(&gang, |tree| reduce(tree, 500_000).unwrap_err()) {
@@ -169,7 +189,11 @@ fn a_dead_peer_is_named_at_once() {
 
 #[test]
 fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody() {
-    let mut gang = gang(3, SOON);
+    TRANSPORTS.into_iter().for_each(a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over);
+}
+
+fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over(shared_memory: bool) {
+    let mut gang = gang(3, SOON, shared_memory);
     std::thread::scope(|scope| {
         for tree in gang.drain(..) {
             scope.spawn(move || {
@@ -183,7 +207,11 @@ fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody() {
 
 #[test]
 fn a_silent_peer_runs_into_the_deadline() {
-    let gang = gang(2, Duration::from_millis(50));
+    TRANSPORTS.into_iter().for_each(a_silent_peer_runs_into_the_deadline_over);
+}
+
+fn a_silent_peer_runs_into_the_deadline_over(shared_memory: bool) {
+    let gang = gang(2, Duration::from_millis(50), shared_memory);
     let error = reduce(&gang[0], 10).unwrap_err();
     assert!(matches!(&error, Error::Deadline { missing, .. } if missing == &[1]), "{error}");
     // Writing into a peer that does not read ends too: its reader stops at a bounded number of frames.
@@ -193,7 +221,11 @@ fn a_silent_peer_runs_into_the_deadline() {
 
 #[test]
 fn different_operations_are_a_mismatch_on_both_sides() {
-    let gang = gang(2, SOON);
+    TRANSPORTS.into_iter().for_each(different_operations_are_a_mismatch_on_both_sides_over);
+}
+
+fn different_operations_are_a_mismatch_on_both_sides_over(shared_memory: bool) {
+    let gang = gang(2, SOON, shared_memory);
     let errors = on_all(&gang, |tree| reduce(tree, 10 + tree.rank().0 as usize).unwrap_err());
     assert!(errors.iter().any(|error| matches!(error, Error::Mismatch { .. })));
     assert!(errors.iter().all(|error| matches!(error, Error::Mismatch { .. } | Error::PeerLost { .. })), "{errors:?}");
@@ -264,7 +296,11 @@ fn a_newer_generation_waits_for_a_peer_that_is_behind() {
 
 #[test]
 fn a_queue_keeps_order_and_returns_payloads() {
-    let gang = gang(2, SOON);
+    TRANSPORTS.into_iter().for_each(a_queue_keeps_order_and_returns_payloads_over);
+}
+
+fn a_queue_keeps_order_and_returns_payloads_over(shared_memory: bool) {
+    let gang = gang(2, SOON, shared_memory);
     std::thread::scope(|scope| {
         for tree in gang {
             scope.spawn(move || {
@@ -289,6 +325,10 @@ fn a_queue_keeps_order_and_returns_payloads() {
 
 #[test]
 fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation() {
+    TRANSPORTS.into_iter().for_each(an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over);
+}
+
+fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over(shared_memory: bool) {
     let mut queue = ReduceQueue::new(Arc::new(Tree::alone(1)));
     let good = queue.submit(1, |_, _| Ok(()));
     assert_eq!(queue.wait(good).unwrap(), 1);
@@ -297,10 +337,26 @@ fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation() {
     assert!(matches!(queue.wait(after), Err(Error::Mismatch { .. })));
     assert!(matches!(queue.wait(bad), Err(Error::Mismatch { .. })));
 
-    let mut gang = gang(2, SOON);
+    let mut gang = gang(2, SOON, shared_memory);
     let begun = Instant::now();
     let mut queue = ReduceQueue::new(Arc::new(gang.remove(0)));
     let _never = queue.submit((), |collective, ()| collective.all_gather(&[]).map(drop));
     drop(queue);
     assert!(begun.elapsed() < SOON);
+}
+
+#[test]
+fn ranks_of_one_host_share_memory_and_many_small_sums_follow_each_other() {
+    let lengths = |turn: usize| [1, 2, 0, 300, 70_001][turn % 5] + turn % 7;
+    for world_size in [2, 3, 4] {
+        let gang = gang(world_size, SOON, true);
+        assert!(gang.iter().all(Tree::shares_memory));
+        let alone = Tree::alone(SHARDS);
+        let expected: Vec<_> = (0..60).map(|turn| reduce(&alone, lengths(turn)).unwrap()).collect();
+        for found in on_all(&gang, |tree| (0..60).map(|turn| reduce(tree, lengths(turn)).unwrap()).collect::<Vec<_>>())
+        {
+            assert!(found == expected, "world size {world_size}");
+        }
+    }
+    assert!(!gang(2, SOON, false).iter().any(Tree::shares_memory));
 }

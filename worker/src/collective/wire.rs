@@ -30,7 +30,7 @@ impl Kind {
         }
     }
 
-    fn from_byte(byte: u8) -> Option<Self> {
+    pub(super) fn from_byte(byte: u8) -> Option<Self> {
         [Self::ReduceF32, Self::ReduceF64, Self::AllGather].into_iter().find(|kind| *kind as u8 == byte)
     }
 }

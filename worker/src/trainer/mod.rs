@@ -138,8 +138,12 @@ fn train(
         0 => DEFAULT_COLLECTIVE_TIMEOUT,
         milliseconds => Duration::from_millis(u64::from(milliseconds)),
     };
-    let options =
-        Options { shards: job.plan.logical_shards, connect_deadline: CONNECT_TIMEOUT, operation_deadline: timeout };
+    let options = Options {
+        shards: job.plan.logical_shards,
+        connect_deadline: CONNECT_TIMEOUT,
+        operation_deadline: timeout,
+        shared_memory: true,
+    };
     let (listener, address) = Listener::bind(host)?;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address }));
     let (orders, ordered) = channel();

@@ -1,0 +1,219 @@
+//! Memory that two processes of one host share, and waiting on a word in it.
+//!
+//! SHM-1: a segment has no name in any file system: it is reached through its owner's open file, and is gone when the last process that
+//!        has it mapped is, however that ends.
+//! SHM-2: only numbers lie in a segment, so whatever another process writes there is a valid value. Who may write which part when is the
+//!        users' protocol, kept by counters that are stored with `release` and loaded with `acquire`.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
+
+use bytemuck::Pod;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd as _, FromRawFd as _};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// A mapped segment.
+#[derive(Debug)]
+pub struct Segment {
+    start: NonNull<u8>,
+    bytes: usize,
+    /// Of the owner: peers open it through `/proc`.
+    file: File,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and all access goes through atomics or through copies of numbers (SHM-2).
+unsafe impl Send for Segment {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// A new segment of so many bytes, all zero.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn create(bytes: usize) -> io::Result<Self> {
+        // SAFETY: the name is a C string; the result is checked.
+        let descriptor = unsafe { libc::memfd_create(c"thaw".as_ptr(), libc::MFD_CLOEXEC) };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is open and nobody else owns it.
+        let file = unsafe { File::from_raw_fd(descriptor) };
+        file.set_len(bytes as u64)?;
+        Self::map(file, bytes)
+    }
+
+    /// Another process's segment, from the address that its owner gave: [`Segment::address`]. The caller checks that it is the right one.
+    ///
+    /// # Errors
+    /// What the system says: that process is not on this host, or is gone; or its segment is shorter.
+    pub fn open(address: (u32, u32), bytes: usize) -> io::Result<Self> {
+        let path = format!("/proc/{}/fd/{}", address.0, address.1);
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() < bytes as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a segment of that size"));
+        }
+        Self::map(file, bytes)
+    }
+
+    /// Process and descriptor under which others of this host find it.
+    #[must_use]
+    pub fn address(&self) -> (u32, u32) {
+        (std::process::id(), u32::try_from(self.file.as_raw_fd()).unwrap_or(u32::MAX))
+    }
+
+    fn map(file: File, bytes: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping of an open file, at an address that the system chooses; the result is checked.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("the system mapped at address 0"))?;
+        Ok(Self { start, bytes, file })
+    }
+
+    fn at(&self, offset: usize, bytes: usize, alignment: usize) -> *mut u8 {
+        let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.bytes);
+        assert!(inside && offset.is_multiple_of(alignment), "{bytes} bytes at {offset} of a segment of {}", self.bytes);
+        // SAFETY: the offset is inside the mapping.
+        unsafe { self.start.as_ptr().add(offset) }
+    }
+
+    /// A counter in the segment.
+    ///
+    /// # Panics
+    /// If the offset is outside, or no multiple of four.
+    #[must_use]
+    pub fn word(&self, offset: usize) -> &AtomicU32 {
+        let place = self.at(offset, size_of::<AtomicU32>(), align_of::<AtomicU32>());
+        // SAFETY: inside the mapping, aligned, and alive as long as `self`; every process uses it as an atomic.
+        unsafe { &*place.cast::<AtomicU32>() }
+    }
+
+    /// Numbers in the segment, while the protocol says that nobody writes there (SHM-2).
+    ///
+    /// # Panics
+    /// If they are outside, or the offset is not aligned.
+    #[must_use]
+    pub fn numbers<E: Pod>(&self, offset: usize, count: usize) -> &[E] {
+        let place = self.at(offset, count * size_of::<E>(), align_of::<E>());
+        // SAFETY: inside the mapping, aligned, alive as long as `self`; any bits are a valid `E`.
+        unsafe { std::slice::from_raw_parts(place.cast::<E>(), count) }
+    }
+
+    /// Writes numbers into the segment, while the protocol says that nobody else uses that part (SHM-2).
+    ///
+    /// # Panics
+    /// If they are outside, or the offset is not aligned.
+    pub fn write<E: Pod>(&self, offset: usize, numbers: &[E]) {
+        let place = self.at(offset, size_of_val(numbers), align_of::<E>());
+        // SAFETY: inside the mapping and aligned; `numbers` is ordinary memory, so the two do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), place.cast::<E>(), numbers.len()) }
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: this is the mapping made in `map`, and nothing borrows from it any more.
+        let _unmapped = unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// Sleeps while the word holds `value`, at most so long; may return earlier. The word may be in shared memory.
+pub fn wait(word: &AtomicU32, value: u32, limit: Duration) {
+    let timeout = libc::timespec {
+        tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(limit.subsec_nanos().cast_signed()),
+    };
+    // SAFETY: the word is alive during the call, and the timeout is a valid one; the kernel only reads both.
+    let _reason = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            value,
+            &raw const timeout,
+            std::ptr::null::<u32>(),
+            0,
+        )
+    };
+}
+
+/// Wakes everybody who waits on the word, in any process.
+pub fn wake(word: &AtomicU32) {
+    // SAFETY: the kernel uses the address only to find waiters.
+    let _woken = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAKE,
+            i32::MAX,
+            std::ptr::null::<u32>(),
+            std::ptr::null::<u32>(),
+            0,
+        )
+    };
+}
+
+/// Stores a counter for others, and wakes them.
+pub fn post(word: &AtomicU32, value: u32) {
+    word.store(value, Ordering::Release);
+    wake(word);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn numbers_and_counters_are_seen_by_the_other_mapping() {
+        let own = Segment::create(4096).unwrap();
+        let other = Segment::open(own.address(), 4096).unwrap();
+        own.write(64, &[1.5_f32, -2.0]);
+        post(own.word(0), 7);
+        assert_eq!(other.word(0).load(Ordering::Acquire), 7);
+        assert_eq!(other.numbers::<f32>(64, 2), [1.5, -2.0]);
+        drop(own);
+        assert_eq!(other.numbers::<f32>(64, 2), [1.5, -2.0], "it lives as long as anybody has it mapped");
+    }
+
+    #[test]
+    fn a_wait_ends_with_a_wake_or_its_limit() {
+        let segment = Segment::create(4096).unwrap();
+        let began = Instant::now();
+        wait(segment.word(0), 0, Duration::from_millis(10));
+        assert!(began.elapsed() >= Duration::from_millis(9));
+        std::thread::scope(|scope| {
+            scope.spawn(|| post(segment.word(0), 1));
+            while segment.word(0).load(Ordering::Acquire) == 0 {
+                wait(segment.word(0), 0, Duration::from_secs(30));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_no_segment_is_refused() {
+        assert!(Segment::open((std::process::id(), 99_999), 64).is_err());
+        let small = Segment::create(64).unwrap();
+        assert!(Segment::open(small.address(), 4096).is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "of a segment of 64")]
+    fn nothing_outside_is_reached() {
+        let _outside = Segment::create(64).unwrap().numbers::<f32>(60, 2);
+    }
+}
