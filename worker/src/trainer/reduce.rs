@@ -20,12 +20,14 @@ pub(crate) enum Exchanged<T> {
 pub(crate) struct Exchange {
     queue: ReduceQueue<Work>,
     alone: bool,
+    /// Sums of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
+    spare: Vec<Tensor>,
 }
 
 impl Exchange {
     pub(crate) fn new(collective: Box<dyn Collective>) -> Self {
         let alone = collective.world_size() == 1;
-        Self { queue: ReduceQueue::new(Arc::from(collective)), alone }
+        Self { queue: ReduceQueue::new(Arc::from(collective)), alone, spare: Vec::new() }
     }
 
     /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
@@ -33,8 +35,24 @@ impl Exchange {
         if self.alone && parts.len() == 1 {
             return Exchanged::Here(parts.remove(0));
         }
-        let sum = parts[0].zeros_like();
+        let fits = |spare: &Tensor| spare.size() == parts[0].size() && spare.kind() == parts[0].kind();
+        let sum = match self.spare.iter().position(fits) {
+            Some(place) => self.spare.swap_remove(place),
+            None => parts[0].empty_like(),
+        };
         Exchanged::Pending(self.queue.submit(Work::Tensors { parts, sum }, work))
+    }
+
+    /// Takes back sums that nobody reads any more. Those of a gang of one are the caller's own tensors, and are let go.
+    pub(crate) fn recycle(&mut self, sums: impl IntoIterator<Item = Tensor>) {
+        if !self.alone {
+            self.spare.extend(sums);
+        }
+    }
+
+    /// Lets go of what was kept for another set of layer groups.
+    pub(crate) fn forget(&mut self) {
+        self.spare.clear();
     }
 
     /// [`Exchange::sum_tensors`] for a few numbers.

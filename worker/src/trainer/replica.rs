@@ -179,6 +179,7 @@ impl Replica {
             }
         }
         self.trainable = groups;
+        self.exchange.forget();
         Ok(())
     }
 
@@ -254,6 +255,7 @@ impl Replica {
         let exposed_all_reduce = waited.elapsed().as_secs_f64();
         let updated = Instant::now();
         let (grad_norm, applied) = self.update(plan, &sums)?;
+        self.exchange.recycle(sums.into_values());
         if let Some(statistics) = statistics {
             put_statistics(&self.model, &self.trainable, &self.running_statistics, &statistics);
         }
