@@ -128,6 +128,9 @@ fn train(
     outbox: &Arc<Outbox>,
     hold: Option<Hold>,
 ) -> Result<(), Error> {
+    if !thaw_torch::runtime::keep_memory() {
+        tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
+    }
     let job = Job::load(start)?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
     let model = load_model(&job)?;

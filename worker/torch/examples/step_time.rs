@@ -2,7 +2,7 @@
 //!
 //! `cargo run -p thaw-torch --example step_time -- MODEL.pt2 [NAME=VALUE ...]`, where NAME is one of
 //! `batch` (32), `length` (tokens; the export's), `precision` (fp32 | bf16 | fp64), `strategy` (all | head | last:N), `steps` (10), `warm`
-//! (3), `threads` (1). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
+//! (3), `threads` (1), `keep_memory` (true). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
 //!
 //! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S update=S`: the parts are medians; CPU is this thread's.
 
@@ -15,7 +15,7 @@ use std::time::Instant;
 use thaw_graph::Archive;
 use thaw_graph::ir::{DType, Dim, Graph, ValueId};
 use thaw_torch::model::Options;
-use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers, clip_by_global_norm};
+use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers, global_norm};
 use thaw_torch::tch::{Device, Kind, Tensor};
 use thaw_torch::{Precision, SegmentedModel, executor, runtime};
 
@@ -34,6 +34,7 @@ struct Settings {
     steps: usize,
     warm: usize,
     threads: usize,
+    keep_memory: bool,
 }
 
 impl Settings {
@@ -49,6 +50,7 @@ impl Settings {
             steps: 10,
             warm: 3,
             threads: 1,
+            keep_memory: true,
         };
         for argument in arguments {
             let (name, value) = argument.split_once('=').ok_or_else(|| format!("{argument}: expected NAME=VALUE"))?;
@@ -68,6 +70,7 @@ impl Settings {
                 "steps" => settings.steps = value.parse()?,
                 "warm" => settings.warm = value.parse()?,
                 "threads" => settings.threads = value.parse()?,
+                "keep_memory" => settings.keep_memory = value.parse()?,
                 _ => return Err(format!("{name}: unknown; see the head of this file").into()),
             }
         }
@@ -96,6 +99,9 @@ struct Timing {
 
 fn main() -> Result<(), Failure> {
     let settings = Settings::parse()?;
+    if settings.keep_memory && !runtime::keep_memory() {
+        println!("malloc did not take its settings");
+    }
     runtime::set_num_threads(settings.threads)?;
     runtime::manual_seed(1)?;
     let mut model = load(&settings.model, settings.precision)?;
@@ -147,7 +153,7 @@ fn one_step(
         gradients.insert(group, gradient.shallow_clone());
     })?;
     let updated = Instant::now();
-    let norm = clip_by_global_norm(&gradients.values().collect::<Vec<_>>(), f64::INFINITY)?;
+    let norm = global_norm(&gradients.values().collect::<Vec<_>>())?;
     if !norm.is_finite() {
         return Err("the gradient is not finite".into());
     }
