@@ -168,7 +168,7 @@ fn load_model(job: &Job) -> Result<SegmentedModel, Error> {
         thaw_proto::spec::Precision::Bf16 => thaw_torch::Precision::Bf16,
         thaw_proto::spec::Precision::Fp64 => thaw_torch::Precision::Fp64,
     };
-    let options = ModelOptions { precision, device: Device::Cpu };
+    let options = ModelOptions::new(precision, Device::Cpu);
     let mut initial = init::Initial::new(job);
     Ok(SegmentedModel::new(job.graph.clone(), &mut |name| initial.weight(name), options)?)
 }

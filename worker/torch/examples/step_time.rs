@@ -1,7 +1,8 @@
 //! Seconds of a training step (forward, backward, update), as a trainer makes it, without the cluster around it.
 //!
 //! `cargo run -p thaw-torch --example step_time -- MODEL.pt2 [NAME=VALUE ...]`, where NAME is one of
-//! `batch` (32), `length` (tokens; the export's), `precision` (fp32 | bf16 | fp64), `strategy` (all | head | last:N), `steps` (10), `warm`
+//! `batch` (32), `length` (tokens; the export's), `precision` (fp32 | bf16 | fp64), `format` (automatic | contiguous |
+//! channels_last), `strategy` (all | head | last:N), `steps` (10), `warm`
 //! (3), `threads` (1), `keep_memory` (true). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
 //!
 //! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S update=S`: the parts are medians; CPU is this thread's.
@@ -9,7 +10,7 @@
 #![expect(clippy::print_stdout, reason = "a benchmark reports on stdout")]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use thaw_graph::Archive;
@@ -17,7 +18,7 @@ use thaw_graph::ir::{DType, Dim, Graph, ValueId};
 use thaw_torch::model::Options;
 use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers, global_norm};
 use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_torch::{Precision, SegmentedModel, executor, runtime};
+use thaw_torch::{MemoryFormat, Precision, SegmentedModel, executor, runtime};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -30,6 +31,7 @@ struct Settings {
     batch: i64,
     length: Option<i64>,
     precision: Precision,
+    format: MemoryFormat,
     strategy: String,
     steps: usize,
     warm: usize,
@@ -46,6 +48,7 @@ impl Settings {
             batch: 32,
             length: None,
             precision: Precision::Fp32,
+            format: MemoryFormat::Automatic,
             strategy: "all".to_owned(),
             steps: 10,
             warm: 3,
@@ -66,7 +69,14 @@ impl Settings {
                     }
                 }
                 "strategy" => value.clone_into(&mut settings.strategy),
-                "format" if value == "contiguous" => {}
+                "format" => {
+                    settings.format = match value {
+                        "contiguous" => MemoryFormat::Contiguous,
+                        "channels_last" => MemoryFormat::ChannelsLast,
+                        "automatic" => MemoryFormat::Automatic,
+                        _ => return Err(format!("format={value}: expected contiguous, channels_last or automatic").into()),
+                    }
+                }
                 "steps" => settings.steps = value.parse()?,
                 "warm" => settings.warm = value.parse()?,
                 "threads" => settings.threads = value.parse()?,
@@ -104,7 +114,7 @@ fn main() -> Result<(), Failure> {
     }
     runtime::set_num_threads(settings.threads)?;
     runtime::manual_seed(1)?;
-    let mut model = load(&settings.model, settings.precision)?;
+    let mut model = load(&settings)?;
     let trainable = settings.trainable(model.groups().len())?;
     model.set_trainable(&trainable)?;
     let inputs = inputs(&model.graph().graph, &settings)?;
@@ -169,14 +179,15 @@ fn one_step(
     })
 }
 
-fn load(path: &Path, precision: Precision) -> Result<SegmentedModel, Failure> {
-    let archive = Archive::open(path)?;
+fn load(settings: &Settings) -> Result<SegmentedModel, Failure> {
+    let archive = Archive::open(&settings.model)?;
     let graph = thaw_graph::segment(&archive.graph()?, &[])?;
     let mut source = |name: &str| {
         let payload = archive.payload(name)?;
         Ok((payload.dtype, payload.shape.clone(), archive.weight_bytes(name)?))
     };
-    Ok(SegmentedModel::new(graph, &mut source, Options { precision, device: Device::Cpu })?)
+    let options = Options { precision: settings.precision, device: Device::Cpu, memory_format: settings.format };
+    Ok(SegmentedModel::new(graph, &mut source, options)?)
 }
 
 /// CPU seconds of this thread, to the nanosecond; zero where the kernel does not say.

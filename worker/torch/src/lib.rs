@@ -14,6 +14,6 @@ pub mod op;
 pub mod optim;
 pub mod runtime;
 
-pub use executor::Precision;
+pub use executor::{MemoryFormat, Precision};
 pub use model::SegmentedModel;
 pub use tch;
