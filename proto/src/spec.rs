@@ -43,6 +43,19 @@ pub struct RunSpec {
     /// Later than the first version: records without it are read too.
     #[serde(default)]
     pub prefix_cache: PrefixCache,
+    #[serde(default)]
+    pub memory_format: MemoryFormat,
+}
+
+/// How images lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryFormat {
+    /// By kind of network and precision.
+    #[default]
+    Auto,
+    Contiguous,
+    ChannelsLast,
 }
 
 /// How the outputs of frozen groups are kept.

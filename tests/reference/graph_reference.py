@@ -1,6 +1,6 @@
 """PyTorch's side of worker/torch/tests/graph_against_pytorch.rs and optim_against_pytorch.rs.
 
-    graph_reference.py model NAME FOLDER DTYPE [REGEX...]
+    graph_reference.py model NAME FOLDER DTYPE FORMAT [REGEX...]
         Exports a model in train mode to FOLDER/model.pt2, and for evaluation and each scenario writes what eager PyTorch computes, one
         thread, to FOLDER/expected.safetensors. A scenario is a regular expression: parameters that match are trainable; modules without
         any are in eval mode.
@@ -94,7 +94,7 @@ def set_modes(model, pattern):
         module.training = any(parameter.requires_grad for parameter in modules[owner].parameters())
 
 
-def run_model(name, folder, dtype, patterns):
+def run_model(name, folder, dtype, memory_format, patterns):
     torch.manual_seed(SEED)
     model, inputs, dynamic, classes = MODELS[name]()
     torch.manual_seed(SEED + 1)
@@ -104,6 +104,9 @@ def run_model(name, folder, dtype, patterns):
     if dtype == "fp64":
         model = model.double()
         inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
+    if memory_format == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
+        inputs = tuple(value.to(memory_format=torch.channels_last) if value.dim() == 4 else value for value in inputs)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     expected = {f"input/{index}": value for index, value in enumerate(inputs)}
     expected["labels"] = labels
@@ -172,7 +175,7 @@ def main():
     # In evaluation eager multi-head attention takes a fused kernel of its own, which differs from the exported operators by 1e-6.
     torch.backends.mha.set_fastpath_enabled(False)
     if sys.argv[1] == "model":
-        run_model(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:])
+        run_model(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5], sys.argv[6:])
     else:
         run_optim(sys.argv[2])
 

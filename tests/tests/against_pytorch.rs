@@ -50,6 +50,7 @@ data:
   split: {{train: 0.6, eval: 0.2, test: 0.2}}
   image: {{size: 16, mean: [0.5], std: [0.25]}}
 global_batch_size: 32
+memory_format: contiguous
 seed: 11
 {STAGES}
 {more}

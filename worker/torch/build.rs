@@ -17,8 +17,7 @@ fn libtorch() -> PathBuf {
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
-    println!("cargo:rerun-if-changed=csrc/shim.cpp");
-    println!("cargo:rerun-if-changed=csrc/shim.h");
+    println!("cargo:rerun-if-changed=csrc");
     let root = libtorch();
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     // Always optimised: it runs between every two operators.
@@ -33,7 +32,7 @@ fn main() {
         .define("GLOG_USE_GLOG_EXPORT", None)
         .include(root.join("include"))
         .include(root.join("include/torch/csrc/api/include"))
-        .file("csrc/shim.cpp")
+        .files(["csrc/shim.cpp", "csrc/allocator.cpp"])
         .compile("thaw_torch");
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     for library in ["torch_cpu", "torch", "c10"] {

@@ -62,6 +62,7 @@ wire_enums! {
     spec::Metric = pb::Metric { EvalLoss, EvalAccuracy, EvalMacroF1 }
     spec::LrSchedulerType = pb::LrSchedulerType { Constant, InverseSqrt, Linear, Cosine, SlantedTriangular, OneCycle }
     spec::BatchNormPolicy = pb::BatchNormPolicy { Frozen, Recompute }
+    spec::MemoryFormat = pb::MemoryFormat { Auto, Contiguous, ChannelsLast }
     spec::PrefixCacheMode = pb::PrefixCacheMode { Auto, Off, Required }
     spec::OnEnter = pb::OnEnter { RestoreBest, Keep }
     run::RunState = pb::RunState {

@@ -11,8 +11,8 @@ use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
     Backbone, BatchNormPolicy, Checkpoint, EarlyStopping, Head, HeadAttach, LayerGroupRule, LrScheduler,
-    LrSchedulerType, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode, RateDecay, RunSpec, Strategy,
-    Until, Verification, Workers,
+    LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode, RateDecay,
+    RunSpec, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -90,6 +90,7 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
             at.real("head_rate_after_thaw", raw.head_rate_after_thaw, Interval::LeftOpen(0.0, 1.0), default)
         },
         verification: at.within("verification", |at| verification(at, &raw.verification.unwrap_or_default())),
+        memory_format: at.choice("memory_format", raw.memory_format).unwrap_or(MemoryFormat::Auto),
         prefix_cache: at.within("prefix_cache", |at| prefix_cache(at, &raw.prefix_cache.unwrap_or_default())),
     };
     at.finish(spec)

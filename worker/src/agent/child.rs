@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How long its pipes may stay open behind it: a grandchild could hold them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+const WAIT_POLICY: &str = "OMP_WAIT_POLICY";
 /// Bytes of a log line; longer ones are cut in pieces.
 const MAX_LINE_BYTES: usize = 8 << 10;
 
@@ -48,6 +49,11 @@ impl Spawner {
     pub(super) async fn spawn(&self, program: &Path, arguments: &[String]) -> io::Result<Child> {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        // Idle threads of an operator sleep instead of spinning: the cores between operators belong to the other trainers and to the
+        // collective. Read by the OpenMP runtime when it is loaded, so the trainer cannot set it itself.
+        if std::env::var_os(WAIT_POLICY).is_none() {
+            command.env(WAIT_POLICY, "PASSIVE");
+        }
         // Its own group: an interrupt from the terminal is for the agent, which then ends its trainers.
         command.process_group(0);
         let (reply, child) = oneshot::channel();

@@ -131,6 +131,9 @@ fn train(
     outbox: &Arc<Outbox>,
     hold: Option<Hold>,
 ) -> Result<(), Error> {
+    if !thaw_torch::runtime::keep_memory() {
+        tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
+    }
     let job = Job::load(start, cache)?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
     let model = load_model(&job)?;
@@ -172,7 +175,12 @@ fn load_model(job: &Job) -> Result<SegmentedModel, Error> {
         thaw_proto::spec::Precision::Bf16 => thaw_torch::Precision::Bf16,
         thaw_proto::spec::Precision::Fp64 => thaw_torch::Precision::Fp64,
     };
-    let options = ModelOptions { precision, device: Device::Cpu };
+    let memory_format = match job.spec.memory_format {
+        thaw_proto::spec::MemoryFormat::Auto => thaw_torch::MemoryFormat::Automatic,
+        thaw_proto::spec::MemoryFormat::Contiguous => thaw_torch::MemoryFormat::Contiguous,
+        thaw_proto::spec::MemoryFormat::ChannelsLast => thaw_torch::MemoryFormat::ChannelsLast,
+    };
+    let options = ModelOptions { memory_format, ..ModelOptions::new(precision, Device::Cpu) };
     let mut initial = init::Initial::new(job);
     Ok(SegmentedModel::new(job.graph.clone(), &mut |name| initial.weight(name), options)?)
 }

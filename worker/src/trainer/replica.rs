@@ -274,7 +274,7 @@ impl Replica {
         let gradients: Vec<&Tensor> = self.trainable.iter().map(|group| &sums[group]).collect();
         let norm = match self.settings.max_grad_norm {
             Some(most) => optim::clip_by_global_norm(&gradients, most)?,
-            None => optim::clip_by_global_norm(&gradients, f64::INFINITY)?,
+            None => optim::global_norm(&gradients)?,
         };
         if !norm.is_finite() {
             return Ok((norm, false));

@@ -270,13 +270,18 @@ fn encode_groups(
     let encode_group = |(index, group): (usize, &thaw_proto::plan::LayerGroup)| {
         let name = group.name.clone();
         let Some(snapshot) = snapshots.get(&index) else { return Ok(Encoded { name, weights: None, optimizer: None }) };
-        let mut tensors = vec![tensor_bytes("weights", &snapshot.flat)?];
-        for ((buffer, _), value) in replica.model().groups()[index].buffers.iter().zip(&snapshot.buffers) {
+        // Row-major whatever the memory format, so that what is saved does not depend on it.
+        let parameters = &replica.model().groups()[index];
+        let mut tensors = vec![tensor_bytes("weights", &parameters.to_row_major(&snapshot.flat)?)?];
+        for ((buffer, _), value) in parameters.buffers.iter().zip(&snapshot.buffers) {
             tensors.push(tensor_bytes(&format!("buffer.{buffer}"), value)?);
         }
         let optimizer = match &snapshot.optimizer {
             Some(state) => {
-                let tensors = state.tensors().into_iter().map(|(name, tensor)| tensor_bytes(name, tensor));
+                let tensors = state
+                    .tensors()
+                    .into_iter()
+                    .map(|(name, tensor)| tensor_bytes(name, &parameters.to_row_major(tensor)?));
                 Some((encode(&tensors.collect::<Result<Vec<_>, _>>()?)?, state.steps()))
             }
             None => None,
@@ -330,6 +335,7 @@ fn get_groups(
         let mut tensors = read(job, weights)?;
         let flat = tensors.remove("weights").ok_or_else(|| missing("weights"))?;
         let parameters = &replica.model().groups()[index];
+        let flat = parameters.from_row_major(&flat)?;
         let buffers = parameters
             .buffers
             .iter()
@@ -337,7 +343,10 @@ fn get_groups(
         let buffers = buffers.collect::<Result<Vec<_>, _>>()?;
         let optimizer = match &group.optimizer {
             Some(blob) => {
-                let mut tensors = read(job, blob)?;
+                let tensors = read(job, blob)?.into_iter();
+                let mut tensors = tensors
+                    .map(|(name, tensor)| Ok((name, parameters.from_row_major(&tensor)?)))
+                    .collect::<Result<BTreeMap<_, _>, Error>>()?;
                 let state =
                     replica.optimizer().restore(parameters, |name| tensors.remove(name), group.optimizer_steps)?;
                 Some(state.ok_or_else(|| missing("optimizer state that fits"))?)
@@ -416,8 +425,7 @@ fn named_tensors(job: &Job, replica: &Replica, precision: StoredAs) -> BTreeMap<
 }
 
 fn view(flat: &Tensor, parameter: &model::FlatParameter) -> Tensor {
-    let signed = |count: usize| i64::try_from(count).expect("sizes of real tensors fit");
-    flat.narrow(0, signed(parameter.offset), signed(parameter.elements)).reshape(&parameter.shape)
+    parameter.view(flat).expect("a group's parameters lie in its buffer")
 }
 
 /// BLAKE3 over every parameter and buffer of the model in name order, in the precision trained in.

@@ -75,4 +75,11 @@ int32_t thaw_manual_seed(uint64_t seed);
 int32_t thaw_get_num_threads();
 int32_t thaw_set_num_threads(int32_t threads);
 int32_t thaw_set_deterministic(int32_t enabled);
+
+// allocator.cpp. From now on freed memory of tensors on the CPU stays with the process. 1 where malloc's own limits could not be set.
+int32_t thaw_keep_memory();
+// Gives the pages of what is free back to the system.
+void thaw_release_memory();
+// Bytes of large tensors now, and the most since the last reset.
+void thaw_memory(int64_t* in_use, int64_t* peak, int32_t reset);
 }

@@ -83,8 +83,7 @@ fn step_cost(path: &Path, batch: i64) -> Result<(), Failure> {
         let payload = archive.payload(name)?;
         Ok((payload.dtype, payload.shape.clone(), archive.weight_bytes(name)?))
     };
-    let mut model =
-        SegmentedModel::new(graph, &mut source, Options { precision: Precision::Fp32, device: Device::Cpu })?;
+    let mut model = SegmentedModel::new(graph, &mut source, Options::new(Precision::Fp32, Device::Cpu))?;
     let labels = Tensor::zeros([batch], (Kind::Int64, Device::Cpu));
     let groups = model.groups().len();
     for trainable in [(0..groups).collect::<Vec<_>>(), vec![groups - 1]] {

@@ -90,6 +90,10 @@ unsafe extern "C" {
     pub(crate) fn thaw_get_num_threads() -> i32;
     pub(crate) fn thaw_set_num_threads(threads: i32) -> i32;
     pub(crate) fn thaw_set_deterministic(enabled: i32) -> i32;
+
+    pub(crate) fn thaw_keep_memory() -> i32;
+    pub(crate) fn thaw_release_memory();
+    pub(crate) fn thaw_memory(in_use: *mut i64, peak: *mut i64, reset: i32);
 }
 
 /// The text of this thread's last failure.

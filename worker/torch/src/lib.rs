@@ -15,6 +15,6 @@ pub mod optim;
 pub mod rows;
 pub mod runtime;
 
-pub use executor::Precision;
+pub use executor::{MemoryFormat, Precision};
 pub use model::SegmentedModel;
 pub use tch;

@@ -200,24 +200,46 @@ fn spans(group: &GroupParameters, weight_decay: f64) -> Vec<Span> {
     parts.into_iter().filter(|span| span.length > 0).collect()
 }
 
+/// The common norm of gradients, as `torch.nn.utils.clip_grad_norm_` with no bound returns it; they stay as they are.
+///
+/// # Errors
+/// With libtorch's text.
+pub fn global_norm(gradients: &[&Tensor]) -> Result<f64, Error> {
+    let _mode = GradMode::set(false);
+    match norm(gradients)? {
+        Some(total) => total.f_double_value(&[]).map_err(failed(NORM)),
+        None => Ok(0.0),
+    }
+}
+
 /// Scales gradients in place so that their common norm is at most `max`, as `torch.nn.utils.clip_grad_norm_`. Returns the norm before.
 ///
 /// # Errors
 /// With libtorch's text.
 pub fn clip_by_global_norm(gradients: &[&Tensor], max: f64) -> Result<f64, Error> {
-    const WHAT: &str = "clip gradients";
     let _mode = GradMode::set(false);
-    if gradients.is_empty() {
-        return Ok(0.0);
-    }
-    let norms =
-        gradients.iter().map(|gradient| gradient.f_norm()).collect::<Result<Vec<_>, _>>().map_err(failed(WHAT))?;
-    let total = Tensor::f_stack(&norms, 0).and_then(|norms| norms.f_norm()).map_err(failed(WHAT))?;
+    let Some(total) = norm(gradients)? else { return Ok(0.0) };
     let coefficient =
         total.f_add_scalar(1e-6).and_then(|norm| norm.f_reciprocal()).and_then(|inverse| inverse.f_mul_scalar(max));
-    let coefficient = coefficient.and_then(|value| value.f_clamp_max(1.0)).map_err(failed(WHAT))?;
-    for gradient in gradients {
-        let _same = gradient.shallow_clone().f_mul_(&coefficient).map_err(failed(WHAT))?;
+    let coefficient = coefficient.and_then(|value| value.f_clamp_max(1.0)).map_err(failed(NORM))?;
+    // A product with one changes no bit, and costs a pass over all gradients. The norm is read in any case.
+    #[expect(clippy::float_cmp, reason = "exactly one")]
+    if coefficient.f_double_value(&[]).map_err(failed(NORM))? != 1.0 {
+        for gradient in gradients {
+            let _same = gradient.shallow_clone().f_mul_(&coefficient).map_err(failed(NORM))?;
+        }
     }
-    total.f_double_value(&[]).map_err(failed(WHAT))
+    total.f_double_value(&[]).map_err(failed(NORM))
+}
+
+const NORM: &str = "take the gradients' norm";
+
+/// The norm of the norms: no dimensions. `None` for no gradients.
+fn norm(gradients: &[&Tensor]) -> Result<Option<Tensor>, Error> {
+    if gradients.is_empty() {
+        return Ok(None);
+    }
+    let norms =
+        gradients.iter().map(|gradient| gradient.f_norm()).collect::<Result<Vec<_>, _>>().map_err(failed(NORM))?;
+    Tensor::f_stack(&norms, 0).and_then(|norms| norms.f_norm()).map(Some).map_err(failed(NORM))
 }

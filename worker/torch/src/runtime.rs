@@ -53,6 +53,37 @@ pub fn set_deterministic(enabled: bool) -> Result<(), Error> {
     checked("deterministic algorithms", unsafe { ffi::thaw_set_deterministic(i32::from(enabled)) })
 }
 
+/// Keeps the memory of freed CPU tensors in the process, on huge pages, instead of giving it back to the system and faulting it in anew at
+/// each step. For the whole process; call it first. `false` where malloc did not take its part of the settings.
+#[must_use]
+pub fn keep_memory() -> bool {
+    // SAFETY: replaces libtorch's allocator by one that lives as long as the process; earlier memory keeps its own deleter (MEM-2).
+    unsafe { ffi::thaw_keep_memory() == 0 }
+}
+
+/// Gives kept memory that is free back to the system, e.g. between stages.
+pub fn release_memory() {
+    // SAFETY: touches only memory that nobody holds.
+    unsafe { ffi::thaw_release_memory() }
+}
+
+/// Bytes held by CPU tensors of 16 KiB and more, where [`keep_memory`] was called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    pub now: u64,
+    /// The most since the last call with `reset`.
+    pub peak: u64,
+}
+
+/// What CPU tensors hold; `reset` starts the peak anew from now.
+#[must_use]
+pub fn memory_use(reset: bool) -> MemoryUse {
+    let (mut now, mut peak) = (0, 0);
+    // SAFETY: both point to integers that outlive the call.
+    unsafe { ffi::thaw_memory(&raw mut now, &raw mut peak, i32::from(reset)) };
+    MemoryUse { now: now.unsigned_abs(), peak: peak.unsigned_abs() }
+}
+
 fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
     let (kind, device) = (tensor.kind(), tensor.device());
     if kind == expected && device == Device::Cpu && tensor.is_contiguous() {
@@ -127,5 +158,32 @@ mod tests {
         assert!(with_slice_f64(&x, |_| ()).is_err());
         let transposed = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).transpose(0, 1);
         assert!(with_slice_f32(&transposed, |_| ()).is_err());
+    }
+
+    #[test]
+    fn kept_memory_is_reused_and_counted() {
+        assert!(keep_memory());
+        let options = (Kind::Float, Device::Cpu);
+        let before = memory_use(true).now;
+        let elements = 3_i64 << 18;
+        let bytes = 3_u64 << 20;
+        let sum = |tensor: &Tensor| tensor.sum(Kind::Float).double_value(&[]);
+        let first = Tensor::zeros([elements], options);
+        let start = first.data_ptr();
+        assert_eq!(start as usize % 64, 0);
+        assert!(memory_use(false).now >= before + bytes);
+        drop(first);
+        // Neighbours that are free are one block again, however they were cut.
+        let parts: Vec<Tensor> = (0..5).map(|_| Tensor::ones([elements / 8], options)).collect();
+        assert!(parts.iter().all(|part| sum(part) == f64::from(3 << 15)));
+        drop(parts);
+        let second = Tensor::zeros([elements], options);
+        assert_eq!(second.data_ptr(), start);
+        drop(second);
+        release_memory();
+        let used = memory_use(true);
+        assert!(used.peak >= before + bytes);
+        // Given back pages are there again when they are needed.
+        assert_eq!(sum(&Tensor::ones([elements], options)), f64::from(3 << 18));
     }
 }

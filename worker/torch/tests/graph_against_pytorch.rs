@@ -12,19 +12,19 @@ use common::{join, python_reference, read_safetensors, relative_difference, same
 use thaw_graph::Archive;
 use thaw_torch::model::Options;
 use thaw_torch::tch::{Device, Tensor};
-use thaw_torch::{Precision, SegmentedModel, runtime};
+use thaw_torch::{MemoryFormat, Precision, SegmentedModel, runtime};
 
 /// The script seeds its scenarios with this.
 const SCENARIO_SEED: u64 = 9;
 
-fn load(folder: &Path, precision: Precision) -> SegmentedModel {
+fn load(folder: &Path, options: Options) -> SegmentedModel {
     let archive = Archive::open(&join(folder, "model.pt2")).unwrap();
     let graph = thaw_graph::segment(&archive.graph().unwrap(), &[]).unwrap();
     let mut source = |name: &str| {
         let payload = archive.payload(name)?;
         Ok((payload.dtype, payload.shape.clone(), archive.weight_bytes(name)?))
     };
-    SegmentedModel::new(graph, &mut source, Options { precision, device: Device::Cpu }).unwrap()
+    SegmentedModel::new(graph, &mut source, options).unwrap()
 }
 
 /// Per scenario: how many groups from the head down are trainable, given as a predicate on parameter names that the script knows as a
@@ -42,17 +42,22 @@ fn all(_: &str) -> bool {
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn compare(model_name: &str, precision: Precision, scenarios: &[Scenario]) {
+    compare_in(model_name, precision, MemoryFormat::Contiguous, scenarios);
+}
+
+fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryFormat, scenarios: &[Scenario]) {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     runtime::set_num_threads(1).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let dtype = if precision == Precision::Fp64 { "fp64" } else { "fp32" };
-    let mut arguments = vec!["model", model_name, text(folder.path()), dtype];
+    let format = if memory_format == MemoryFormat::ChannelsLast { "channels_last" } else { "contiguous" };
+    let mut arguments = vec!["model", model_name, text(folder.path()), dtype, format];
     arguments.extend(scenarios.iter().map(|scenario| scenario.pattern));
     if !python_reference(&arguments) {
         return;
     }
     let expected = read_safetensors(&join(folder.path(), "expected.safetensors"));
-    let mut model = load(folder.path(), precision);
+    let mut model = load(folder.path(), Options { precision, device: Device::Cpu, memory_format });
     let inputs: Vec<Tensor> =
         (0..).map_while(|index| expected.get(&format!("input/{index}"))).map(Tensor::shallow_clone).collect();
     assert_same(&model.forward(&inputs).unwrap(), &expected["eval/logits"], "logits");
@@ -74,9 +79,8 @@ fn compare(model_name: &str, precision: Precision, scenarios: &[Scenario]) {
         let mut compared = 0;
         for (group, flat) in &flats {
             for place in &model.groups()[*group].parameters {
-                let part = flat.narrow(0, i64::try_from(place.offset).unwrap(), i64::try_from(place.elements).unwrap());
                 let name = format!("{prefix}{}", place.name);
-                assert_same(&part.view(place.shape.as_slice()), &expected[&name], &name);
+                assert_same(&place.view(flat).unwrap(), &expected[&name], &name);
                 compared += 1;
             }
         }
@@ -128,6 +132,21 @@ fn resnet18() {
 #[test]
 fn resnet18_in_double_precision() {
     compare("resnet18", Precision::Fp64, &[Scenario { pattern: "", trainable: all }]);
+}
+
+#[test]
+fn resnet18_with_channels_last() {
+    let upper = Scenario {
+        pattern: r"^(layer4|fc)\.",
+        trainable: |name| name.starts_with("layer4.") || name.starts_with("fc."),
+    };
+    let scenarios = [Scenario { pattern: "", trainable: all }, upper];
+    compare_in("resnet18", Precision::Fp32, MemoryFormat::ChannelsLast, &scenarios);
+}
+
+#[test]
+fn convnext_with_channels_last() {
+    compare_in("convnext", Precision::Fp32, MemoryFormat::ChannelsLast, &[Scenario { pattern: "", trainable: all }]);
 }
 
 #[test]

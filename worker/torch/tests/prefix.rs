@@ -24,7 +24,7 @@ fn load(folder: &Path) -> SegmentedModel {
         let payload = archive.payload(name)?;
         Ok((payload.dtype, payload.shape.clone(), archive.weight_bytes(name)?))
     };
-    SegmentedModel::new(graph, &mut source, Options { precision: Precision::Fp32, device: Device::Cpu }).unwrap()
+    SegmentedModel::new(graph, &mut source, Options::new(Precision::Fp32, Device::Cpu)).unwrap()
 }
 
 fn boundaries(model: &SegmentedModel) -> Vec<Boundary> {
@@ -43,7 +43,7 @@ fn check(name: &str, needs: &[InputNeed]) {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     runtime::set_num_threads(1).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    if !python_reference(&["model", name, text(folder.path()), "fp32"]) {
+    if !python_reference(&["model", name, text(folder.path()), "fp32", "channels_last"]) {
         return;
     }
     let expected = read_safetensors(&join(folder.path(), "expected.safetensors"));

@@ -12,7 +12,7 @@ use thaw_torch::tch::{Device, Kind, Reduction, Tensor};
 use thaw_torch::{Precision, SegmentedModel, runtime};
 
 fn load(graph: &SegmentedGraph, weights: &Weights, precision: Precision) -> SegmentedModel {
-    let options = Options { precision, device: Device::Cpu };
+    let options = Options::new(precision, Device::Cpu);
     SegmentedModel::new(graph.clone(), &mut |name| weights.read(name), options).unwrap()
 }
 
@@ -301,7 +301,7 @@ fn what_does_not_fit_is_named() {
 
     graph.graph.nodes[0].operator = "custom::one".to_owned();
     graph.graph.nodes[1].operator = "custom::two".to_owned();
-    let options = Options { precision: Precision::Fp32, device: Device::Cpu };
+    let options = Options::new(Precision::Fp32, Device::Cpu);
     let error = SegmentedModel::new(graph, &mut |name| weights.read(name), options).unwrap_err().to_string();
     assert!(error.contains("custom::one, custom::two"), "{error}");
 }

@@ -42,6 +42,7 @@ impl From<&RunSpec> for pb::RunSpec {
             head_rate_after_thaw: Some(spec.head_rate_after_thaw),
             verification: Some((&spec.verification).into()),
             prefix_cache: Some((&spec.prefix_cache).into()),
+            memory_format: spec.memory_format.number(),
         }
     }
 }

@@ -17,6 +17,15 @@ impl Program {
     /// # Errors
     /// [`Error::Unresolved`] names every operator that libtorch does not know; the others name the first node at fault.
     pub fn compile(segmented: &SegmentedGraph, options: &Options) -> Result<Self, Error> {
+        if options.is_channels_last(&segmented.graph) {
+            let mut segmented = segmented.clone();
+            rules::allow_copies(&mut segmented.graph);
+            return Self::compile_as_written(&segmented, options);
+        }
+        Self::compile_as_written(segmented, options)
+    }
+
+    fn compile_as_written(segmented: &SegmentedGraph, options: &Options) -> Result<Self, Error> {
         let compiler = Compiler::new(segmented, options)?;
         let mut visible = compiler.outside.clone();
         // Other blocks read what the prologue makes, so it drops nothing.

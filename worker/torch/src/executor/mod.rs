@@ -17,9 +17,9 @@ mod run;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
-use thaw_graph::ir::DType;
+use thaw_graph::ir::{DType, Graph};
 
-pub use rules::Precision;
+pub use rules::{MemoryFormat, Precision};
 
 use crate::op::{Cast, Constant, Operator};
 
@@ -52,6 +52,24 @@ pub struct Options {
     pub precision: Precision,
     /// Written into the graph's device literals.
     pub device: Device,
+    pub memory_format: MemoryFormat,
+}
+
+impl Options {
+    /// The memory format that suits the graph.
+    #[must_use]
+    pub fn new(precision: Precision, device: Device) -> Self {
+        Self { precision, device, memory_format: MemoryFormat::Automatic }
+    }
+
+    /// Whether images and the weights of convolutions lie channels last.
+    pub(crate) fn is_channels_last(&self, graph: &Graph) -> bool {
+        match self.memory_format {
+            MemoryFormat::Contiguous => false,
+            MemoryFormat::ChannelsLast => true,
+            MemoryFormat::Automatic => rules::prefers_channels_last(graph, self.precision),
+        }
+    }
 }
 
 /// What a layer group does differently in training.

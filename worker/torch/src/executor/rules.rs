@@ -1,7 +1,7 @@
 //! The rules that depend on an operator's name: mixed precision, what is off outside training, what is left out.
 
 use tch::Kind;
-use thaw_graph::ir::{Arg, Node};
+use thaw_graph::ir::{Arg, Graph, Node};
 
 use super::Flag;
 use crate::op::Cast;
@@ -142,6 +142,34 @@ fn mixed(name: &str) -> Cast {
         Cast::Widest
     } else {
         Cast::AsIs
+    }
+}
+
+/// How images, and with them the weights of convolutions, lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryFormat {
+    /// Channels last where the graph has convolutions over images and no attention, and numbers are not fp64 (which has no such kernels).
+    Automatic,
+    /// Row-major, as PyTorch's default.
+    Contiguous,
+    /// Pixels outermost, channels innermost.
+    ChannelsLast,
+}
+
+pub(super) fn prefers_channels_last(graph: &Graph, precision: Precision) -> bool {
+    const ATTENTION: &[&str] = &["aten::scaled_dot_product_attention", "aten::bmm", "aten::baddbmm", "aten::matmul"];
+    let uses = |names: &[&str]| graph.nodes.iter().any(|node| names.contains(&node.operator.as_str()));
+    precision != Precision::Fp64 && uses(&["aten::conv2d"]) && !uses(ATTENTION)
+}
+
+/// Makes a graph written for row-major tensors run on others: a view that the layout does not allow becomes a copy.
+pub(super) fn allow_copies(graph: &mut Graph) {
+    let views = graph.nodes.iter_mut().filter(|node| node.operator == "aten::view" && node.overload.is_empty());
+    for node in views {
+        "aten::reshape".clone_into(&mut node.operator);
+        for argument in node.arguments.iter_mut().filter(|argument| argument.name == "size") {
+            "shape".clone_into(&mut argument.name);
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Kind, Tensor};
 use thaw_graph::ir::{DType, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
@@ -27,7 +27,8 @@ impl SegmentedModel {
     /// [`Error::Program`] where the graph cannot run, [`Error::Weight`] and [`Error::WeightShape`] where a weight is missing or another.
     pub fn new(graph: SegmentedGraph, weights: &mut WeightSource<'_>, options: Options) -> Result<Self, Error> {
         let program = Program::compile(&graph, &options)?;
-        let mut loader = Loader { frame: Frame::new(program.values), source: weights, options };
+        let is_channels_last = options.is_channels_last(&graph.graph);
+        let mut loader = Loader { frame: Frame::new(program.values), source: weights, options, is_channels_last };
         let _mode = GradMode::set(false);
         let mut owners = BTreeMap::new();
         let mut groups = Vec::new();
@@ -45,6 +46,8 @@ impl SegmentedModel {
         let transient = transient.map(|(index, _)| index).collect();
         let gradients = groups.iter().map(|_| None).collect();
         let loss = op::resolve("aten::cross_entropy_loss", "").map_err(Error::Loss)?;
+        let channels_last = is_channels_last.then(|| op::resolve("aten::contiguous", "")).transpose();
+        let channels_last = channels_last.map_err(Error::Operator)?;
         let frame = loader.frame;
         Ok(Self {
             graph,
@@ -57,6 +60,7 @@ impl SegmentedModel {
             transient,
             batch_norm: BatchNorm::BatchStatistics,
             loss,
+            channels_last,
         })
     }
 }
@@ -65,18 +69,22 @@ struct Loader<'a, 's> {
     frame: Frame,
     source: &'a mut WeightSource<'s>,
     options: Options,
+    is_channels_last: bool,
 }
 
 impl Loader<'_, '_> {
     fn group(&mut self, graph: &SegmentedGraph, segment: &Segment) -> Result<GroupParameters, Error> {
         let master = self.options.precision.master();
-        let (parameters, decay_elements, total) = layout(&graph.graph.parameters, &segment.parameters, master);
+        let (mut parameters, decay_elements, total) = layout(&graph.graph.parameters, &segment.parameters, master);
+        for parameter in &mut parameters {
+            parameter.channels_last = self.is_channels_last && parameter.shape.len() == 4;
+        }
         let failed = || tensor_error("a flat weight buffer");
         let flat = Tensor::f_zeros([signed(total)], (master, self.options.device)).map_err(failed())?;
         for parameter in &parameters {
             let weight = &graph.graph.parameters[parameter.index];
             let values = self.read(weight)?;
-            let mut place = view(&flat, parameter).map_err(failed())?;
+            let mut place = parameter.view(&flat)?;
             place.f_copy_(&values).map_err(failed())?;
             self.frame.cells[weight.value.0 as usize] = Cell::Tensor(place.f_detach().map_err(failed())?);
         }
@@ -131,6 +139,7 @@ fn layout(weights: &[Weight], indices: &[usize], master: Kind) -> (Vec<FlatParam
                 shape: weight.shape.clone(),
                 offset,
                 elements,
+                channels_last: false,
                 index: *index,
             });
             offset = (offset + elements).next_multiple_of(step);
@@ -142,13 +151,8 @@ fn layout(weights: &[Weight], indices: &[usize], master: Kind) -> (Vec<FlatParam
     (parameters, decay_elements, offset)
 }
 
-fn signed(count: usize) -> i64 {
+pub(super) fn signed(count: usize) -> i64 {
     i64::try_from(count).expect("a buffer has fewer than 2^63 elements")
-}
-
-/// A parameter's part of a flat buffer, in its own shape.
-pub(super) fn view(flat: &Tensor, parameter: &FlatParameter) -> Result<Tensor, TchError> {
-    flat.f_narrow(0, signed(parameter.offset), signed(parameter.elements))?.f_view(parameter.shape.as_slice())
 }
 
 /// A tensor from raw little-endian bytes.

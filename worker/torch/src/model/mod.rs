@@ -60,6 +60,8 @@ pub enum Error {
     Gradient(#[from] crate::autograd::Error),
     #[error("cannot compute {what}")]
     Tensor { what: &'static str, source: tch::TchError },
+    #[error(transparent)]
+    Operator(crate::op::Error),
     #[error("cannot compute the loss")]
     Loss(#[source] crate::op::Error),
 }
@@ -76,8 +78,30 @@ pub struct FlatParameter {
     /// Elements from the buffer's start; a multiple of 64 bytes.
     pub offset: usize,
     pub elements: usize,
+    /// Whether its elements lie channels last (output, height, width, input) instead of row-major.
+    pub channels_last: bool,
     /// Index into the graph's parameters.
     index: usize,
+}
+
+impl FlatParameter {
+    /// Its part of a flat buffer, in its own shape.
+    ///
+    /// # Errors
+    /// With libtorch's text, where the buffer is another's.
+    pub fn view(&self, flat: &Tensor) -> Result<Tensor, Error> {
+        self.try_view(flat).map_err(tensor_error("a parameter's view"))
+    }
+
+    fn try_view(&self, flat: &Tensor) -> Result<Tensor, tch::TchError> {
+        let part = flat.f_narrow(0, load::signed(self.offset), load::signed(self.elements))?;
+        match self.shape[..] {
+            [outputs, inputs, height, width] if self.channels_last => {
+                part.f_view([outputs, height, width, inputs])?.f_permute([0, 3, 1, 2])
+            }
+            _ => part.f_view(self.shape.as_slice()),
+        }
+    }
 }
 
 /// A layer group's weights.
@@ -98,6 +122,45 @@ impl GroupParameters {
     #[must_use]
     pub fn elements(&self) -> usize {
         self.parameters.iter().map(|parameter| parameter.elements).sum()
+    }
+
+    /// A buffer like `flat` (weights, a gradient, moments) with every parameter row-major: the form that is saved, whatever the memory
+    /// format. Shares memory where nothing lies otherwise.
+    ///
+    /// # Errors
+    /// With libtorch's text.
+    pub fn to_row_major(&self, flat: &Tensor) -> Result<Tensor, Error> {
+        self.reordered(flat, |parameter, from, to| {
+            let row_major = FlatParameter { channels_last: false, ..parameter.clone() };
+            row_major.view(to)?.f_copy_(&parameter.view(from)?).map_err(tensor_error("a row-major copy"))
+        })
+    }
+
+    /// The inverse of [`GroupParameters::to_row_major`].
+    ///
+    /// # Errors
+    /// With libtorch's text.
+    pub fn from_row_major(&self, flat: &Tensor) -> Result<Tensor, Error> {
+        self.reordered(flat, |parameter, from, to| {
+            let row_major = FlatParameter { channels_last: false, ..parameter.clone() };
+            parameter.view(to)?.f_copy_(&row_major.view(from)?).map_err(tensor_error("a copy in the memory format"))
+        })
+    }
+
+    fn reordered(
+        &self,
+        flat: &Tensor,
+        copy: impl Fn(&FlatParameter, &Tensor, &Tensor) -> Result<(), Error>,
+    ) -> Result<Tensor, Error> {
+        if !self.parameters.iter().any(|parameter| parameter.channels_last) {
+            return Ok(flat.shallow_clone());
+        }
+        let _mode = crate::autograd::GradMode::set(false);
+        let reordered = flat.copy();
+        for parameter in self.parameters.iter().filter(|parameter| parameter.channels_last) {
+            copy(parameter, flat, &reordered)?;
+        }
+        Ok(reordered)
     }
 }
 
@@ -133,6 +196,8 @@ pub struct SegmentedModel {
     transient: Vec<usize>,
     batch_norm: BatchNorm,
     loss: crate::op::Operator,
+    /// `aten::contiguous`, where images are to lie channels last.
+    channels_last: Option<crate::op::Operator>,
 }
 
 impl SegmentedModel {
@@ -211,8 +276,7 @@ impl GradientBuffer {
     fn zeros_for(group: &GroupParameters) -> Result<Self, Error> {
         let failed = || tensor_error("a gradient buffer");
         let flat = group.flat.f_zeros_like().map_err(failed())?;
-        let view = |parameter: &FlatParameter| load::view(&flat, parameter).map_err(failed());
-        let views = group.parameters.iter().map(view).collect::<Result<_, _>>()?;
+        let views = group.parameters.iter().map(|parameter| parameter.view(&flat)).collect::<Result<_, _>>()?;
         Ok(Self { flat, views })
     }
 }

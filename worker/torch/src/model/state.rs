@@ -95,8 +95,7 @@ impl SegmentedModel {
         };
         let mut handles = Vec::new();
         for parameter in &owner.parameters {
-            let tensor = load::view(&owner.flat, parameter).map_err(tensor_error("a parameter's view"))?;
-            handles.push((parameter.name.clone(), tensor));
+            handles.push((parameter.name.clone(), parameter.view(&owner.flat)?));
         }
         handles.extend(owner.buffers.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())));
         Ok(handles)

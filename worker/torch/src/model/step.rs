@@ -13,6 +13,9 @@ use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Phase, dtype_of};
 use crate::op::Value;
 
+/// As libtorch numbers memory formats.
+const CHANNELS_LAST: i64 = 2;
+
 /// What a training step gives besides gradients.
 #[derive(Debug)]
 pub struct StepOutput {
@@ -112,7 +115,15 @@ impl SegmentedModel {
             }
             let kind = if tensor.is_floating_point() { self.master_kind() } else { tensor.kind() };
             let moved = tensor.f_to_device(self.options.device).and_then(|tensor| tensor.f_to_kind(kind));
-            self.frame.cells[value] = Cell::Tensor(moved.map_err(tensor_error("an input on the device"))?);
+            let mut moved = moved.map_err(tensor_error("an input on the device"))?;
+            if let Some(contiguous) = &self.channels_last
+                && moved.dim() == 4
+            {
+                moved = contiguous
+                    .call_tensor(&[Value::Tensor(&moved), Value::MemoryFormat(CHANNELS_LAST)])
+                    .map_err(Error::Operator)?;
+            }
+            self.frame.cells[value] = Cell::Tensor(moved);
         }
         Ok(())
     }
