@@ -55,6 +55,27 @@ pub struct PlannedStage {
     pub boundary_bytes_per_sample: u64,
     /// Groups trained here for the first time, ascending.
     pub thawed_groups: Vec<GroupIndex>,
+    /// Zeros in plans of the first version.
+    #[serde(default)]
+    pub cost: StageCost,
+}
+
+/// What a stage costs: estimates for people and for the scheduler. A floating-point operation is half a multiply-add.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StageCost {
+    /// Of one update over all trainers, once the frozen prefix costs nothing.
+    pub step_flops: u64,
+    /// Of one update that runs the frozen prefix too.
+    pub uncached_step_flops: u64,
+    /// Of one update of the whole network.
+    pub full_step_flops: u64,
+    /// Per trainer.
+    pub gradient_bytes: u64,
+    /// Per trainer.
+    pub optimizer_bytes: u64,
+    pub checkpoint_bytes: u64,
+    /// For all samples, at the exported sizes.
+    pub cache_bytes: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

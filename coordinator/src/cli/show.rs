@@ -126,11 +126,46 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         ]);
     }
     align_right(&mut stages, &[1, 4, 5, 6]);
-    let _ = write!(text, "{groups}\n{stages}");
+    let mut costs =
+        table(&["stage", "flops a step", "of a full step", "cache gains", "optimizer", "checkpoint", "cache"]);
+    for stage in &plan.stages {
+        let cost = stage.cost.unwrap_or_default();
+        costs.add_row([
+            stage.name.clone(),
+            count(cost.step_flops),
+            format!("{:.1} %", 100.0 * ratio(cost.step_flops, cost.full_step_flops)),
+            gain(&cost),
+            bytes(cost.optimizer_bytes),
+            bytes(cost.checkpoint_bytes),
+            if cost.cache_bytes == 0 { "-".to_owned() } else { bytes(cost.cache_bytes) },
+        ]);
+    }
+    align_right(&mut costs, &[1, 2, 3, 4, 5, 6]);
+    let _ = write!(
+        text,
+        "{groups}\n{stages}\n{costs}\n\
+         flops a step: of all trainers, from the stage's second epoch on, when the frozen prefix costs nothing; no engine can go below that. \
+         cache gains: how much faster that makes a step, at most."
+    );
     for note in &plan.notes {
         let _ = write!(text, "\nnote: {note}");
     }
     text
+}
+
+/// How much faster a step can become when the frozen prefix costs nothing.
+fn gain(cost: &pb::StageCost) -> String {
+    let gain = ratio(cost.uncached_step_flops, cost.step_flops);
+    match cost.uncached_step_flops == cost.step_flops {
+        true => "-".to_owned(),
+        false if gain < 100.0 => format!("{gain:.1} x"),
+        false => format!("{gain:.0} x"),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown with two digits")]
+fn ratio(part: u64, whole: u64) -> f64 {
+    part as f64 / whole.max(1) as f64
 }
 
 /// The closing table, then the test result and where the model is.

@@ -11,7 +11,7 @@ use thaw_proto::ids::GroupIndex;
 use thaw_proto::pb;
 use thaw_proto::pb::run_service_client::RunServiceClient;
 use thaw_proto::pb::watch_run_response::Update;
-use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage};
+use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
 use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec};
 use thaw_proto::violation::Violations;
 use tokio_util::sync::CancellationToken;
@@ -93,6 +93,7 @@ impl SpecPlanner for OneStage {
             memory_bytes: 160,
             boundary_bytes_per_sample: 0,
             thawed_groups: vec![GroupIndex(0)],
+            cost: StageCost::default(),
         };
         let plan = Plan {
             groups: vec![group],

@@ -6,7 +6,7 @@ use super::spec;
 use super::{each, required};
 use crate::ids::GroupIndex;
 use crate::pb;
-use crate::plan::{DataSummary, LayerGroup, Plan, PlannedStage};
+use crate::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
 use crate::violation::Violations;
 
 impl TryFrom<&pb::Plan> for Plan {
@@ -112,6 +112,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
             memory_bytes: raw.memory_bytes,
             boundary_bytes_per_sample: raw.boundary_bytes_per_sample,
             thawed_groups: groups(&raw.thawed_groups),
+            cost: raw.cost.as_ref().map(StageCost::from).unwrap_or_default(),
         })
     }
 }
@@ -158,9 +159,32 @@ impl From<&PlannedStage> for pb::PlannedStage {
             memory_bytes: stage.memory_bytes,
             boundary_bytes_per_sample: stage.boundary_bytes_per_sample,
             thawed_groups: indices(&stage.thawed_groups),
+            cost: Some((&stage.cost).into()),
         }
     }
 }
+
+/// Both forms of a cost hold the same numbers.
+macro_rules! same_numbers {
+    ($from:ty => $to:ty) => {
+        impl From<&$from> for $to {
+            fn from(cost: &$from) -> Self {
+                Self {
+                    step_flops: cost.step_flops,
+                    uncached_step_flops: cost.uncached_step_flops,
+                    full_step_flops: cost.full_step_flops,
+                    gradient_bytes: cost.gradient_bytes,
+                    optimizer_bytes: cost.optimizer_bytes,
+                    checkpoint_bytes: cost.checkpoint_bytes,
+                    cache_bytes: cost.cache_bytes,
+                }
+            }
+        }
+    };
+}
+
+same_numbers!(pb::StageCost => StageCost);
+same_numbers!(StageCost => pb::StageCost);
 
 impl From<&pb::LayerGroup> for LayerGroup {
     fn from(raw: &pb::LayerGroup) -> Self {

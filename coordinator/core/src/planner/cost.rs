@@ -1,6 +1,7 @@
 //! What a stage costs: estimates for people and for the scheduler, never read by training.
 
 use super::GraphFacts;
+use thaw_proto::plan::StageCost;
 use thaw_proto::spec::{Optimizer, Precision, RunSpec};
 
 /// Elements.
@@ -18,15 +19,11 @@ pub(super) fn memory_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize])
     let element = element_bytes(spec.precision);
     let stored: u64 = graph.groups.iter().map(|group| group.parameters + group.buffers).sum();
     let parameters: u64 = graph.groups.iter().map(|group| group.parameters).sum();
-    let states_per_parameter = match spec.optimizer {
-        Optimizer::AdamW { .. } => 2,
-        Optimizer::Sgd { momentum, .. } => u64::from(momentum > 0.0),
-    };
     let copies = match spec.precision {
         Precision::Bf16 => 2 * parameters,
         Precision::Fp32 | Precision::Fp64 => 0,
     };
-    element * stored + element * (1 + states_per_parameter) * trainable_parameters(graph, groups) + copies
+    element * stored + element * (1 + states_per_parameter(spec)) * trainable_parameters(graph, groups) + copies
 }
 
 /// Bytes of one sample at the cut below the lowest trainable group; 0 where nothing is frozen below it.
@@ -34,6 +31,46 @@ pub(super) fn boundary_bytes_per_sample(graph: &GraphFacts, groups: &[usize]) ->
     match groups.first() {
         None | Some(0) => 0,
         Some(&lowest) => graph.groups[lowest].boundary_bytes_per_sample,
+    }
+}
+
+/// `thawed`: the groups trained so far, this stage's included; `samples`: of all parts.
+pub(super) fn of_stage(
+    spec: &RunSpec,
+    graph: &GraphFacts,
+    groups: &[usize],
+    thawed: &[bool],
+    samples: u64,
+) -> StageCost {
+    let element = element_bytes(spec.precision);
+    let batch = u64::from(spec.global_batch_size);
+    let boundary = groups.first().copied().unwrap_or(0);
+    let forward = |groups: &[super::GroupFacts]| {
+        let multiply_adds = groups.iter().fold(0_u64, |sum, group| sum.saturating_add(group.forward_flops));
+        multiply_adds.saturating_mul(2).saturating_mul(batch)
+    };
+    let (below, above) = graph.groups.split_at(boundary);
+    // A backward pass takes a product for the weights and one for the inputs.
+    let step_flops = forward(above).saturating_mul(3);
+    let gradient_bytes = all_reduce_bytes(spec, graph, groups);
+    let optimizer_bytes = gradient_bytes.saturating_mul(states_per_parameter(spec));
+    let trained = graph.groups.iter().zip(thawed).filter(|(_, thawed)| **thawed);
+    let weights: u64 = trained.map(|(group, _)| group.parameters + group.buffers).sum();
+    StageCost {
+        step_flops,
+        uncached_step_flops: step_flops.saturating_add(forward(below)),
+        full_step_flops: forward(&graph.groups).saturating_mul(3),
+        gradient_bytes,
+        optimizer_bytes,
+        checkpoint_bytes: weights.saturating_mul(element).saturating_add(optimizer_bytes),
+        cache_bytes: boundary_bytes_per_sample(graph, groups).saturating_mul(samples),
+    }
+}
+
+fn states_per_parameter(spec: &RunSpec) -> u64 {
+    match spec.optimizer {
+        Optimizer::AdamW { .. } => 2,
+        Optimizer::Sgd { momentum, .. } => u64::from(momentum > 0.0),
     }
 }
 

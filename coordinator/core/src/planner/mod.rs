@@ -89,10 +89,12 @@ pub fn plan(spec: &RunSpec, graph: &GraphFacts, data: &DataFacts) -> Result<Plan
     }
 
     let steps_per_epoch = sampler::steps_per_epoch(spec.global_batch_size, &data.shard_sizes);
+    let DataSummary { train_samples, eval_samples, test_samples, .. } = data.summary;
+    let samples = train_samples + eval_samples + test_samples;
     let mut thawed = vec![false; graph.groups.len()];
     let mut stages = Vec::with_capacity(drafts.len());
     for (index, draft) in drafts.iter().enumerate() {
-        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, &mut thawed));
+        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, samples, &mut thawed));
     }
     data_notes(spec, data, &mut notes);
     Ok(Plan {
@@ -181,6 +183,7 @@ fn check_schedule(draft: &Draft, mistakes: &mut Violations) {
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "what one stage follows from")]
 fn stage(
     spec: &RunSpec,
     graph: &GraphFacts,
@@ -188,6 +191,7 @@ fn stage(
     draft: &Draft,
     first: bool,
     steps_per_epoch: u32,
+    samples: u64,
     thawed: &mut [bool],
 ) -> PlannedStage {
     let mut thawed_groups = Vec::new();
@@ -219,6 +223,7 @@ fn stage(
         all_reduce_bytes: cost::all_reduce_bytes(spec, graph, &draft.groups),
         memory_bytes: cost::memory_bytes(spec, graph, &draft.groups),
         boundary_bytes_per_sample: cost::boundary_bytes_per_sample(graph, &draft.groups),
+        cost: cost::of_stage(spec, graph, &draft.groups, thawed, samples),
         thawed_groups,
         until,
     }

@@ -95,6 +95,23 @@ fn plan_4_embeddings_thaw_only_when_asked() {
 }
 
 #[test]
+fn a_stage_states_what_no_engine_can_go_below() {
+    let plan = plan_of(&spec(json!({"global_batch_size": 2, "logical_shards": 2})));
+    let forward = |groups: &[usize]| groups.iter().map(|&group| 2 * 2 * plan.groups[group].forward_flops).sum::<u64>();
+    let all: Vec<usize> = (0..plan.groups.len()).collect();
+    for stage in &plan.stages {
+        let boundary = stage.trainable_groups[0].0 as usize;
+        assert_eq!(stage.cost.step_flops, 3 * forward(&all[boundary..]), "{}", stage.name);
+        assert_eq!(stage.cost.uncached_step_flops, forward(&all) + 2 * forward(&all[boundary..]), "{}", stage.name);
+        assert_eq!(stage.cost.full_step_flops, 3 * forward(&all));
+        assert_eq!(stage.cost.optimizer_bytes, 2 * stage.cost.gradient_bytes, "AdamW keeps two moments");
+        assert_eq!(stage.cost.cache_bytes, 512 * 200);
+    }
+    let bytes: Vec<u64> = plan.stages.iter().map(|stage| stage.cost.checkpoint_bytes).collect();
+    assert!(bytes.is_sorted() && bytes[0] < bytes[4], "{bytes:?}");
+}
+
+#[test]
 fn costs_follow_format_and_optimizer() {
     let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
     let single = stage(json!({}));
