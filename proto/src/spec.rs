@@ -45,6 +45,46 @@ pub struct RunSpec {
     pub prefix_cache: PrefixCache,
     #[serde(default)]
     pub memory_format: MemoryFormat,
+    /// In training only.
+    #[serde(default)]
+    pub label_smoothing_factor: f64,
+    #[serde(default)]
+    pub class_weights: ClassWeights,
+    #[serde(default)]
+    pub l2_sp: Option<L2Sp>,
+    #[serde(default)]
+    pub ema: Option<Ema>,
+}
+
+/// What each class counts for in the training loss.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClassWeights {
+    #[default]
+    Equal,
+    /// By how seldom a class is.
+    Balanced,
+    /// In label order.
+    Given(Vec<f64>),
+}
+
+/// Pull towards the weights the run started from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct L2Sp {
+    /// Of the backbone, towards its start.
+    pub alpha: f64,
+    /// Of the head, towards 0.
+    pub beta: f64,
+}
+
+/// Exponential mean of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Ema {
+    pub decay: f64,
+    /// Whether the mean is what is evaluated and kept.
+    pub evaluate: bool,
 }
 
 /// How images lie in memory.
@@ -252,6 +292,9 @@ pub struct LrScheduler {
     pub kind: Option<LrSchedulerType>,
     /// `None`: 6 % of the planned steps, 10-500.
     pub warmup_steps: Option<u32>,
+    /// Instead, as a share of the planned steps.
+    #[serde(default)]
+    pub warmup_ratio: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

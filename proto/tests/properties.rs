@@ -177,6 +177,7 @@ proptest! {
                 memory_bytes: 3,
                 boundary_bytes_per_sample: 4,
                 thawed_groups: vec![GroupIndex(1)],
+                cost: thaw_proto::plan::StageCost { step_flops: 3, cache_bytes: 7, ..Default::default() },
             }],
             classes: vec!["a".into(), "b".into()],
             data: DataSummary { train_samples: count, class_counts: vec![count, 1], fingerprint: "f".into(), ..Default::default() },

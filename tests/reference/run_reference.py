@@ -27,6 +27,8 @@ class Reference:
         # Per group: an optimizer over its two flat parts. Made when the group first thaws, dropped when it freezes.
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.kept: dict[int, tuple] = {}
+        self.class_weights = (run.spec.get("class_weights") or {}).get("weights")
+        self.starts = [flat.detach().clone() for flat in self.model.flat]
 
     def enter(self, step: Step) -> None:
         if step.restored is not None:
@@ -53,11 +55,11 @@ class Reference:
 
     def step(self, step: Step) -> float:
         """The step's loss: mean cross-entropy over its samples."""
-        samples = sum(len(shard.records) for shard in step.shards)
+        total = sum(self.weight(shard.records) for shard in step.shards)
         before = {name: value.clone() for name, value in self.model.statistics().items()}
         losses, gradients, statistics = [], [], []
         for shard in step.shards:
-            weight = len(shard.records) / samples
+            weight = self.weight(shard.records) / total
             if len(step.shards) > 1:
                 self.put_statistics(before)
             losses.append(self.shard(shard, weight) if shard.records else 0.0)
@@ -72,9 +74,18 @@ class Reference:
     def shard(self, shard, weight: float) -> float:
         torch.manual_seed(shard.seed)
         inputs, labels = self.data.batch(shard.records)
-        loss = F.cross_entropy(self.model.forward(inputs), labels)
+        smoothing = self.run.spec.get("label_smoothing_factor") or 0.0
+        logits = self.model.forward(inputs)
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=logits.dtype)
+        loss = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
         loss.backward(None if weight == 1.0 else torch.full_like(loss, weight))
         return loss.item() * weight
+
+    def weight(self, records: list) -> float:
+        """What samples count for in the loss."""
+        if self.class_weights is None:
+            return float(len(records))
+        return sum((self.class_weights[self.data.labels[record]] for record in records), 0.0)
 
     def reduced(self, group: int, parts: list[torch.Tensor]) -> torch.Tensor:
         if self.run.groups[group].name == self.arguments.skip_all_reduce:
@@ -90,11 +101,23 @@ class Reference:
                 gradient.mul_(factor)
         for (group, gradient), rate in zip(gradients.items(), rates, strict=True):
             optimizer, middle = self.optimizers[group], self.run.groups[group].decay_elements
+            self.pull(group, rate)
             parts = [part for part in (gradient[:middle], gradient[middle:]) if part.numel()]
             for settings, part in zip(optimizer.param_groups, parts, strict=True):
                 settings["lr"] = rate
                 settings["params"][0].grad = part
             optimizer.step()
+
+    def pull(self, group: int, rate: float) -> None:
+        settings = self.run.spec.get("l2_sp")
+        if settings is None:
+            return
+        flat, is_head = self.model.flat[group], group == len(self.run.groups) - 1
+        with torch.no_grad():
+            if is_head:
+                flat.mul_(1.0 - rate * settings.get("beta", 0.01))
+            else:
+                flat.lerp_(self.starts[group], rate * settings.get("alpha", 0.1))
 
     def put_statistics(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():

@@ -137,6 +137,15 @@ fn a_convolution_net_equals_plain_pytorch_and_its_frozen_batch_norm_stands_still
     assert!(number(&wrong, "losses_relative") > 1e-4, "{}", wrong["losses_relative"]);
 }
 
+#[test]
+fn smoothing_class_weights_and_the_pull_to_the_start_equal_plain_pytorch_bit_for_bit() {
+    let more = format!(
+        "label_smoothing_factor: 0.1\nclass_weights: {{weights: [0.5, 1, 2, 1.25]}}\nl2_sp: {{}}\nlogical_shards: 2\n{OWN_SHAPE}"
+    );
+    let run = Traced::run(&text(&more), 1);
+    assert_bitwise(&run.follow("run_reference.py", &[]));
+}
+
 /// Frozen prefixes in shapes of their own change the last bits, as any other batch shape does.
 #[test]
 fn a_cached_prefix_is_within_the_last_bits_of_plain_pytorch() {

@@ -223,3 +223,52 @@ fn a_suspended_run_resumes_to_the_same_end_and_a_cancelled_one_gives_its_workers
     up.terminate();
     assert!(up.wait(Duration::from_secs(30)).status.success());
 }
+
+/// TRAIN-4: a stage that only does harm leaves nothing behind, in any group.
+#[test]
+fn a_deeper_stage_without_gain_is_undone_to_the_last_bit() {
+    let run = |stages: &str| {
+        let sandbox = Sandbox::new();
+        let spec = format!(
+            "strategy: custom\nstop_when_no_gain: true\nuntil: {{max_epochs: 2}}\nlearning_rate: 5e-3\nstages:\n  - {{name: head, thaw: [head]}}\n{stages}"
+        );
+        let summary = sandbox.train_summary(&sandbox.spec(&text_spec(&spec)), 2, &[]);
+        (weights(&summary), summary["reason"].as_str().unwrap().to_owned(), summary["test"].clone())
+    };
+    let (head, _, test) = run("");
+    let harm = "  - {name: top, thaw: [head, '/2$/'], learning_rate: 3}\n";
+    assert_eq!(run(harm), (head.clone(), "LAST_STAGE_ENDED".to_owned(), test.clone()));
+    let later = "  - {name: all, thaw: [head, '/[12]$/'], learning_rate: 3}\n";
+    assert_eq!(run(&format!("{harm}{later}")), (head, "NO_GAIN".to_owned(), test));
+}
+
+/// The mean of the weights, and statistics recomputed on the target data, are part of what every rank agrees on and a death does not change.
+#[test]
+fn means_and_recomputed_statistics_do_not_depend_on_the_number_of_workers() {
+    let spec = "name: small-image
+backbone: {graph: $FIXTURES/image.pt2}
+data:
+  train: {path: $FIXTURES/images, format: image_folder}
+  split: {train: 0.6, eval: 0.2, test: 0.2}
+  image: {size: 16, mean: [0.5], std: [0.25]}
+global_batch_size: 32
+workers: {min: 1, max: 2}
+until: {max_epochs: 2}
+thaw_units: 2
+stop_when_no_gain: false
+verification: {digest_steps: 1}
+seed: 11
+";
+    let run = |more: &str, workers: u32| {
+        let sandbox = Sandbox::new();
+        weights(&sandbox.train_summary(&sandbox.spec(&format!("{spec}{more}")), workers, &[]))
+    };
+    let options = "ema: {decay: 0.8}\nbatch_norm: {frozen_groups: recompute}\nclass_weights: {balanced: true}";
+    let alone = run(options, 1);
+    assert_eq!(run(options, 2), alone);
+    let plain = run("", 2);
+    for one in ["ema: {decay: 0.8}", "batch_norm: {frozen_groups: recompute}", "ema: {decay: 0.8, evaluate: false}"] {
+        let changes = run(one, 2) != plain;
+        assert_eq!(changes, !one.contains("evaluate: false"), "{one}");
+    }
+}

@@ -152,6 +152,7 @@ impl From<&PlannedStage> for pb::PlannedStage {
             lr_scheduler: Some(pb::LrScheduler {
                 r#type: stage.schedule.number(),
                 warmup_steps: Some(stage.warmup_steps),
+                warmup_ratio: None,
             }),
             max_steps: stage.max_steps,
             trainable_parameters: stage.trainable_parameters,

@@ -10,9 +10,9 @@ use super::checker::{Checker, Interval};
 use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, BatchNormPolicy, Checkpoint, EarlyStopping, Head, HeadAttach, LayerGroupRule, LrScheduler,
-    LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode, RateDecay,
-    RunSpec, Strategy, Until, Verification, Workers,
+    Backbone, BatchNormPolicy, Checkpoint, ClassWeights, EarlyStopping, Ema, Head, HeadAttach, L2Sp, LayerGroupRule,
+    LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode,
+    RateDecay, RunSpec, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -77,10 +77,7 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         stop_when_no_gain: raw.stop_when_no_gain.unwrap_or(gradual),
         frozen_batch_norm: at.within("batch_norm", |at| {
             let policy = at.choice("frozen_groups", raw.batch_norm.unwrap_or_default().frozen_groups);
-            if policy == Some(BatchNormPolicy::Recompute) {
-                at.refuse("frozen_groups", "recompute is not available in this version: leave it out, or write frozen");
-            }
-            BatchNormPolicy::Frozen
+            policy.unwrap_or(BatchNormPolicy::Frozen)
         }),
         thaw_embeddings: raw.thaw_embeddings.unwrap_or(every_group),
         eval_steps: at.whole_or_none("eval_steps", raw.eval_steps, 1..=u32::MAX, "an evaluation at each epoch's end"),
@@ -90,6 +87,14 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
             at.real("head_rate_after_thaw", raw.head_rate_after_thaw, Interval::LeftOpen(0.0, 1.0), default)
         },
         verification: at.within("verification", |at| verification(at, &raw.verification.unwrap_or_default())),
+        label_smoothing_factor: {
+            let allowed = Interval::RightOpen(0.0, 1.0);
+            at.real("label_smoothing_factor", raw.label_smoothing_factor, allowed, 0.0)
+        },
+        class_weights: at
+            .within("class_weights", |at| class_weights(at, &raw.class_weights.clone().unwrap_or_default())),
+        l2_sp: raw.l2_sp.as_ref().map(|raw| at.within("l2_sp", |at| l2_sp(at, raw))),
+        ema: raw.ema.as_ref().map(|raw| at.within("ema", |at| ema(at, raw))),
         memory_format: at.choice("memory_format", raw.memory_format).unwrap_or(MemoryFormat::Auto),
         prefix_cache: at.within("prefix_cache", |at| prefix_cache(at, &raw.prefix_cache.unwrap_or_default())),
     };
@@ -227,7 +232,11 @@ fn refuse_given(at: &mut Checker, fields: &[(&str, bool)], message: &str) {
 }
 
 fn lr_scheduler(at: &mut Checker, raw: &pb::LrScheduler) -> LrScheduler {
-    LrScheduler { kind: at.choice("type", raw.r#type), warmup_steps: raw.warmup_steps }
+    if raw.warmup_steps.is_some() && raw.warmup_ratio.is_some() {
+        at.refuse("warmup_ratio", "says the same as warmup_steps: give one of the two");
+    }
+    let ratio = at.real_or_none("warmup_ratio", raw.warmup_ratio, Interval::Closed(0.0, 1.0), "warmup_steps");
+    LrScheduler { kind: at.choice("type", raw.r#type), warmup_steps: raw.warmup_steps, warmup_ratio: ratio }
 }
 
 fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: u32) -> u32 {
@@ -259,6 +268,38 @@ fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: 
 fn verification(at: &mut Checker, raw: &pb::Verification) -> Verification {
     let digest_steps = at.whole_or_none("digest_steps", raw.digest_steps, 1..=u32::MAX, "a digest at stage ends only");
     Verification { digest_steps, trace: raw.trace }
+}
+
+fn class_weights(at: &mut Checker, raw: &pb::ClassWeights) -> ClassWeights {
+    for (index, weight) in raw.weights.iter().enumerate() {
+        if !(weight.is_finite() && *weight > 0.0) {
+            at.refuse(&format!("weights[{index}]"), format!("must be a finite number > 0, not {weight}"));
+        }
+    }
+    match (raw.balanced, raw.weights.is_empty()) {
+        (true, false) => {
+            at.refuse("weights", "says something else than balanced: give one of the two");
+            ClassWeights::Balanced
+        }
+        (true, true) => ClassWeights::Balanced,
+        (false, true) => ClassWeights::Equal,
+        (false, false) => ClassWeights::Given(raw.weights.clone()),
+    }
+}
+
+fn l2_sp(at: &mut Checker, raw: &pb::L2Sp) -> L2Sp {
+    let allowed = Interval::Closed(0.0, 10.0);
+    L2Sp { alpha: at.real("alpha", raw.alpha, allowed, 0.1), beta: at.real("beta", raw.beta, allowed, 0.01) }
+}
+
+fn ema(at: &mut Checker, raw: &pb::Ema) -> Ema {
+    if !(raw.decay > 0.0 && raw.decay < 1.0) {
+        at.refuse(
+            "decay",
+            format!("must be in (0, 1), not {}: what is kept of the mean at each update, e.g. 0.999", raw.decay),
+        );
+    }
+    Ema { decay: raw.decay, evaluate: raw.evaluate.unwrap_or(true) }
 }
 
 fn prefix_cache(at: &mut Checker, raw: &pb::PrefixCache) -> PrefixCache {

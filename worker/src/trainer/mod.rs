@@ -18,10 +18,12 @@ mod optimizer;
 mod outbox;
 mod prefix;
 mod reduce;
+mod regularize;
 mod replica;
 mod save;
 mod session;
 mod shard_tree;
+mod statistics;
 mod trace;
 
 pub use hold::{Hold, HoldPoint};
@@ -41,6 +43,7 @@ use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::{self, FailureClass};
 use thaw_proto::run::{CheckpointRef, RunReason};
+use thaw_proto::spec::BatchNormPolicy;
 use thaw_proto::status::ErrorClass;
 use thaw_torch::SegmentedModel;
 use thaw_torch::executor::Options as ModelOptions;
@@ -255,11 +258,20 @@ fn session(
         seed: job.spec.seed,
         logical_shards: job.plan.logical_shards,
         optimizer: job.spec.optimizer,
+        ema: job.spec.ema,
+        l2_sp: job.spec.l2_sp,
+        label_smoothing: job.spec.label_smoothing_factor,
+        class_weights: thaw_core::planner::class_weights(&job.spec, &job.plan),
         max_grad_norm: job.spec.max_grad_norm,
         classes: job.plan.classes.len(),
         hold: hold.clone(),
     };
     let mut replica = Replica::new(model, settings, collective)?;
+    match job.spec.frozen_batch_norm {
+        BatchNormPolicy::Frozen => {}
+        // Before the checkpoint, which holds the statistics of thawed groups only.
+        BatchNormPolicy::Recompute => statistics::recompute(job, &mut replica)?,
+    }
     let state = match resume {
         Some(checkpoint) => save::load(job, checkpoint, &mut replica)?,
         None => State::beginning(job),
@@ -307,6 +319,7 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         | replica::Error::Update(_)
         | replica::Error::Runtime(_)
         | replica::Error::Restore { .. }
+        | replica::Error::Weights { .. }
         | replica::Error::Tally { .. } => (FailureClass::Fatal, RunReason::TrainerError),
     };
     let of_save = |error: &save::Error| match error {

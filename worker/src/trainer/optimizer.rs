@@ -9,6 +9,8 @@ use thaw_torch::tch::{Kind, Tensor};
 #[derive(Debug)]
 pub(crate) struct Optimizer {
     rule: Rule,
+    /// What the mean of the weights keeps of itself at each update, where one is kept.
+    ema_decay: Option<f64>,
     operators: Optimizers,
 }
 
@@ -20,13 +22,20 @@ enum Rule {
 
 /// One group's state.
 #[derive(Debug)]
-pub(crate) enum OptimizerState {
+pub(crate) struct OptimizerState {
+    rule: RuleState,
+    /// Exponential mean of the group's flat weights; at a thaw the weights themselves.
+    ema: Option<Tensor>,
+}
+
+#[derive(Debug)]
+enum RuleState {
     AdamW(AdamWState),
     Sgd(SgdState),
 }
 
 impl Optimizer {
-    pub(crate) fn new(optimizer: &spec::Optimizer) -> Result<Self, Error> {
+    pub(crate) fn new(optimizer: &spec::Optimizer, ema: Option<spec::Ema>) -> Result<Self, Error> {
         let rule = match *optimizer {
             spec::Optimizer::AdamW { weight_decay, beta1, beta2, epsilon } => {
                 Rule::AdamW(AdamWSettings { beta1, beta2, eps: epsilon, weight_decay })
@@ -35,15 +44,16 @@ impl Optimizer {
                 Rule::Sgd(SgdSettings { momentum, dampening: 0.0, nesterov, weight_decay })
             }
         };
-        Ok(Self { rule, operators: Optimizers::resolve()? })
+        Ok(Self { rule, ema_decay: ema.map(|ema| ema.decay), operators: Optimizers::resolve()? })
     }
 
     /// Zero state for a group that thaws.
     pub(crate) fn fresh(&self, group: &GroupParameters) -> Result<OptimizerState, Error> {
-        Ok(match &self.rule {
-            Rule::AdamW(_) => OptimizerState::AdamW(AdamWState::zeros_for(group)?),
-            Rule::Sgd(settings) => OptimizerState::Sgd(SgdState::zeros_for(group, settings)?),
-        })
+        let rule = match &self.rule {
+            Rule::AdamW(_) => RuleState::AdamW(AdamWState::zeros_for(group)?),
+            Rule::Sgd(settings) => RuleState::Sgd(SgdState::zeros_for(group, settings)?),
+        };
+        Ok(OptimizerState { rule, ema: self.ema_decay.map(|_| group.flat.copy()) })
     }
 
     /// Updates the group's weights in place.
@@ -54,17 +64,21 @@ impl Optimizer {
         rate: f64,
         state: &mut OptimizerState,
     ) -> Result<(), Error> {
-        match (&self.rule, state) {
-            (Rule::AdamW(settings), OptimizerState::AdamW(state)) => {
-                self.operators.adamw(settings, rate, group, gradient, state)
+        match (&self.rule, &mut state.rule) {
+            (Rule::AdamW(settings), RuleState::AdamW(state)) => {
+                self.operators.adamw(settings, rate, group, gradient, state)?;
             }
-            (Rule::Sgd(settings), OptimizerState::Sgd(state)) => {
-                self.operators.sgd(settings, rate, group, gradient, state)
+            (Rule::Sgd(settings), RuleState::Sgd(state)) => {
+                self.operators.sgd(settings, rate, group, gradient, state)?;
             }
-            (Rule::AdamW(_), OptimizerState::Sgd(_)) | (Rule::Sgd(_), OptimizerState::AdamW(_)) => {
+            (Rule::AdamW(_), RuleState::Sgd(_)) | (Rule::Sgd(_), RuleState::AdamW(_)) => {
                 unreachable!("state is made by the optimizer that uses it")
             }
         }
+        if let (Some(decay), Some(ema)) = (self.ema_decay, &mut state.ema) {
+            let _same = ema.lerp_(&group.flat, 1.0 - decay);
+        }
+        Ok(())
     }
 
     /// The state that [`OptimizerState::tensors`] and [`OptimizerState::steps`] described. `None` where a tensor is missing or does not fit.
@@ -82,9 +96,9 @@ impl Optimizer {
             }
             target.shallow_clone().copy_(&saved);
         }
-        match &mut state {
-            OptimizerState::AdamW(state) => state.step = counter(steps, state.step.kind()),
-            OptimizerState::Sgd(state) => state.steps = steps,
+        match &mut state.rule {
+            RuleState::AdamW(state) => state.step = counter(steps, state.step.kind()),
+            RuleState::Sgd(state) => state.steps = steps,
         }
         Ok(Some(state))
     }
@@ -93,10 +107,17 @@ impl Optimizer {
 impl OptimizerState {
     /// What is saved besides the number of updates.
     pub(crate) fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::AdamW(state) => vec![("exp_avg", &state.exp_avg), ("exp_avg_sq", &state.exp_avg_sq)],
-            Self::Sgd(state) => state.momentum.iter().map(|momentum| ("momentum", momentum)).collect(),
-        }
+        let mut tensors = match &self.rule {
+            RuleState::AdamW(state) => vec![("exp_avg", &state.exp_avg), ("exp_avg_sq", &state.exp_avg_sq)],
+            RuleState::Sgd(state) => state.momentum.iter().map(|momentum| ("momentum", momentum)).collect(),
+        };
+        tensors.extend(self.ema.iter().map(|ema| ("ema", ema)));
+        tensors
+    }
+
+    /// The mean of the weights, where one is kept.
+    pub(crate) fn ema(&self) -> Option<&Tensor> {
+        self.ema.as_ref()
     }
 
     /// Updates the group has had.
@@ -106,23 +127,24 @@ impl OptimizerState {
         reason = "the counter holds whole numbers that are not negative"
     )]
     pub(crate) fn steps(&self) -> u64 {
-        match self {
-            Self::AdamW(state) => state.step.double_value(&[]) as u64,
-            Self::Sgd(state) => state.steps,
+        match &self.rule {
+            RuleState::AdamW(state) => state.step.double_value(&[]) as u64,
+            RuleState::Sgd(state) => state.steps,
         }
     }
 
     pub(crate) fn copy(&self) -> Self {
-        match self {
-            Self::AdamW(state) => Self::AdamW(AdamWState {
+        let rule = match &self.rule {
+            RuleState::AdamW(state) => RuleState::AdamW(AdamWState {
                 exp_avg: state.exp_avg.copy(),
                 exp_avg_sq: state.exp_avg_sq.copy(),
                 step: state.step.copy(),
             }),
-            Self::Sgd(state) => {
-                Self::Sgd(SgdState { momentum: state.momentum.as_ref().map(Tensor::copy), steps: state.steps })
+            RuleState::Sgd(state) => {
+                RuleState::Sgd(SgdState { momentum: state.momentum.as_ref().map(Tensor::copy), steps: state.steps })
             }
-        }
+        };
+        Self { rule, ema: self.ema.as_ref().map(Tensor::copy) }
     }
 }
 

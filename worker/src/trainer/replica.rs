@@ -9,6 +9,7 @@ use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
 use super::prefix::Micro;
 use super::reduce::Exchange;
+use super::regularize::Pull;
 use super::shard_tree::ShardTree;
 use crate::collective::Collective;
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +41,8 @@ pub(crate) enum Error {
     Runtime(#[from] runtime::Error),
     #[error("replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank 0")]
     Diverged { step: Step, ranks: Vec<usize> },
+    #[error("cannot move the weights of layer group {group}")]
+    Weights { group: String, source: thaw_torch::tch::TchError },
     #[error("cannot put back the weights of layer group {group}")]
     Restore { group: String, source: thaw_torch::tch::TchError },
     #[error("rank {rank} sent an evaluation that does not parse")]
@@ -51,9 +54,23 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     pub(crate) logical_shards: u32,
     pub(crate) optimizer: spec::Optimizer,
+    pub(crate) ema: Option<spec::Ema>,
+    pub(crate) l2_sp: Option<spec::L2Sp>,
+    pub(crate) label_smoothing: f64,
+    /// In label order; `None` where all classes count the same.
+    pub(crate) class_weights: Option<Vec<f64>>,
     pub(crate) max_grad_norm: Option<f64>,
     pub(crate) classes: usize,
     pub(crate) hold: Option<Hold>,
+}
+
+impl Settings {
+    fn weight_of(&self, labels: &[i64]) -> f64 {
+        match &self.class_weights {
+            None => f64::from(u32::try_from(labels.len()).expect("a micro-batch is part of a global batch")),
+            Some(weights) => labels.iter().filter_map(|label| weights.get(usize::try_from(*label).ok()?)).sum(),
+        }
+    }
 }
 
 /// One logical shard's part of a step; `micro` is `None` where the shard has no sample left in the epoch.
@@ -68,6 +85,8 @@ pub(crate) struct StepPlan {
     pub(crate) step: Step,
     /// Samples over all shards.
     pub(crate) samples: u32,
+    /// Weight of those samples: their number where all classes count the same.
+    pub(crate) weight: f64,
     /// Rate per trainable group, ascending.
     pub(crate) rates: Vec<f64>,
     /// Whether this rank has been asked to stand still; one rank asking is enough.
@@ -109,6 +128,7 @@ pub(crate) struct Replica {
     /// Present from a group's first thaw on.
     states: BTreeMap<usize, OptimizerState>,
     optimizer: Optimizer,
+    pull: Option<Pull>,
     /// Names of the buffers that batch norms move.
     running_statistics: BTreeSet<String>,
     /// Names of the buffers in which batch norms count their updates.
@@ -117,14 +137,18 @@ pub(crate) struct Replica {
 
 impl Replica {
     pub(crate) fn new(
-        model: SegmentedModel,
+        mut model: SegmentedModel,
         settings: Settings,
         collective: Box<dyn Collective>,
     ) -> Result<Self, Error> {
         let (rank, world_size) = (collective.rank().0, collective.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
         let exchange = Exchange::new(collective);
-        let optimizer = Optimizer::new(&settings.optimizer)?;
+        let optimizer = Optimizer::new(&settings.optimizer, settings.ema)?;
+        let pull = settings.l2_sp.map(|l2_sp| Pull::new(l2_sp, &model));
+        let class_weights = settings.class_weights.as_ref();
+        let class_weights = class_weights.map(|weights| Tensor::from_slice(weights).to_kind(model.master_kind()));
+        model.set_loss(model::Loss { label_smoothing: settings.label_smoothing, class_weights });
         let running_statistics = running_statistics(&model.graph().graph);
         let update_counters = update_counters(&model.graph().graph);
         Ok(Self {
@@ -137,6 +161,7 @@ impl Replica {
             trainable: Vec::new(),
             states: BTreeMap::new(),
             optimizer,
+            pull,
             running_statistics,
             update_counters,
         })
@@ -222,7 +247,7 @@ impl Replica {
             let samples = micro.batch.labels.len();
             let inputs = input_tensors(&micro.batch, self.model.master_kind());
             let labels = Tensor::from_slice(&micro.batch.labels);
-            let weight = share(samples, plan.samples);
+            let weight = self.settings.weight_of(&micro.batch.labels) / plan.weight;
             runtime::manual_seed(sampler::shard_seed(self.settings.seed, plan.step.0, shard).unsigned_abs())?;
             if let Some(before) = &before {
                 put_statistics(&self.model, &self.trainable, &self.running_statistics, before);
@@ -284,10 +309,29 @@ impl Replica {
                 // With the groups below already updated: the worst moment to die.
                 Hold::at(self.settings.hold.as_ref(), HoldPoint::Update, plan.step.0);
             }
+            if let Some(pull) = &self.pull {
+                pull.apply(group, &self.model, rate)?;
+            }
             let state = self.states.get_mut(&group).expect("a trainable group has optimizer state");
             self.optimizer.step(&self.model.groups()[group], &sums[&group], rate, state)?;
         }
         Ok((norm, true))
+    }
+
+    /// What samples with these labels count for in the training loss.
+    pub(crate) fn weight_of(&self, labels: &[i64]) -> f64 {
+        self.settings.weight_of(labels)
+    }
+
+    /// Every rank's bytes, in rank order.
+    pub(crate) fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
+        Ok(self.exchange.gather(mine)?)
+    }
+
+    /// The buffers in which batch norms of all groups count their updates.
+    pub(crate) fn update_counters(&self) -> impl Iterator<Item = &Tensor> {
+        let buffers = self.model.groups().iter().flat_map(|group| &group.buffers);
+        buffers.filter(|(name, _)| self.update_counters.contains(name)).map(|(_, buffer)| buffer)
     }
 
     /// This rank's contiguous share of `batches` fixed batches.
@@ -303,9 +347,20 @@ impl Replica {
     ) -> Result<Evaluation, E> {
         let classes = self.settings.classes;
         let mut tally = Tally::new(classes);
-        while let Some(micro) = next(&mut self.model) {
-            self.tally(&micro?, &mut tally).map_err(E::from)?;
-        }
+        self.swap_in_mean();
+        let tallied = loop {
+            match next(&mut self.model) {
+                None => break Ok(()),
+                Some(Err(error)) => break Err(error),
+                Some(Ok(micro)) => {
+                    if let Err(error) = self.tally(&micro, &mut tally) {
+                        break Err(E::from(error));
+                    }
+                }
+            }
+        };
+        self.swap_in_mean();
+        tallied?;
         let gathered = self.exchange.gather(tally.to_bytes()).map_err(|error| E::from(error.into()))?;
         let tallies = gathered
             .iter()
@@ -368,6 +423,29 @@ impl Replica {
         groups.iter().map(copy).collect()
     }
 
+    /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated.
+    pub(crate) fn snapshot_evaluated(&mut self, groups: &[usize]) -> BTreeMap<usize, GroupSnapshot> {
+        self.swap_in_mean();
+        let snapshot = self.snapshot(groups);
+        self.swap_in_mean();
+        snapshot
+    }
+
+    /// Exchanges the weights and their mean, where evaluations are of the mean; a second call exchanges them back.
+    fn swap_in_mean(&mut self) {
+        if !self.settings.ema.is_some_and(|ema| ema.evaluate) {
+            return;
+        }
+        for (&group, state) in &self.states {
+            if let Some(mean) = state.ema() {
+                let mut flat = self.model.groups()[group].flat.shallow_clone();
+                let weights = flat.copy();
+                flat.copy_(mean);
+                mean.shallow_clone().copy_(&weights);
+            }
+        }
+    }
+
     /// Puts copies back, with their optimizer state; a group without any gets fresh state when it is next trained.
     pub(crate) fn restore(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<(), Error> {
         for (&group, snapshot) in snapshots {
@@ -396,11 +474,6 @@ fn add_numbers(left: &mut [f64], right: &[f64]) {
     for (left, right) in left.iter_mut().zip(right) {
         *left += right;
     }
-}
-
-fn share(samples: usize, all: u32) -> f64 {
-    let samples = u32::try_from(samples).expect("a micro-batch is part of a global batch");
-    f64::from(samples) / f64::from(all)
 }
 
 /// The batch's inputs as tensors; real-valued ones in the model's element type.

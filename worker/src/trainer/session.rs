@@ -3,6 +3,7 @@
 //! TRAIN-1: every rank takes every decision itself, from reduced values that all hold; nothing waits for the coordinator but the end.
 //! TRAIN-2: what a checkpoint holds is enough to come to the same weights as a run that was never interrupted.
 //! TRAIN-3: entering a stage restores the best weights with the optimizer state and counters of that same step.
+//! TRAIN-4: the best weights are whole: a group that thawed after them goes back to what it was.
 
 use super::feed::{self, Feed, Order};
 use super::job::Job;
@@ -19,7 +20,7 @@ use thaw_data::index::Part;
 use thaw_proto::ids::{Generation, StageIndex};
 use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
-use thaw_proto::spec::OnEnter;
+use thaw_proto::spec::{ClassWeights, OnEnter};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -163,6 +164,7 @@ impl Session<'_> {
             let plan = StepPlan {
                 step: at.step,
                 samples: order.step_size(at.stage_step),
+                weight: self.step_weight(&order, at.stage_step),
                 rates: rates.at(at.stage_step),
                 suspend: self.outbox.suspension_asked(),
             };
@@ -192,6 +194,11 @@ impl Session<'_> {
             self.replica.restore(&best.groups)?;
             restored = self.state.tracker.best.as_ref().map(|best| best.position.step);
         }
+        if let Some(best) = &mut self.state.best {
+            // The best weights are those of every group that is ever trained after them, so also of those that thaw only now (TRAIN-4).
+            let new: Vec<usize> = indices(stage).into_iter().filter(|group| !best.groups.contains_key(group)).collect();
+            best.groups.extend(self.replica.snapshot(&new));
+        }
         self.replica.set_trainable(indices(stage))?;
         self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
         if let Some(trace) = &mut self.trace {
@@ -218,8 +225,22 @@ impl Session<'_> {
         Ok(self.state.tracker.decide(stage, plan.steps_per_epoch, step))
     }
 
+    /// What a step's samples count for over all shards, in shard order, so that every rank finds the same number.
+    fn step_weight(&self, order: &Order, stage_step: u32) -> f64 {
+        if self.job.spec.class_weights == ClassWeights::Equal {
+            return f64::from(order.step_size(stage_step));
+        }
+        let index = self.job.dataset.index();
+        let label = |sample: &u32| index.label(Part::Train, *sample).map_or(-1, i64::from);
+        let weight = |shard: u32| {
+            let labels = order.samples(self.state.first_epoch, stage_step, shard);
+            self.replica.weight_of(&labels.iter().map(label).collect::<Vec<_>>())
+        };
+        (0..self.job.plan.logical_shards).map(weight).sum()
+    }
+
     fn keep_best(&mut self) {
-        let groups = self.replica.snapshot(&self.job.ever_trained(self.state.position.stage));
+        let groups = self.replica.snapshot_evaluated(&self.job.ever_trained(self.state.position.stage));
         self.state.best = Some(Best { groups });
     }
 

@@ -19,7 +19,7 @@ use rates::Levels;
 use strategy::Draft;
 use thaw_proto::ids::GroupIndex;
 use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage};
-use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec, Strategy};
+use thaw_proto::spec::{ClassWeights, LrScheduler, LrSchedulerType, OnEnter, RunSpec, Strategy};
 use thaw_proto::violation::Violations;
 
 /// Epochs that bound a stage which only early stopping would end.
@@ -139,6 +139,14 @@ fn check_data(spec: &RunSpec, data: &DataFacts, mistakes: &mut Violations) {
             mistakes.push("data.train", format!("class `{class}` has no sample; remove it or add samples"));
         }
     }
+    if let ClassWeights::Given(weights) = &spec.class_weights
+        && weights.len() != data.classes.len()
+    {
+        mistakes.push(
+            "class_weights.weights",
+            format!("has {} weights for {} classes ({})", weights.len(), data.classes.len(), data.classes.join(", ")),
+        );
+    }
     if data.summary.eval_samples == 0 {
         mistakes.push("data.eval", "has no sample; give data.eval, or a larger data.split.eval");
     }
@@ -217,7 +225,7 @@ fn stage(
         learning_rates: rates::of_stage(spec, graph, levels, draft, backbone_thawed),
         on_enter: if first { OnEnter::Keep } else { draft.on_enter },
         schedule,
-        warmup_steps: schedule::warmup_steps(schedule, draft.scheduler.warmup_steps, max_steps),
+        warmup_steps: schedule::warmup_steps(schedule, given_warmup(&draft.scheduler, max_steps), max_steps),
         max_steps,
         trainable_parameters: cost::trainable_parameters(graph, &draft.groups),
         all_reduce_bytes: cost::all_reduce_bytes(spec, graph, &draft.groups),
@@ -226,6 +234,28 @@ fn stage(
         cost: cost::of_stage(spec, graph, &draft.groups, thawed, samples),
         thawed_groups,
         until,
+    }
+}
+
+/// The updates of warmup that the spec gives, as a number or as a share.
+fn given_warmup(scheduler: &LrScheduler, max_steps: u32) -> Option<u32> {
+    // At most `max_steps`, and not negative.
+    let share = scheduler.warmup_ratio.map(|ratio| (f64::from(max_steps) * ratio).round() as u32);
+    scheduler.warmup_steps.or(share)
+}
+
+/// What each class counts for in the training loss, in label order; `None` where all count the same.
+#[must_use]
+pub fn class_weights(spec: &RunSpec, plan: &Plan) -> Option<Vec<f64>> {
+    match &spec.class_weights {
+        ClassWeights::Equal => None,
+        ClassWeights::Given(weights) => Some(weights.clone()),
+        ClassWeights::Balanced => {
+            let counts = &plan.data.class_counts;
+            let samples: u64 = counts.iter().sum();
+            // Fewer than 2^53 samples, and no class without any (the planner refuses it).
+            Some(counts.iter().map(|count| samples as f64 / (counts.len() as f64 * *count as f64)).collect())
+        }
     }
 }
 

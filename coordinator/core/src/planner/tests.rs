@@ -112,6 +112,22 @@ fn a_stage_states_what_no_engine_can_go_below() {
 }
 
 #[test]
+fn warmup_may_be_a_share_and_class_weights_fit_the_classes() {
+    let plan = plan_of(&spec(json!({"lr_scheduler": {"kind": "linear", "warmup_steps": null, "warmup_ratio": 0.1}})));
+    let stage = &plan.stages[0];
+    assert_eq!(stage.warmup_steps, (f64::from(stage.max_steps) * 0.1).round() as u32);
+    let balanced = spec(json!({"class_weights": "balanced"}));
+    let weights = class_weights(&balanced, &plan).unwrap();
+    let counts = &plan.data.class_counts;
+    let sum: f64 = weights.iter().zip(counts).map(|(weight, count)| weight * *count as f64).sum();
+    assert!((sum - counts.iter().sum::<u64>() as f64).abs() < 1e-9, "the mean weight of a sample is one");
+    assert_eq!(class_weights(&spec(json!({})), &plan), None);
+    let wrong = spec(json!({"class_weights": {"given": [1.0]}}));
+    let text = super::plan(&wrong, &graph(), &data()).unwrap_err().to_string();
+    assert!(text.contains("class_weights.weights: has 1 weights"), "{text}");
+}
+
+#[test]
 fn costs_follow_format_and_optimizer() {
     let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
     let single = stage(json!({}));

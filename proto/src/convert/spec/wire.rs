@@ -3,8 +3,9 @@
 use crate::convert::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, Checkpoint, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform, LayerGroupRule,
-    LrScheduler, Optimizer, PrefixCache, RateDecay, RunSpec, Split, Stage, Until, Verification, Workers,
+    Backbone, Checkpoint, ClassWeights, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform,
+    LayerGroupRule, LrScheduler, Optimizer, PrefixCache, RateDecay, RunSpec, Split, Stage, Until, Verification,
+    Workers,
 };
 use url::Url;
 
@@ -43,6 +44,14 @@ impl From<&RunSpec> for pb::RunSpec {
             verification: Some((&spec.verification).into()),
             prefix_cache: Some((&spec.prefix_cache).into()),
             memory_format: spec.memory_format.number(),
+            label_smoothing_factor: Some(spec.label_smoothing_factor),
+            class_weights: match &spec.class_weights {
+                ClassWeights::Equal => None,
+                ClassWeights::Balanced => Some(pb::ClassWeights { balanced: true, weights: Vec::new() }),
+                ClassWeights::Given(weights) => Some(pb::ClassWeights { balanced: false, weights: weights.clone() }),
+            },
+            l2_sp: spec.l2_sp.map(|l2_sp| pb::L2Sp { alpha: Some(l2_sp.alpha), beta: Some(l2_sp.beta) }),
+            ema: spec.ema.map(|ema| pb::Ema { decay: ema.decay, evaluate: Some(ema.evaluate) }),
         }
     }
 }
@@ -186,7 +195,11 @@ impl From<&Optimizer> for pb::Optimizer {
 
 impl From<&LrScheduler> for pb::LrScheduler {
     fn from(scheduler: &LrScheduler) -> Self {
-        Self { r#type: scheduler.kind.map_or(0, WireEnum::number), warmup_steps: scheduler.warmup_steps }
+        Self {
+            r#type: scheduler.kind.map_or(0, WireEnum::number),
+            warmup_steps: scheduler.warmup_steps,
+            warmup_ratio: scheduler.warmup_ratio,
+        }
     }
 }
 

@@ -6,7 +6,9 @@ use tch::{Kind, Tensor};
 use thaw_graph::ir::{DType, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
-use super::{BatchNorm, Error, FlatParameter, GroupParameters, Options, SegmentedModel, SourceError, tensor_error};
+use super::{
+    BatchNorm, Error, FlatParameter, GroupParameters, Loss, Options, SegmentedModel, SourceError, tensor_error,
+};
 use crate::autograd::GradMode;
 use crate::executor::{Cell, Frame, Program, kind_of};
 use crate::op;
@@ -60,6 +62,7 @@ impl SegmentedModel {
             transient,
             batch_norm: BatchNorm::BatchStatistics,
             loss,
+            training_loss: Loss::default(),
             channels_last,
         })
     }

@@ -173,6 +173,15 @@ pub enum BatchNorm {
     FrozenStatistics,
 }
 
+/// What a training step minimises: cross-entropy, and how.
+#[derive(Debug, Default)]
+pub struct Loss {
+    /// Share of the target that is spread evenly over all classes.
+    pub label_smoothing: f64,
+    /// `[classes]`, master type, on the model's device. The loss is the sum of weighted losses over the sum of the samples' weights.
+    pub class_weights: Option<Tensor>,
+}
+
 /// A thawed group's gradient: one flat buffer, and a view of it per parameter.
 #[derive(Debug)]
 struct GradientBuffer {
@@ -196,6 +205,7 @@ pub struct SegmentedModel {
     transient: Vec<usize>,
     batch_norm: BatchNorm,
     loss: crate::op::Operator,
+    training_loss: Loss,
     /// `aten::contiguous`, where images are to lie channels last.
     channels_last: Option<crate::op::Operator>,
 }
@@ -217,6 +227,11 @@ impl SegmentedModel {
     #[must_use]
     pub fn master_kind(&self) -> Kind {
         self.options.precision.master()
+    }
+
+    /// What training steps minimise from now on; plain cross-entropy at first.
+    pub fn set_loss(&mut self, loss: Loss) {
+        self.training_loss = loss;
     }
 
     /// What thawed batch norms do from now on; batch statistics at first.

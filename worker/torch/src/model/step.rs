@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use thaw_graph::guards;
 use thaw_graph::ir::{DType, GraphInput};
 
-use super::{Entry, Error, SegmentedModel, tensor_error};
+use super::{Entry, Error, Loss, SegmentedModel, tensor_error};
 use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Phase, dtype_of};
 use crate::op::Value;
@@ -55,6 +55,21 @@ impl SegmentedModel {
             .enter(&entry.into())
             .and_then(|first| self.run_frozen(first..self.groups.len()))
             .and_then(|()| self.logits());
+        self.clear();
+        result
+    }
+
+    /// Runs a batch without gradient and without dropout, with every batch norm normalising by the batch and moving its running statistics.
+    ///
+    /// # Errors
+    /// As [`SegmentedModel::forward`].
+    pub fn observe(&mut self, inputs: &[Tensor]) -> Result<(), Error> {
+        const OBSERVE: Phase = Phase { dropout: false, batch_statistics: true };
+        let _mode = GradMode::set(false);
+        let result = self.enter(&Entry::Inputs(inputs)).and_then(|_| {
+            let mut blocks = self.program.blocks.iter();
+            Ok(blocks.try_for_each(|block| block.run(&mut self.frame, OBSERVE))?)
+        });
         self.clear();
         result
     }
@@ -169,7 +184,19 @@ impl SegmentedModel {
 
     fn cross_entropy(&self, labels: &Tensor) -> Result<Tensor, Error> {
         let labels = labels.f_to_device(self.options.device).map_err(tensor_error("the labels on the device"))?;
-        self.loss.call_tensor(&[Value::Tensor(&self.logits()?), Value::Tensor(&labels)]).map_err(Error::Loss)
+        let logits = self.logits()?;
+        let Loss { label_smoothing, class_weights } = &self.training_loss;
+        let weights = class_weights.as_ref().map_or(Value::None, Value::Tensor);
+        let mean = Value::Int(1);
+        let arguments = [
+            Value::Tensor(&logits),
+            Value::Tensor(&labels),
+            weights,
+            mean,
+            Value::Default,
+            Value::Float(*label_smoothing),
+        ];
+        self.loss.call_tensor(&arguments).map_err(Error::Loss)
     }
 
     /// Backward from the head down to `boundary`. Returns the time it took without the callback.
