@@ -76,6 +76,11 @@ int32_t thaw_get_num_threads();
 int32_t thaw_set_num_threads(int32_t threads);
 int32_t thaw_set_deterministic(int32_t enabled);
 
+// kernels.cpp. Puts our kernels in libtorch's place, once a process. -1 where it refuses them.
+int32_t thaw_register_kernels();
+// Where the gradient of a leaf that one operator reads is written, if that operator can; null: anywhere.
+void thaw_set_gradient_home(const void* parameter, const void* home);
+
 // allocator.cpp. From now on freed memory of tensors on the CPU stays with the process. 1 where malloc's own limits could not be set.
 int32_t thaw_keep_memory();
 // Gives the pages of what is free back to the system.

@@ -1,13 +1,13 @@
 //! Building a model: weights into flat buffers, views into the frame.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Kind, Tensor};
-use thaw_graph::ir::{DType, Weight};
+use thaw_graph::ir::{DType, Graph, Node, ValueId, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
 use super::{BatchNorm, Error, FlatParameter, GroupParameters, Options, SegmentedModel, SourceError, tensor_error};
-use crate::autograd::GradMode;
+use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Frame, Program, kind_of};
 use crate::op;
 
@@ -26,6 +26,8 @@ impl SegmentedModel {
     /// # Errors
     /// [`Error::Program`] where the graph cannot run, [`Error::Weight`] and [`Error::WeightShape`] where a weight is missing or another.
     pub fn new(graph: SegmentedGraph, weights: &mut WeightSource<'_>, options: Options) -> Result<Self, Error> {
+        // Without them libtorch's own run.
+        let _registered = autograd::register_kernels();
         let program = Program::compile(&graph, &options)?;
         let is_channels_last = options.is_channels_last(&graph.graph);
         let mut loader = Loader { frame: Frame::new(program.values), source: weights, options, is_channels_last };
@@ -48,6 +50,7 @@ impl SegmentedModel {
         let loss = op::resolve("aten::cross_entropy_loss", "").map_err(Error::Loss)?;
         let channels_last = is_channels_last.then(|| op::resolve("aten::contiguous", "")).transpose();
         let channels_last = channels_last.map_err(Error::Operator)?;
+        let read_once = read_once(&graph.graph);
         let frame = loader.frame;
         Ok(Self {
             graph,
@@ -59,6 +62,7 @@ impl SegmentedModel {
             owners,
             transient,
             batch_norm: BatchNorm::BatchStatistics,
+            read_once,
             loss,
             channels_last,
         })
@@ -123,6 +127,16 @@ impl Loader<'_, '_> {
     }
 }
 
+/// Indices of the parameters that one operator reads, once.
+fn read_once(graph: &Graph) -> BTreeSet<usize> {
+    let mut reads: BTreeMap<ValueId, usize> = BTreeMap::new();
+    for value in graph.nodes.iter().flat_map(Node::reads) {
+        *reads.entry(value).or_default() += 1;
+    }
+    let parameters = graph.parameters.iter().enumerate();
+    parameters.filter(|(_, weight)| reads.get(&weight.value) == Some(&1)).map(|(index, _)| index).collect()
+}
+
 /// Where each parameter lies: those with weight decay first, each in graph order. Also the first part's length and the whole's.
 fn layout(weights: &[Weight], indices: &[usize], master: Kind) -> (Vec<FlatParameter>, usize, usize) {
     let mut sorted = indices.to_vec();
@@ -175,7 +189,6 @@ pub(super) fn tensor_from_bytes(name: &str, dtype: DType, shape: &[i64], bytes: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use thaw_graph::ir::ValueId;
 
     #[test]
     fn decayed_parameters_come_first_and_each_is_aligned() {

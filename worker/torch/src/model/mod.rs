@@ -12,12 +12,13 @@ mod prefix;
 mod state;
 mod step;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Kind, Tensor};
 use thaw_graph::segment::SegmentedGraph;
 
 pub use crate::executor::Options;
+use crate::autograd;
 use crate::executor::{self, Frame, Phase, Program};
 pub use load::{WeightBytes, WeightSource};
 pub use prefix::Entry;
@@ -195,6 +196,8 @@ pub struct SegmentedModel {
     /// Cells that a batch fills.
     transient: Vec<usize>,
     batch_norm: BatchNorm,
+    /// Indices of the graph's parameters that one operator reads, once.
+    read_once: BTreeSet<usize>,
     loss: crate::op::Operator,
     /// `aten::contiguous`, where images are to lie channels last.
     channels_last: Option<crate::op::Operator>,
@@ -245,8 +248,18 @@ impl SegmentedModel {
             } else if self.gradients[index].is_none() {
                 self.gradients[index] = Some(GradientBuffer::zeros_for(&self.groups[index])?);
             }
+            self.place_gradients(index);
         }
         Ok(())
+    }
+
+    /// Has the gradients of a group's parameters written where they belong, where that is possible (see [`autograd::set_gradient_home`]).
+    fn place_gradients(&self, group: usize) {
+        for (place, parameter) in self.groups[group].parameters.iter().enumerate() {
+            let Some(tensor) = self.parameter(parameter.index) else { continue };
+            let home = self.gradients[group].as_ref().map(|buffer| &buffer.views[place]);
+            autograd::set_gradient_home(tensor, home.filter(|_| self.read_once.contains(&parameter.index)));
+        }
     }
 
     /// The trainable groups, lowest first.

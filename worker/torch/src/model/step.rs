@@ -283,6 +283,8 @@ impl SegmentedModel {
         let Some(buffer) = &mut self.gradients[group] else { return Ok(()) };
         for (parameter, view) in self.groups[group].parameters.iter().zip(&mut buffer.views) {
             let written = match pending.parameters.remove(&parameter.index) {
+                // Already in its place.
+                Some(gradient) if gradient.data_ptr() == view.data_ptr() => Ok(()),
                 Some(gradient) => view.f_copy_(&gradient),
                 None => view.f_zero_().map(drop),
             };
