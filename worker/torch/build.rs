@@ -32,7 +32,7 @@ fn main() {
         .define("GLOG_USE_GLOG_EXPORT", None)
         .include(root.join("include"))
         .include(root.join("include/torch/csrc/api/include"))
-        .files(["csrc/shim.cpp", "csrc/allocator.cpp", "csrc/kernels.cpp"])
+        .files(["csrc/shim.cpp", "csrc/allocator.cpp", "csrc/cast.cpp", "csrc/kernels.cpp"])
         .compile("thaw_torch");
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     for library in ["torch_cpu", "torch", "c10"] {

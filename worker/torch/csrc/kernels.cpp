@@ -6,9 +6,11 @@
 //         one operator only, since a second gradient would overwrite the first.
 // They take libtorch's place in the dispatcher, for this process, so that operators made of others (attention) use them too.
 #include "shim.h"
+#include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
 
@@ -32,7 +34,25 @@
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+namespace thaw {
+
+at::Tensor home_of(const at::Tensor& parameter) {
+  if (!parameter.requires_grad() || !parameter.is_leaf()) {
+    return {};
+  }
+  const at::Tensor& home = parameter.grad();
+  // The layout is the parameter's own, which the home was made for.
+  const bool fits = home.defined() && home.sizes() == parameter.sizes() && home.strides() == parameter.strides() &&
+                    home.scalar_type() == parameter.scalar_type();
+  return fits ? home : at::Tensor();
+}
+
+}  // namespace thaw
+
 namespace {
+
+using thaw::home_of;
+using thaw::Homes;
 
 // ---- The generator, many draws at once. ----
 
@@ -118,14 +138,41 @@ WIDEST void scale_kept(const float* from, const uint8_t* kept, float scale, floa
   }
 }
 
+// The same in bf16, given as its bits: a product in fp32, rounded to the nearest, ties to even.
+WIDEST void scale_kept(const uint16_t* from, const uint8_t* kept, float scale, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t wide = uint32_t{from[i]} << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    value *= kept[i] != 0 ? scale : 0.0F;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    to[i] = static_cast<uint16_t>(value != value ? 0x7fc0U : rounded);
+  }
+}
+
+template <typename Element>
+void scale_kept(const at::Tensor& from, const at::Tensor& kept, float scale, const at::Tensor& to) {
+  const auto* source = static_cast<const Element*>(from.const_data_ptr());
+  auto* target = static_cast<Element*>(to.mutable_data_ptr());
+  const auto* mask = kept.const_data_ptr<uint8_t>();
+  at::parallel_for(0, from.numel(), kGrain, [&](int64_t start, int64_t end) {
+    scale_kept(source + start, mask + start, scale, target + start, end - start);
+  });
+}
+
+bool is_handled(const at::Tensor& tensor) {
+  return (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16) && tensor.is_contiguous();
+}
+
 at::Tensor apply_mask(const at::Tensor& tensor, const at::Tensor& kept, float scale) {
   at::Tensor result = at::empty_like(tensor);
-  const auto* from = tensor.const_data_ptr<float>();
-  const auto* mask = kept.const_data_ptr<uint8_t>();
-  auto* to = result.mutable_data_ptr<float>();
-  at::parallel_for(0, tensor.numel(), kGrain, [&](int64_t start, int64_t end) {
-    scale_kept(from + start, mask + start, scale, to + start, end - start);
-  });
+  if (tensor.scalar_type() == at::kFloat) {
+    scale_kept<float>(tensor, kept, scale, result);
+  } else {
+    scale_kept<uint16_t>(tensor, kept, scale, result);
+  }
   return result;
 }
 
@@ -138,7 +185,11 @@ struct Dropout : torch::autograd::Function<Dropout> {
       const std::lock_guard<std::mutex> lock(generator.mutex());
       keep_mask(*at::check_generator<at::CPUGeneratorImpl>(generator), 1 - p, kept.mutable_data_ptr<uint8_t>(), kept.numel());
     }
-    const float scale = 1.0F / static_cast<float>(1 - p);
+    float scale = 1.0F / static_cast<float>(1 - p);
+    if (input.scalar_type() == at::kBFloat16) {
+      // libtorch keeps the scaled mask in the input's type.
+      scale = static_cast<float>(c10::BFloat16(scale));
+    }
     context->saved_data["kept"] = kept;
     context->saved_data["scale"] = static_cast<double>(scale);
     return apply_mask(input, kept, scale);
@@ -148,16 +199,16 @@ struct Dropout : torch::autograd::Function<Dropout> {
     const at::Tensor kept = context->saved_data["kept"].toTensor();
     const auto scale = static_cast<float>(context->saved_data["scale"].toDouble());
     const at::Tensor& gradient = gradients[0];
-    if (!gradient.is_contiguous() || gradient.scalar_type() != at::kFloat) {
+    if (!is_handled(gradient)) {
       // The result's layout follows the gradient's.
-      return {gradient.mul(kept.to(at::kFloat).mul_(scale)), at::Tensor()};
+      return {gradient.mul(kept.to(gradient.scalar_type()).mul_(scale)), at::Tensor()};
     }
     return {apply_mask(gradient, kept, scale), at::Tensor()};
   }
 };
 
 at::Tensor dropout(const at::Tensor& input, double p, bool train) {
-  if (!train || !(p > 0 && p < 1) || input.numel() == 0 || input.scalar_type() != at::kFloat || !input.is_contiguous()) {
+  if (!train || !(p > 0 && p < 1) || input.numel() == 0 || !is_handled(input)) {
     return at::native::dropout(input, p, train);
   }
   return Dropout::apply(input, p);
@@ -188,23 +239,6 @@ at::Tensor safe_softmax(const at::Tensor& input, int64_t dim, std::optional<at::
 }
 
 // ---- Layers whose gradients go home. ----
-
-// Where the parameter's gradient is to be written; undefined where anywhere. Only leaves have one.
-at::Tensor home_of(const at::Tensor& parameter) {
-  if (!parameter.requires_grad() || !parameter.is_leaf()) {
-    return {};
-  }
-  const at::Tensor& home = parameter.grad();
-  const bool fits = home.defined() && home.sizes() == parameter.sizes() && home.is_contiguous() &&
-                    home.scalar_type() == parameter.scalar_type();
-  return fits ? home : at::Tensor();
-}
-
-// Kept out of autograd's sight.
-struct Homes {
-  at::Tensor first;
-  at::Tensor second;
-};
 
 struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,

@@ -1,4 +1,5 @@
 #include "shim.h"
+#include "cast.h"
 
 #include <memory>
 #include <optional>
@@ -296,52 +297,6 @@ c10::IValue convert(const Parameter& parameter, const ThawValue& value) {
   }
 }
 
-bool is_half(const at::Tensor& tensor) {
-  return tensor.defined() && (tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf);
-}
-
-bool is_single(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kFloat; }
-
-bool is_plain_single(const at::Tensor& tensor) {
-  return is_single(tensor) && !tensor.unsafeGetTensorImpl()->is_wrapped_number();
-}
-
-at::Tensor cast_tensor(const at::Tensor& tensor, bool down) {
-  if (down) {
-    return is_single(tensor) ? tensor.to(at::kBFloat16) : tensor;
-  }
-  return is_half(tensor) ? tensor.to(at::kFloat) : tensor;
-}
-
-void cast_stack(torch::jit::Stack& stack, int32_t cast) {
-  if (cast == THAW_WIDEST) {
-    bool any_single = false;
-    for (const auto& value : stack) {
-      any_single = any_single || (value.isTensor() && is_plain_single(value.toTensor()));
-      if (value.isTensorList()) {
-        for (const at::Tensor& tensor : value.toTensorVector()) {
-          any_single = any_single || is_plain_single(tensor);
-        }
-      }
-    }
-    if (!any_single) {
-      return;
-    }
-  }
-  const bool down = cast == THAW_TO_BF16;
-  for (auto& value : stack) {
-    if (value.isTensor()) {
-      value = cast_tensor(value.toTensor(), down);
-    } else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorVector()) {
-        list.push_back(cast_tensor(tensor, down));
-      }
-      value = list;
-    }
-  }
-}
-
 ThawValue owned_tensor(at::Tensor tensor) {
   ThawValue result{};
   if (tensor.defined()) {
@@ -454,7 +409,7 @@ int32_t thaw_call(const void* pointer, const ThawValue* arguments, int32_t cast,
       stack.push_back(convert(op.parameters[i], arguments[i]));
     }
     if (cast != THAW_AS_IS) {
-      cast_stack(stack, cast);
+      thaw::cast_stack(stack, cast);
     }
     op.handle.callBoxed(stack);
     TORCH_CHECK(static_cast<int32_t>(stack.size()) <= capacity, op.name, " has more results than fit");

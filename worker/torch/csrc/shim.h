@@ -81,6 +81,11 @@ int32_t thaw_register_kernels();
 // Where the gradient of a leaf that one operator reads is written, if that operator can; null: anywhere.
 void thaw_set_gradient_home(const void* parameter, const void* home);
 
+// cast.cpp. From now on the copy in bf16 that casts make of a leaf is kept until it changes.
+void thaw_keep_half_copy(const void* weight);
+// To be called after memory was written without libtorch.
+void thaw_bump_version(const void* tensor);
+
 // allocator.cpp. From now on freed memory of tensors on the CPU stays with the process. 1 where malloc's own limits could not be set.
 int32_t thaw_keep_memory();
 // Gives the pages of what is free back to the system.

@@ -53,6 +53,12 @@ pub(crate) fn set_gradient_home(parameter: &Tensor, home: Option<&Tensor>) {
     unsafe { ffi::thaw_set_gradient_home(parameter.as_ptr(), home) }
 }
 
+/// Keeps the copy in bf16 that mixed precision makes of a weight until the weight changes. Only for a leaf.
+pub(crate) fn keep_half_copy(weight: &Tensor) {
+    // SAFETY: the tensor is alive; it is referred to weakly.
+    unsafe { ffi::thaw_keep_half_copy(weight.as_ptr()) }
+}
+
 /// The gradients of the sum of `outputs`, each weighted by its gradient (`None`: one, for a scalar), by `inputs`; `None` where an input
 /// was not used. The graph behind `outputs` is freed.
 ///

@@ -94,6 +94,9 @@ unsafe extern "C" {
     pub(crate) fn thaw_register_kernels() -> i32;
     pub(crate) fn thaw_set_gradient_home(parameter: *const C_tensor, home: *const C_tensor);
 
+    pub(crate) fn thaw_keep_half_copy(weight: *const C_tensor);
+    pub(crate) fn thaw_bump_version(tensor: *const C_tensor);
+
     pub(crate) fn thaw_keep_memory() -> i32;
     pub(crate) fn thaw_release_memory();
     pub(crate) fn thaw_memory(in_use: *mut i64, peak: *mut i64, reset: i32);

@@ -138,7 +138,10 @@ macro_rules! slices {
         pub fn $write<R>(tensor: &mut Tensor, body: impl FnOnce(&mut [$element]) -> R) -> Result<R, Error> {
             check_slice(tensor, $kind)?;
             // SAFETY: the tensor is contiguous, on the CPU and of this type; the caller keeps other handles to the storage out of `body`.
-            Ok(body(unsafe { &mut *memory::<$element>(tensor) }))
+            let result = body(unsafe { &mut *memory::<$element>(tensor) });
+            // SAFETY: raises a counter of a tensor that is alive.
+            unsafe { ffi::thaw_bump_version(tensor.as_ptr()) };
+            Ok(result)
         }
     };
 }

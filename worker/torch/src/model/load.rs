@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use thaw_graph::ir::{DType, Graph, Node, ValueId, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
 use super::{BatchNorm, Error, FlatParameter, GroupParameters, Options, SegmentedModel, SourceError, tensor_error};
 use crate::autograd::{self, GradMode};
-use crate::executor::{Cell, Frame, Program, kind_of};
+use crate::executor::{Cell, Frame, Precision, Program, kind_of};
 use crate::op;
 
 /// A parameter's alignment in its flat buffer: kernels may choose their path by it, and a parameter on its own is aligned so.
@@ -90,7 +90,11 @@ impl Loader<'_, '_> {
             let values = self.read(weight)?;
             let mut place = parameter.view(&flat)?;
             place.f_copy_(&values).map_err(failed())?;
-            self.frame.cells[weight.value.0 as usize] = Cell::Tensor(place.f_detach().map_err(failed())?);
+            let leaf = place.f_detach().map_err(failed())?;
+            if self.options.precision == Precision::Bf16 && self.options.device == Device::Cpu {
+                autograd::keep_half_copy(&leaf);
+            }
+            self.frame.cells[weight.value.0 as usize] = Cell::Tensor(leaf);
         }
         let mut buffers = Vec::new();
         for index in &segment.buffers {
