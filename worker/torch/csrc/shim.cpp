@@ -253,11 +253,15 @@ c10::IValue convert_numbers(const Parameter& parameter, const ThawValue& value) 
   mismatch(parameter, value);
 }
 
+c10::Device device_of(int64_t code) {
+  return c10::Device(static_cast<c10::DeviceType>(code >> 8), static_cast<c10::DeviceIndex>((code & 0xff) - 1));
+}
+
 c10::IValue convert_device(const Parameter& parameter, const ThawValue& value) {
   if (parameter.kind != Kind::Device) {
     mismatch(parameter, value);
   }
-  return c10::Device(static_cast<c10::DeviceType>(value.integer >> 8), static_cast<c10::DeviceIndex>((value.integer & 0xff) - 1));
+  return device_of(value.integer);
 }
 
 c10::IValue convert(const Parameter& parameter, const ThawValue& value) {
@@ -454,6 +458,23 @@ int32_t thaw_set_grad_mode(int32_t enabled) {
 int32_t thaw_manual_seed(uint64_t seed) {
   return guarded<int32_t>(-1, [&]() -> int32_t {
     at::manual_seed(seed);
+    return 0;
+  });
+}
+
+void* thaw_generator_state(int64_t device) {
+  return guarded<void*>(nullptr, [&]() -> void* {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    const std::lock_guard<std::mutex> lock(generator.mutex());
+    return new at::Tensor(generator.get_state());
+  });
+}
+
+int32_t thaw_set_generator_state(int64_t device, const void* state) {
+  return guarded<int32_t>(-1, [&]() -> int32_t {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    const std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(tensor_of(state));
     return 0;
   });
 }

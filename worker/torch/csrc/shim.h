@@ -72,6 +72,9 @@ int32_t thaw_grad(void* const* outputs, void* const* grad_outputs, int32_t n_out
 // Returns what it was before.
 int32_t thaw_set_grad_mode(int32_t enabled);
 int32_t thaw_manual_seed(uint64_t seed);
+// The state of a device's default generator, as a tensor that the caller owns; null on failure. `device` as THAW_DEVICE's integer.
+void* thaw_generator_state(int64_t device);
+int32_t thaw_set_generator_state(int64_t device, const void* state);
 int32_t thaw_get_num_threads();
 int32_t thaw_set_num_threads(int32_t threads);
 int32_t thaw_set_deterministic(int32_t enabled);

@@ -87,6 +87,8 @@ unsafe extern "C" {
 
     pub(crate) fn thaw_set_grad_mode(enabled: i32) -> i32;
     pub(crate) fn thaw_manual_seed(seed: u64) -> i32;
+    pub(crate) fn thaw_generator_state(device: i64) -> *mut C_tensor;
+    pub(crate) fn thaw_set_generator_state(device: i64, state: *const C_tensor) -> i32;
     pub(crate) fn thaw_get_num_threads() -> i32;
     pub(crate) fn thaw_set_num_threads(threads: i32) -> i32;
     pub(crate) fn thaw_set_deterministic(enabled: i32) -> i32;

@@ -66,7 +66,11 @@ fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryForma
         (0..).map_while(|index| expected.get(&format!("input/{index}"))).map(Tensor::shallow_clone).collect();
     assert_same(&model.forward(&inputs).unwrap(), &expected["eval/logits"], "logits");
     let states: Vec<_> = (0..model.groups().len()).map(|group| model.state(group).unwrap()).collect();
-    for (index, scenario) in scenarios.iter().enumerate() {
+    let both = [false, true].into_iter().flat_map(|checkpointing| {
+        scenarios.iter().enumerate().map(move |(index, scenario)| (index, scenario, checkpointing))
+    });
+    for (index, scenario, checkpointing) in both {
+        model.set_activation_checkpointing(checkpointing);
         for (group, state) in states.iter().enumerate() {
             model.load_state(group, state).unwrap();
         }

@@ -62,6 +62,7 @@ impl SegmentedModel {
             owners,
             transient,
             batch_norm: BatchNorm::BatchStatistics,
+            activation_checkpointing: false,
             read_once,
             loss,
             channels_last,

@@ -6,6 +6,7 @@
 //! MODEL-2: frozen means absent: no gradient, no gradient buffer, dropout off, batch statistics neither used nor updated.
 //! MODEL-3: backward runs from the head down; a group's gradient is final when it is handed over, before the segment below starts.
 //! MODEL-4: gradients are summed in the order of one backward pass over the whole graph, so they equal it bit for bit.
+//! MODEL-5: a checkpointed segment draws the same noise the second time and moves no statistics then.
 
 mod load;
 mod prefix;
@@ -57,6 +58,8 @@ pub enum Error {
     BoundaryAbove { boundary: usize, lowest: usize },
     #[error("cannot use the model's output: {0} was not computed")]
     NoOutput(String),
+    #[error(transparent)]
+    Generator(#[from] crate::runtime::Error),
     #[error(transparent)]
     Gradient(#[from] crate::autograd::Error),
     #[error("cannot compute {what}")]
@@ -196,6 +199,7 @@ pub struct SegmentedModel {
     /// Cells that a batch fills.
     transient: Vec<usize>,
     batch_norm: BatchNorm,
+    activation_checkpointing: bool,
     /// Indices of the graph's parameters that one operator reads, once.
     read_once: BTreeSet<usize>,
     loss: crate::op::Operator,
@@ -225,6 +229,12 @@ impl SegmentedModel {
     /// What thawed batch norms do from now on; batch statistics at first.
     pub fn set_batch_norm(&mut self, batch_norm: BatchNorm) {
         self.batch_norm = batch_norm;
+    }
+
+    /// Whether a training step keeps only what crosses the cuts between trainable segments, and computes the rest again for backward: less
+    /// memory, for the time of a second forward. Off at first. Gradients are the same, bit for bit.
+    pub fn set_activation_checkpointing(&mut self, enabled: bool) {
+        self.activation_checkpointing = enabled;
     }
 
     /// Thaws these groups and freezes all others. A group that stays thawed keeps its gradient buffer.
