@@ -1,6 +1,7 @@
 """PyTorch's side of worker/torch/tests/graph_against_pytorch.rs and optim_against_pytorch.rs.
 
     graph_reference.py model NAME FOLDER DTYPE FORMAT [REGEX...]
+        (DTYPE fp32, fp64 or bf16, which is autocast; FORMAT contiguous or channels_last)
         Exports a model in train mode to FOLDER/model.pt2, and for evaluation and each scenario writes what eager PyTorch computes, one
         thread, to FOLDER/expected.safetensors. A scenario is a regular expression: parameters that match are trainable; modules without
         any are in eval mode.
@@ -112,14 +113,17 @@ def run_model(name, folder, dtype, memory_format, patterns):
     expected["labels"] = labels
     # A product of three dimensions with a weight that requires a gradient is folded even where none is recorded, which changes its last bits.
     model.eval().requires_grad_(False)
-    with torch.no_grad():
-        expected["eval/logits"] = model(*inputs)
+    low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+    master = torch.float64 if dtype == "fp64" else torch.float32
+    with torch.no_grad(), low:
+        expected["eval/logits"] = model(*inputs).to(master)
     for index, pattern in enumerate(patterns):
         model.load_state_dict(start)
         set_modes(model, pattern)
         model.zero_grad(set_to_none=True)
         torch.manual_seed(SEED + 2)
-        loss = torch.nn.functional.cross_entropy(model(*inputs), labels)
+        with low:
+            loss = torch.nn.functional.cross_entropy(model(*inputs).to(master), labels)
         loss.backward()
         expected[f"{index}/loss"] = loss.detach()
         for key, parameter in model.named_parameters():

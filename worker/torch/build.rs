@@ -24,7 +24,7 @@ fn main() {
     cc::Build::new()
         .cpp(true)
         .pic(true)
-        .opt_level(2)
+        .opt_level(3)
         .debug(false)
         .warnings(false)
         .flag("-std=c++17")
@@ -32,7 +32,7 @@ fn main() {
         .define("GLOG_USE_GLOG_EXPORT", None)
         .include(root.join("include"))
         .include(root.join("include/torch/csrc/api/include"))
-        .files(["csrc/shim.cpp", "csrc/allocator.cpp"])
+        .files(["csrc/shim.cpp", "csrc/allocator.cpp", "csrc/cast.cpp", "csrc/kernels.cpp"])
         .compile("thaw_torch");
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     for library in ["torch_cpu", "torch", "c10"] {

@@ -1,4 +1,5 @@
 #include "shim.h"
+#include "cast.h"
 
 #include <memory>
 #include <optional>
@@ -252,11 +253,15 @@ c10::IValue convert_numbers(const Parameter& parameter, const ThawValue& value) 
   mismatch(parameter, value);
 }
 
+c10::Device device_of(int64_t code) {
+  return c10::Device(static_cast<c10::DeviceType>(code >> 8), static_cast<c10::DeviceIndex>((code & 0xff) - 1));
+}
+
 c10::IValue convert_device(const Parameter& parameter, const ThawValue& value) {
   if (parameter.kind != Kind::Device) {
     mismatch(parameter, value);
   }
-  return c10::Device(static_cast<c10::DeviceType>(value.integer >> 8), static_cast<c10::DeviceIndex>((value.integer & 0xff) - 1));
+  return device_of(value.integer);
 }
 
 c10::IValue convert(const Parameter& parameter, const ThawValue& value) {
@@ -293,52 +298,6 @@ c10::IValue convert(const Parameter& parameter, const ThawValue& value) {
       return *static_cast<const c10::IValue*>(value.pointer);
     default:
       mismatch(parameter, value);
-  }
-}
-
-bool is_half(const at::Tensor& tensor) {
-  return tensor.defined() && (tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf);
-}
-
-bool is_single(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kFloat; }
-
-bool is_plain_single(const at::Tensor& tensor) {
-  return is_single(tensor) && !tensor.unsafeGetTensorImpl()->is_wrapped_number();
-}
-
-at::Tensor cast_tensor(const at::Tensor& tensor, bool down) {
-  if (down) {
-    return is_single(tensor) ? tensor.to(at::kBFloat16) : tensor;
-  }
-  return is_half(tensor) ? tensor.to(at::kFloat) : tensor;
-}
-
-void cast_stack(torch::jit::Stack& stack, int32_t cast) {
-  if (cast == THAW_WIDEST) {
-    bool any_single = false;
-    for (const auto& value : stack) {
-      any_single = any_single || (value.isTensor() && is_plain_single(value.toTensor()));
-      if (value.isTensorList()) {
-        for (const at::Tensor& tensor : value.toTensorVector()) {
-          any_single = any_single || is_plain_single(tensor);
-        }
-      }
-    }
-    if (!any_single) {
-      return;
-    }
-  }
-  const bool down = cast == THAW_TO_BF16;
-  for (auto& value : stack) {
-    if (value.isTensor()) {
-      value = cast_tensor(value.toTensor(), down);
-    } else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorVector()) {
-        list.push_back(cast_tensor(tensor, down));
-      }
-      value = list;
-    }
   }
 }
 
@@ -454,7 +413,7 @@ int32_t thaw_call(const void* pointer, const ThawValue* arguments, int32_t cast,
       stack.push_back(convert(op.parameters[i], arguments[i]));
     }
     if (cast != THAW_AS_IS) {
-      cast_stack(stack, cast);
+      thaw::cast_stack(stack, cast);
     }
     op.handle.callBoxed(stack);
     TORCH_CHECK(static_cast<int32_t>(stack.size()) <= capacity, op.name, " has more results than fit");
@@ -499,6 +458,23 @@ int32_t thaw_set_grad_mode(int32_t enabled) {
 int32_t thaw_manual_seed(uint64_t seed) {
   return guarded<int32_t>(-1, [&]() -> int32_t {
     at::manual_seed(seed);
+    return 0;
+  });
+}
+
+void* thaw_generator_state(int64_t device) {
+  return guarded<void*>(nullptr, [&]() -> void* {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    const std::lock_guard<std::mutex> lock(generator.mutex());
+    return new at::Tensor(generator.get_state());
+  });
+}
+
+int32_t thaw_set_generator_state(int64_t device, const void* state) {
+  return guarded<int32_t>(-1, [&]() -> int32_t {
+    at::Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    const std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(tensor_of(state));
     return 0;
   });
 }

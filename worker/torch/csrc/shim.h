@@ -72,9 +72,22 @@ int32_t thaw_grad(void* const* outputs, void* const* grad_outputs, int32_t n_out
 // Returns what it was before.
 int32_t thaw_set_grad_mode(int32_t enabled);
 int32_t thaw_manual_seed(uint64_t seed);
+// The state of a device's default generator, as a tensor that the caller owns; null on failure. `device` as THAW_DEVICE's integer.
+void* thaw_generator_state(int64_t device);
+int32_t thaw_set_generator_state(int64_t device, const void* state);
 int32_t thaw_get_num_threads();
 int32_t thaw_set_num_threads(int32_t threads);
 int32_t thaw_set_deterministic(int32_t enabled);
+
+// kernels.cpp. Puts our kernels in libtorch's place, once a process. -1 where it refuses them.
+int32_t thaw_register_kernels();
+// Where the gradient of a leaf that one operator reads is written, if that operator can; null: anywhere.
+void thaw_set_gradient_home(const void* parameter, const void* home);
+
+// cast.cpp. From now on the copy in bf16 that casts make of a leaf is kept until it changes.
+void thaw_keep_half_copy(const void* weight);
+// To be called after memory was written without libtorch.
+void thaw_bump_version(const void* tensor);
 
 // allocator.cpp. From now on freed memory of tensors on the CPU stays with the process. 1 where malloc's own limits could not be set.
 int32_t thaw_keep_memory();

@@ -36,6 +36,29 @@ impl Drop for GradMode {
     }
 }
 
+/// Puts Thaw's kernels (dropout, linear, embedding, softmax of attention) in the place of libtorch's own: fewer passes over memory, the same
+/// bits. For the process; `false` where libtorch refuses them.
+#[must_use]
+pub fn register_kernels() -> bool {
+    // SAFETY: registers functions that live as long as the process.
+    unsafe { ffi::thaw_register_kernels() == 0 }
+}
+
+/// Where `parameter`'s gradient is to be written by the operator that reads it, if that is a linear layer or an embedding; `None`: anywhere.
+/// [`grad`] then returns `home` itself. Only for a leaf that one operator reads, and once a step: a second gradient would overwrite the
+/// first.
+pub(crate) fn set_gradient_home(parameter: &Tensor, home: Option<&Tensor>) {
+    let home = home.map_or(std::ptr::null(), Tensor::as_ptr);
+    // SAFETY: both tensors are alive; the parameter takes its own reference to the home.
+    unsafe { ffi::thaw_set_gradient_home(parameter.as_ptr(), home) }
+}
+
+/// Keeps the copy in bf16 that mixed precision makes of a weight until the weight changes. Only for a leaf.
+pub(crate) fn keep_half_copy(weight: &Tensor) {
+    // SAFETY: the tensor is alive; it is referred to weakly.
+    unsafe { ffi::thaw_keep_half_copy(weight.as_ptr()) }
+}
+
 /// The gradients of the sum of `outputs`, each weighted by its gradient (`None`: one, for a scalar), by `inputs`; `None` where an input
 /// was not used. The graph behind `outputs` is freed.
 ///

@@ -87,9 +87,17 @@ unsafe extern "C" {
 
     pub(crate) fn thaw_set_grad_mode(enabled: i32) -> i32;
     pub(crate) fn thaw_manual_seed(seed: u64) -> i32;
+    pub(crate) fn thaw_generator_state(device: i64) -> *mut C_tensor;
+    pub(crate) fn thaw_set_generator_state(device: i64, state: *const C_tensor) -> i32;
     pub(crate) fn thaw_get_num_threads() -> i32;
     pub(crate) fn thaw_set_num_threads(threads: i32) -> i32;
     pub(crate) fn thaw_set_deterministic(enabled: i32) -> i32;
+
+    pub(crate) fn thaw_register_kernels() -> i32;
+    pub(crate) fn thaw_set_gradient_home(parameter: *const C_tensor, home: *const C_tensor);
+
+    pub(crate) fn thaw_keep_half_copy(weight: *const C_tensor);
+    pub(crate) fn thaw_bump_version(tensor: *const C_tensor);
 
     pub(crate) fn thaw_keep_memory() -> i32;
     pub(crate) fn thaw_release_memory();

@@ -371,7 +371,7 @@ fn kind_code(kind: Kind) -> i32 {
 }
 
 /// Device type in the upper bits, index + 1 in the lower eight (0: none).
-fn device_code(device: Device) -> i64 {
+pub(crate) fn device_code(device: Device) -> i64 {
     match device {
         Device::Cpu => 0,
         Device::Cuda(index) => (1 << 8) | (i64::try_from(index).unwrap_or(0) + 1),

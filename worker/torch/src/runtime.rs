@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::ffi;
+use crate::op::device_code;
 
 /// Why the process could not be set up, or a tensor's memory not be lent.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,39 @@ fn checked(what: &'static str, code: i32) -> Result<(), Error> {
 pub fn manual_seed(seed: u64) -> Result<(), Error> {
     // SAFETY: takes a number.
     checked("the seed", unsafe { ffi::thaw_manual_seed(seed) })
+}
+
+/// Where a device's default generator stands.
+#[derive(Debug)]
+pub struct GeneratorState {
+    device: Device,
+    state: Tensor,
+}
+
+impl GeneratorState {
+    /// Where the generator stands now.
+    ///
+    /// # Errors
+    /// With libtorch's text.
+    pub fn of(device: Device) -> Result<Self, Error> {
+        // SAFETY: takes a number; a pointer that is not null is a new tensor handed over by the call.
+        let pointer = unsafe { ffi::thaw_generator_state(device_code(device)) };
+        if pointer.is_null() {
+            return Err(Error::Set { what: "aside the generator's state", message: ffi::last_error() });
+        }
+        // SAFETY: as above.
+        Ok(Self { device, state: unsafe { Tensor::from_ptr(pointer) } })
+    }
+
+    /// Puts the generator back to where it stood.
+    ///
+    /// # Errors
+    /// With libtorch's text.
+    pub fn restore(&self) -> Result<(), Error> {
+        // SAFETY: the tensor is alive; its state is copied.
+        let code = unsafe { ffi::thaw_set_generator_state(device_code(self.device), self.state.as_ptr()) };
+        checked("the generator's state", code)
+    }
 }
 
 /// Threads within one operator.
@@ -138,7 +172,10 @@ macro_rules! slices {
         pub fn $write<R>(tensor: &mut Tensor, body: impl FnOnce(&mut [$element]) -> R) -> Result<R, Error> {
             check_slice(tensor, $kind)?;
             // SAFETY: the tensor is contiguous, on the CPU and of this type; the caller keeps other handles to the storage out of `body`.
-            Ok(body(unsafe { &mut *memory::<$element>(tensor) }))
+            let result = body(unsafe { &mut *memory::<$element>(tensor) });
+            // SAFETY: raises a counter of a tensor that is alive.
+            unsafe { ffi::thaw_bump_version(tensor.as_ptr()) };
+            Ok(result)
         }
     };
 }

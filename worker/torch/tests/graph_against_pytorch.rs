@@ -49,7 +49,11 @@ fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryForma
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     runtime::set_num_threads(1).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let dtype = if precision == Precision::Fp64 { "fp64" } else { "fp32" };
+    let dtype = match precision {
+        Precision::Fp32 => "fp32",
+        Precision::Fp64 => "fp64",
+        Precision::Bf16 => "bf16",
+    };
     let format = if memory_format == MemoryFormat::ChannelsLast { "channels_last" } else { "contiguous" };
     let mut arguments = vec!["model", model_name, text(folder.path()), dtype, format];
     arguments.extend(scenarios.iter().map(|scenario| scenario.pattern));
@@ -62,7 +66,11 @@ fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryForma
         (0..).map_while(|index| expected.get(&format!("input/{index}"))).map(Tensor::shallow_clone).collect();
     assert_same(&model.forward(&inputs).unwrap(), &expected["eval/logits"], "logits");
     let states: Vec<_> = (0..model.groups().len()).map(|group| model.state(group).unwrap()).collect();
-    for (index, scenario) in scenarios.iter().enumerate() {
+    let both = [false, true].into_iter().flat_map(|checkpointing| {
+        scenarios.iter().enumerate().map(move |(index, scenario)| (index, scenario, checkpointing))
+    });
+    for (index, scenario, checkpointing) in both {
+        model.set_activation_checkpointing(checkpointing);
         for (group, state) in states.iter().enumerate() {
             model.load_state(group, state).unwrap();
         }
@@ -142,6 +150,21 @@ fn resnet18_with_channels_last() {
     };
     let scenarios = [Scenario { pattern: "", trainable: all }, upper];
     compare_in("resnet18", Precision::Fp32, MemoryFormat::ChannelsLast, &scenarios);
+}
+
+#[test]
+fn resnet18_in_mixed_precision() {
+    let upper = Scenario {
+        pattern: r"^(layer4|fc)\.",
+        trainable: |name| name.starts_with("layer4.") || name.starts_with("fc."),
+    };
+    let scenarios = [Scenario { pattern: "", trainable: all }, upper];
+    compare_in("resnet18", Precision::Bf16, MemoryFormat::ChannelsLast, &scenarios);
+}
+
+#[test]
+fn minilm_in_mixed_precision() {
+    compare("minilm", Precision::Bf16, &[Scenario { pattern: "", trainable: all }]);
 }
 
 #[test]

@@ -172,7 +172,7 @@ impl<'a> Compiler<'a> {
         while matches!(operands.last(), Some(Operand::Default)) {
             operands.pop();
         }
-        let cast = self.options.precision.cast(&node.operator);
+        let cast = self.options.precision.cast(&node.operator, self.options.device);
         let code = Code::Call { operator, operands, cast, bypass };
         Ok(Instruction { node: node.name.clone(), code, outputs: outputs_of(node), frees: Vec::new() })
     }

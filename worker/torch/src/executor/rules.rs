@@ -1,6 +1,6 @@
 //! The rules that depend on an operator's name: mixed precision, what is off outside training, what is left out.
 
-use tch::Kind;
+use tch::{Device, Kind};
 use thaw_graph::ir::{Arg, Graph, Node};
 
 use super::Flag;
@@ -26,12 +26,28 @@ impl Precision {
     }
 
     /// How an operator's floating arguments are cast, as autocast would.
-    pub(super) fn cast(self, operator: &str) -> Cast {
+    pub(super) fn cast(self, operator: &str, device: Device) -> Cast {
+        let name = operator.strip_prefix("aten::").unwrap_or(operator);
         match self {
             Self::Fp32 | Self::Fp64 => Cast::AsIs,
-            Self::Bf16 => mixed(operator.strip_prefix("aten::").unwrap_or(operator)),
+            Self::Bf16 if device == Device::Cpu && takes_mixed_types(name) => Cast::AsIs,
+            Self::Bf16 => mixed(name),
         }
     }
+}
+
+/// Norms that on a CPU take activations in bf16 beside weights and statistics in fp32, and compute in fp32 within: a cast around them would
+/// double what they read and write. As autocast has it on a CPU.
+fn takes_mixed_types(name: &str) -> bool {
+    matches!(
+        name,
+        "batch_norm"
+            | "native_batch_norm"
+            | "_native_batch_norm_legit"
+            | "layer_norm"
+            | "native_layer_norm"
+            | "group_norm"
+    )
 }
 
 fn mixed(name: &str) -> Cast {

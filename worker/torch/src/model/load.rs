@@ -1,16 +1,16 @@
 //! Building a model: weights into flat buffers, views into the frame.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use tch::{Kind, Tensor};
-use thaw_graph::ir::{DType, Weight};
+use tch::{Device, Kind, Tensor};
+use thaw_graph::ir::{DType, Graph, Node, ValueId, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
 use super::{
     BatchNorm, Error, FlatParameter, GroupParameters, Loss, Options, SegmentedModel, SourceError, tensor_error,
 };
-use crate::autograd::GradMode;
-use crate::executor::{Cell, Frame, Program, kind_of};
+use crate::autograd::{self, GradMode};
+use crate::executor::{Cell, Frame, Precision, Program, kind_of};
 use crate::op;
 
 /// A parameter's alignment in its flat buffer: kernels may choose their path by it, and a parameter on its own is aligned so.
@@ -28,6 +28,8 @@ impl SegmentedModel {
     /// # Errors
     /// [`Error::Program`] where the graph cannot run, [`Error::Weight`] and [`Error::WeightShape`] where a weight is missing or another.
     pub fn new(graph: SegmentedGraph, weights: &mut WeightSource<'_>, options: Options) -> Result<Self, Error> {
+        // Without them libtorch's own run.
+        let _registered = autograd::register_kernels();
         let program = Program::compile(&graph, &options)?;
         let is_channels_last = options.is_channels_last(&graph.graph);
         let mut loader = Loader { frame: Frame::new(program.values), source: weights, options, is_channels_last };
@@ -50,6 +52,7 @@ impl SegmentedModel {
         let loss = op::resolve("aten::cross_entropy_loss", "").map_err(Error::Loss)?;
         let channels_last = is_channels_last.then(|| op::resolve("aten::contiguous", "")).transpose();
         let channels_last = channels_last.map_err(Error::Operator)?;
+        let read_once = read_once(&graph.graph);
         let frame = loader.frame;
         Ok(Self {
             graph,
@@ -61,6 +64,8 @@ impl SegmentedModel {
             owners,
             transient,
             batch_norm: BatchNorm::BatchStatistics,
+            activation_checkpointing: false,
+            read_once,
             loss,
             training_loss: Loss::default(),
             channels_last,
@@ -89,7 +94,11 @@ impl Loader<'_, '_> {
             let values = self.read(weight)?;
             let mut place = parameter.view(&flat)?;
             place.f_copy_(&values).map_err(failed())?;
-            self.frame.cells[weight.value.0 as usize] = Cell::Tensor(place.f_detach().map_err(failed())?);
+            let leaf = place.f_detach().map_err(failed())?;
+            if self.options.precision == Precision::Bf16 && self.options.device == Device::Cpu {
+                autograd::keep_half_copy(&leaf);
+            }
+            self.frame.cells[weight.value.0 as usize] = Cell::Tensor(leaf);
         }
         let mut buffers = Vec::new();
         for index in &segment.buffers {
@@ -124,6 +133,16 @@ impl Loader<'_, '_> {
         }
         tensor_from_bytes(&weight.name, dtype, &shape, &bytes)
     }
+}
+
+/// Indices of the parameters that one operator reads, once.
+fn read_once(graph: &Graph) -> BTreeSet<usize> {
+    let mut reads: BTreeMap<ValueId, usize> = BTreeMap::new();
+    for value in graph.nodes.iter().flat_map(Node::reads) {
+        *reads.entry(value).or_default() += 1;
+    }
+    let parameters = graph.parameters.iter().enumerate();
+    parameters.filter(|(_, weight)| reads.get(&weight.value) == Some(&1)).map(|(index, _)| index).collect()
 }
 
 /// Where each parameter lies: those with weight decay first, each in graph order. Also the first part's length and the whole's.
@@ -178,7 +197,6 @@ pub(super) fn tensor_from_bytes(name: &str, dtype: DType, shape: &[i64], bytes: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use thaw_graph::ir::ValueId;
 
     #[test]
     fn decayed_parameters_come_first_and_each_is_aligned() {

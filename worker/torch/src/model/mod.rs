@@ -6,17 +6,19 @@
 //! MODEL-2: frozen means absent: no gradient, no gradient buffer, dropout off, batch statistics neither used nor updated.
 //! MODEL-3: backward runs from the head down; a group's gradient is final when it is handed over, before the segment below starts.
 //! MODEL-4: gradients are summed in the order of one backward pass over the whole graph, so they equal it bit for bit.
+//! MODEL-5: a checkpointed segment draws the same noise the second time and moves no statistics then.
 
 mod load;
 mod prefix;
 mod state;
 mod step;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Kind, Tensor};
 use thaw_graph::segment::SegmentedGraph;
 
+use crate::autograd;
 pub use crate::executor::Options;
 use crate::executor::{self, Frame, Phase, Program};
 pub use load::{WeightBytes, WeightSource};
@@ -56,6 +58,8 @@ pub enum Error {
     BoundaryAbove { boundary: usize, lowest: usize },
     #[error("cannot use the model's output: {0} was not computed")]
     NoOutput(String),
+    #[error(transparent)]
+    Generator(#[from] crate::runtime::Error),
     #[error(transparent)]
     Gradient(#[from] crate::autograd::Error),
     #[error("cannot compute {what}")]
@@ -204,6 +208,9 @@ pub struct SegmentedModel {
     /// Cells that a batch fills.
     transient: Vec<usize>,
     batch_norm: BatchNorm,
+    activation_checkpointing: bool,
+    /// Indices of the graph's parameters that one operator reads, once.
+    read_once: BTreeSet<usize>,
     loss: crate::op::Operator,
     training_loss: Loss,
     /// `aten::contiguous`, where images are to lie channels last.
@@ -239,6 +246,12 @@ impl SegmentedModel {
         self.batch_norm = batch_norm;
     }
 
+    /// Whether a training step keeps only what crosses the cuts between trainable segments, and computes the rest again for backward: less
+    /// memory, for the time of a second forward. Off at first. Gradients are the same, bit for bit.
+    pub fn set_activation_checkpointing(&mut self, enabled: bool) {
+        self.activation_checkpointing = enabled;
+    }
+
     /// Thaws these groups and freezes all others. A group that stays thawed keeps its gradient buffer.
     ///
     /// # Errors
@@ -260,8 +273,18 @@ impl SegmentedModel {
             } else if self.gradients[index].is_none() {
                 self.gradients[index] = Some(GradientBuffer::zeros_for(&self.groups[index])?);
             }
+            self.place_gradients(index);
         }
         Ok(())
+    }
+
+    /// Has the gradients of a group's parameters written where they belong, where that is possible (see [`autograd::set_gradient_home`]).
+    fn place_gradients(&self, group: usize) {
+        for (place, parameter) in self.groups[group].parameters.iter().enumerate() {
+            let Some(tensor) = self.parameter(parameter.index) else { continue };
+            let home = self.gradients[group].as_ref().map(|buffer| &buffer.views[place]);
+            autograd::set_gradient_home(tensor, home.filter(|_| self.read_once.contains(&parameter.index)));
+        }
     }
 
     /// The trainable groups, lowest first.

@@ -12,6 +12,7 @@ use super::{Entry, Error, Loss, SegmentedModel, tensor_error};
 use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Phase, dtype_of};
 use crate::op::Value;
+use crate::runtime::GeneratorState;
 
 /// As libtorch numbers memory formats.
 const CHANNELS_LAST: i64 = 2;
@@ -33,6 +34,19 @@ struct Record {
     inputs: Vec<(usize, Tensor)>,
     /// Cut values for above.
     outputs: Vec<(usize, Tensor)>,
+}
+
+/// A segment that has run.
+enum Forward {
+    Recorded(Record),
+    Dropped(Checkpoint),
+}
+
+/// What it takes to run a segment again just as it ran.
+struct Checkpoint {
+    /// Detached cut values from below, with their wish for a gradient.
+    inputs: Vec<(usize, Tensor)>,
+    generator: GeneratorState,
 }
 
 /// Gradients that wait for a lower segment.
@@ -110,7 +124,13 @@ impl SegmentedModel {
         let _mode = GradMode::set(true);
         let mut records = Vec::new();
         for segment in boundary..self.groups.len() {
-            records.push(self.forward_segment(segment, segment == boundary)?);
+            // The head's backward comes at once, so nothing of it is dropped.
+            let is_head = segment + 1 == self.groups.len();
+            records.push(if self.activation_checkpointing && !is_head {
+                Forward::Dropped(self.forward_and_drop(segment, segment == boundary)?)
+            } else {
+                Forward::Recorded(self.forward_segment(segment, segment == boundary)?)
+            });
         }
         let loss = self.cross_entropy(labels)?;
         let forward = started.elapsed();
@@ -175,6 +195,45 @@ impl SegmentedModel {
         Ok(Record { inputs, outputs })
     }
 
+    /// Runs a segment and drops its record: what remains are its outputs, detached, and a way to run it again.
+    ///
+    /// It runs with recording all the same, since kernels may choose their path by what requires a gradient.
+    fn forward_and_drop(&mut self, segment: usize, lowest: bool) -> Result<Checkpoint, Error> {
+        let generator = GeneratorState::of(self.options.device)?;
+        let values = self.graph.segments[segment].inputs.iter().map(|value| value.0 as usize);
+        let inputs = values.filter_map(|value| Some((value, detached(self.frame.tensor(value)?))));
+        let inputs =
+            inputs.map(|(value, tensor)| Ok((value, tensor?))).collect::<Result<Vec<(usize, Tensor)>, Error>>()?;
+        let record = self.forward_segment(segment, lowest)?;
+        for (value, output) in record.outputs {
+            self.frame.cells[value] = Cell::Tensor(detached(&output)?);
+        }
+        Ok(Checkpoint { inputs, generator })
+    }
+
+    /// Runs a dropped segment again, with the same noise, and leaves generator and buffers as they are (MODEL-5).
+    fn forward_again(&mut self, segment: usize, lowest: bool, checkpoint: Checkpoint) -> Result<Record, Error> {
+        let after = GeneratorState::of(self.options.device)?;
+        checkpoint.generator.restore()?;
+        for (value, tensor) in checkpoint.inputs {
+            self.frame.cells[value] = Cell::Tensor(tensor);
+        }
+        let mut buffers = Vec::new();
+        for index in &self.graph.segments[segment].buffers {
+            let value = self.graph.graph.buffers[*index].value.0 as usize;
+            let Some(tensor) = self.frame.tensor(value) else { continue };
+            let own = tensor.shallow_clone();
+            self.frame.cells[value] = Cell::Tensor(tensor.copy());
+            buffers.push((value, own));
+        }
+        let record = self.forward_segment(segment, lowest);
+        for (value, own) in buffers {
+            self.frame.cells[value] = Cell::Tensor(own);
+        }
+        after.restore()?;
+        record
+    }
+
     fn logits(&self) -> Result<Tensor, Error> {
         let output = self.graph.graph.output.0 as usize;
         let missing = || Error::NoOutput(self.graph.graph.values[output].name.clone());
@@ -203,7 +262,7 @@ impl SegmentedModel {
     fn backward(
         &mut self,
         boundary: usize,
-        mut records: Vec<Record>,
+        mut records: Vec<Forward>,
         loss: &Tensor,
         weight: f64,
         on_group: &mut dyn FnMut(usize, &Tensor),
@@ -213,7 +272,10 @@ impl SegmentedModel {
         let mut spent = Duration::ZERO;
         for segment in (boundary..self.groups.len()).rev() {
             let started = Instant::now();
-            let record = records.pop().expect("one record per segment that ran");
+            let record = match records.pop().expect("one record per segment that ran") {
+                Forward::Recorded(record) => record,
+                Forward::Dropped(checkpoint) => self.forward_again(segment, segment == boundary, checkpoint)?,
+            };
             let is_head = segment + 1 == self.groups.len();
             let head = if is_head { Some((loss, self.loss_gradient(loss, weight)?)) } else { None };
             self.backward_segment(segment, record, head, &mut pending)?;
@@ -310,6 +372,8 @@ impl SegmentedModel {
         let Some(buffer) = &mut self.gradients[group] else { return Ok(()) };
         for (parameter, view) in self.groups[group].parameters.iter().zip(&mut buffer.views) {
             let written = match pending.parameters.remove(&parameter.index) {
+                // Already in its place.
+                Some(gradient) if gradient.data_ptr() == view.data_ptr() => Ok(()),
                 Some(gradient) => view.f_copy_(&gradient),
                 None => view.f_zero_().map(drop),
             };
@@ -324,6 +388,13 @@ impl SegmentedModel {
             self.frame.cells[*value] = Cell::Empty;
         }
     }
+}
+
+/// The same memory without its history, and with the same wish for a gradient.
+fn detached(tensor: &Tensor) -> Result<Tensor, Error> {
+    let wish = tensor.requires_grad();
+    let detached = tensor.f_detach().map_err(tensor_error("a detached cut"))?;
+    Ok(detached.set_requires_grad(wish))
 }
 
 /// Any floating type will do for a floating input: it becomes the master type.
