@@ -12,6 +12,7 @@ pub const DEADLINE: Duration = Duration::from_secs(240);
 
 pub struct Sandbox {
     folder: tempfile::TempDir,
+    memory: tempfile::TempDir,
 }
 
 impl Default for Sandbox {
@@ -23,7 +24,8 @@ impl Default for Sandbox {
 impl Sandbox {
     #[must_use]
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        // The prefix cache keeps in memory only what lies on a memory file system.
+        Self { folder: tempfile::tempdir().unwrap(), memory: tempfile::tempdir_in("/dev/shm").unwrap() }
     }
 
     #[must_use]
@@ -55,11 +57,15 @@ impl Sandbox {
     pub fn thaw(&self) -> Command {
         let mut command = Command::new(binary("thaw"));
         command.current_dir(self.path()).env("THAW_DATA_DIR", self.data_dir()).env_remove("THAW_SERVER");
-        for tier in ["MEMORY", "DISK"] {
-            command
-                .env(format!("THAW_PREFIX_CACHE_{tier}"), self.path().join("prefix-cache").join(tier.to_lowercase()));
-        }
+        command.env("THAW_PREFIX_CACHE_MEMORY", self.memory_tier());
+        command.env("THAW_PREFIX_CACHE_DISK", self.path().join("prefix-cache/disk"));
         command
+    }
+
+    /// Where its workers keep frozen prefixes in memory.
+    #[must_use]
+    pub fn memory_tier(&self) -> &Path {
+        self.memory.path()
     }
 
     /// `thaw train SPEC --workers N -o json` to its end.

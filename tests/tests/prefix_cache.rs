@@ -42,11 +42,11 @@ fn runs(sandbox: &Sandbox) -> Vec<std::path::PathBuf> {
     entries.map(|entry| entry.path()).collect()
 }
 
-/// Every rows file of the disk tier.
-fn rows_files(sandbox: &Sandbox) -> Vec<std::path::PathBuf> {
+/// Every payload file of the disk tier.
+fn payload_files(sandbox: &Sandbox) -> Vec<std::path::PathBuf> {
     let keys = fs::read_dir(sandbox.path().join("prefix-cache/disk")).into_iter().flatten().flatten();
     let files = keys.flat_map(|key| fs::read_dir(key.path()).into_iter().flatten().flatten().map(|file| file.path()));
-    files.filter(|path| path.extension().is_some_and(|extension| extension == "rows")).collect()
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "data")).collect()
 }
 
 const ON_DISK: &str = "prefix_cache: {mode: required, memory_mib: 0}";
@@ -61,12 +61,12 @@ fn every_sample_is_computed_once_for_all_stages_and_epochs() {
     assert_eq!(stages[1].0 + stages[2].0, computed - stages[0].0);
     assert!(stages[1].0 <= 48 && stages[2].0 == 0, "later stages start warm, but for the test: {stages:?}");
     assert!(stages.iter().all(|(_, cached)| *cached >= 2 * 144), "{stages:?}");
-    assert!(!sandbox.path().join("prefix-cache/memory").exists() || memory_is_empty(&sandbox));
+    assert!(memory_is_empty(&sandbox));
 }
 
 fn memory_is_empty(sandbox: &Sandbox) -> bool {
-    let entries = fs::read_dir(sandbox.path().join("prefix-cache/memory")).unwrap();
-    entries.flatten().all(|entry| entry.file_name() == "ledger")
+    let entries = fs::read_dir(sandbox.memory_tier()).unwrap();
+    entries.flatten().all(|entry| entry.file_name() == "lock")
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn kept_evicted_damaged_or_shared_the_weights_are_the_same() {
     let (on_disk, counts) = run(&sandbox, 4, ON_DISK);
     assert_eq!(on_disk, kept, "four trainers, on disk");
     assert!(counts.iter().any(|(_, cached)| *cached > 0));
-    for path in rows_files(&sandbox) {
+    for path in payload_files(&sandbox) {
         let mut bytes = fs::read(&path).unwrap();
         (0..bytes.len()).step_by(5000).for_each(|at| bytes[at] ^= 1);
         fs::write(&path, bytes).unwrap();

@@ -1,272 +1,405 @@
-//! What a cache promises, with real files and real processes.
+//! The store within one process: what is put, read, kept, evicted, cleared and refused.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use thaw_cache::{Config, Kept, Key, Store, Tier, clear};
+mod common;
 
-struct Node {
-    folder: tempfile::TempDir,
-    memory: u64,
-    disk: u64,
-}
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
 
-impl Node {
-    fn new(memory: u64, disk: u64) -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), memory, disk }
+use common::{Folders, MIB, bytes_in, content, has, key, plain, put, segment_files};
+use proptest::prelude::*;
+use thaw_cache::{
+    Cleared, Config, Error, Fit, Put, Stats, Store, Tensor, TierName, TierStats, Which, clear, held_bytes, would_fit,
+};
+
+#[test]
+fn what_is_put_is_read_also_by_others() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, MIB);
+    let store = Store::open(&config, key("a"), "first").unwrap();
+    assert!(store.find(3, 0).is_none());
+    let tensors = [
+        Tensor { dtype: 6, dims: vec![5, 100], bytes: 2000 },
+        Tensor { dtype: 11, dims: vec![], bytes: 2 },
+        Tensor { dtype: 4, dims: vec![0, 7], bytes: 0 },
+    ];
+    let bytes = content(3, 1, 2002);
+    let pieces = [&bytes[..2000], &bytes[2000..], &[]];
+    assert_eq!(store.put(3, 1, &tensors, &pieces).unwrap(), Put::Stored(TierName::Memory));
+    assert_eq!(store.put(3, 1, &tensors, &pieces).unwrap(), Put::Present);
+
+    let other = Store::open(&config, key("a"), "second").unwrap();
+    for store in [&store, &other] {
+        let record = store.find(3, 1).unwrap();
+        assert_eq!(record.tensors(), tensors);
+        let (mut a, mut b) = (vec![0; 2000], vec![0; 2]);
+        assert!(store.read(&record, &mut [&mut a, &mut b, &mut []]).unwrap());
+        assert_eq!((a.as_slice(), b.as_slice()), (pieces[0], pieces[1]));
+        let mut whole = vec![9];
+        assert!(store.get(3, 1, &mut whole).is_some());
+        assert_eq!((whole[0], &whole[1..]), (9, bytes.as_slice()));
+        assert!(store.read(&record, &mut [&mut a, &mut b]).is_err());
+        assert!(!store.contains(3, 0));
     }
-
-    fn config(&self) -> Config {
-        config(self.folder.path(), self.memory, self.disk)
-    }
-
-    fn open(&self, name: &str) -> Store {
-        Store::open(&self.config(), key(name)).unwrap()
-    }
-
-    /// Every rows file of a tier.
-    fn files(&self, tier: &str) -> Vec<PathBuf> {
-        let keys = fs::read_dir(self.folder.path().join(tier)).into_iter().flatten().flatten();
-        let files = keys.flat_map(|key| fs::read_dir(key.path()).into_iter().flatten().flatten());
-        files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|end| end == "rows")).collect()
-    }
-
-    fn bytes(&self, tier: &str) -> u64 {
-        self.files(tier).iter().map(|path| fs::metadata(path).unwrap().len()).sum()
-    }
-}
-
-fn config(folder: &Path, memory: u64, disk: u64) -> Config {
-    let tier = |name: &str, max_bytes| Tier { folder: folder.join(name), max_bytes };
-    Config { memory: tier("memory", memory), disk: tier("disk", disk) }
-}
-
-fn key(name: &str) -> Key {
-    Key::of(&[("test", name.as_bytes())])
-}
-
-/// Bytes that follow from the sample, so that a reader can tell right from wrong.
-fn data(sample: u32, bytes: usize) -> Vec<u8> {
-    (0..bytes).map(|at| (sample as usize * 31 + at * 7) as u8).collect()
-}
-
-fn read(store: &Store, sample: u32) -> Option<Vec<u8>> {
-    let mut bytes = vec![9];
-    let meta = store.get(sample, 0, &mut bytes).unwrap();
-    match meta {
-        Some(meta) => {
-            assert_eq!(meta, sample.to_le_bytes());
-            assert_eq!(bytes[0], 9, "what was there stays");
-            Some(bytes.split_off(1))
-        }
-        None => {
-            assert_eq!(bytes, [9], "a miss leaves the buffer as it was");
-            None
-        }
-    }
-}
-
-fn put(store: &Store, sample: u32, bytes: usize) -> Kept {
-    store.put(sample, 0, &sample.to_le_bytes(), &data(sample, bytes)).unwrap()
+    assert_eq!(put(&store, 4, 0, 400), Put::Stored(TierName::Memory));
+    assert!(!other.contains(4, 0));
+    other.refresh().unwrap();
+    assert_eq!(other.get(4, 0, &mut Vec::new()).unwrap().bytes(), 400);
+    let memory = TierStats { entries: 2, bytes: 2402 };
+    assert_eq!(other.stats(), Stats { memory, hits: 3, ..Stats::default() });
+    assert_eq!(store.stats(), Stats { memory, hits: 2, misses: 1, ..Stats::default() });
 }
 
 #[test]
-fn rows_are_found_again_by_this_process_and_the_next() {
-    let node = Node::new(1 << 20, 0);
-    let store = node.open("a");
-    assert!(!store.contains(3, 0) && read(&store, 3).is_none());
-    for sample in 0..50 {
-        assert_eq!(put(&store, sample, 100 + sample as usize), Kept::Stored);
+fn memory_then_disk_then_full_within_the_budgets() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, 2 * MIB);
+    let store = Store::open(&config, key("a"), "w").unwrap();
+    let mut put_where = [0; 3];
+    for sample in 0..1000 {
+        match put(&store, sample, 0, 5000) {
+            Put::Stored(TierName::Memory) => put_where[0] += 1,
+            Put::Stored(TierName::Disk) => put_where[1] += 1,
+            Put::Full => put_where[2] += 1,
+            Put::Present => panic!("nothing was put twice"),
+        }
+        assert!(bytes_in(folders.memory.path()) <= MIB && bytes_in(folders.disk.path()) <= 2 * MIB, "CACHE-3");
     }
-    let other = node.open("a");
+    // At least 95 % of each budget holds payloads.
+    assert!(put_where[0] >= 199 && put_where[1] >= 398 && put_where[2] > 0, "{put_where:?}");
+    let kept = (0..1000).filter(|sample| has(&store, *sample, 0)).count();
+    assert_eq!(kept, put_where[0] + put_where[1]);
     drop(store);
-    for store in [other, node.open("a")] {
-        for sample in 0..50 {
-            assert!(store.contains(sample, 0) && !store.contains(sample, 1));
-            assert_eq!(read(&store, sample).unwrap(), data(sample, 100 + sample as usize));
-        }
-        assert_eq!((store.stats().rows, store.stats().hits, store.stats().damaged), (50, 50, 0));
-    }
-    assert!(read(&node.open("b"), 3).is_none(), "another key has rows of its own");
-    assert!(node.bytes("memory") < 50 * 200, "what was taken and not used is given back");
-    assert!(!node.folder.path().join("disk").exists(), "a tier of no bytes is not made");
+    let again = Store::open(&config, key("a"), "w").unwrap();
+    let stats = again.stats();
+    assert_eq!((stats.memory.entries as usize, stats.disk.entries as usize), (put_where[0], put_where[1]));
+    assert!((0..1000).filter(|sample| has(&again, *sample, 0)).count() == kept);
 }
 
 #[test]
-fn several_processes_write_one_key() {
-    let node = Node::new(1 << 20, 0);
-    let (one, two) = (node.open("a"), node.open("a"));
+fn closing_gives_back_what_was_reserved() {
+    let folders = Folders::new();
+    let config = folders.config(64 * MIB, 0);
+    let store = fill(&config, "a", 3);
+    let (open, payloads) = (bytes_in(folders.memory.path()), store.stats().memory.bytes);
+    drop(store);
+    let closed = bytes_in(folders.memory.path());
+    assert!(open > payloads + MIB / 2 && closed < payloads + 3 * (64 + 128), "{open} bytes open, {closed} closed");
+}
+
+#[test]
+fn a_tier_of_no_bytes_is_off() {
+    let folders = Folders::new();
+    let absent = folders.disk.path().join("absent");
+    let mut config = folders.config(0, 0);
+    config.memory.folder = absent.clone();
+    let store = Store::open(&config, key("a"), "w").unwrap();
+    assert_eq!(put(&store, 0, 0, 8), Put::Full);
+    assert!(!has(&store, 0, 0));
+    assert!(!absent.exists());
+    config.disk.max_bytes = MIB;
+    let store = Store::open(&config, key("a"), "w").unwrap();
+    assert_eq!(put(&store, 0, 0, 8), Put::Stored(TierName::Disk));
+}
+
+/// Says when a closed key was used last.
+fn used(folder: &Path, name: &str, at: SystemTime) {
+    let open = folder.join(key(name).to_string()).join("open");
+    File::options().write(true).open(open).unwrap().set_modified(at).unwrap();
+}
+
+fn names_kept(folder: &Path) -> Vec<&'static str> {
+    ["a", "b", "c", "d"].into_iter().filter(|name| folder.join(key(name).to_string()).exists()).collect()
+}
+
+/// A key with `count` records of 50 kB in it.
+fn fill(config: &Config, name: &str, count: u32) -> Store {
+    let store = Store::open(config, key(name), "w").unwrap();
+    for sample in 0..count {
+        assert!(matches!(put(&store, sample, 0, 50_000), Put::Stored(_)));
+    }
+    store
+}
+
+#[test]
+fn the_key_unused_for_longest_goes_and_none_that_is_open() {
+    let folders = Folders::new();
+    let (config, disk) = (folders.config(0, MIB), folders.disk.path());
+    let a = fill(&config, "a", 5);
+    for name in ["b", "c"] {
+        fill(&config, name, 5);
+    }
+    let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+    used(disk, "a", long_ago);
+    used(disk, "c", long_ago + Duration::from_secs(1));
+    used(disk, "b", long_ago + Duration::from_secs(2));
+    // 250 kB are free; the eighth record needs c's room, the eleventh b's; a is open.
+    let d = Store::open(&config, key("d"), "w").unwrap();
+    let mut kept = Vec::new();
     for sample in 0..20 {
-        put(if sample % 2 == 0 { &one } else { &two }, sample, 64);
+        put(&d, sample, 0, 50_000);
+        kept.push(names_kept(disk));
+        assert!(bytes_in(disk) <= MIB, "CACHE-3");
     }
-    let reader = node.open("a");
-    assert!((0..20).all(|sample| read(&reader, sample).unwrap() == data(sample, 64)));
+    kept.dedup();
+    assert_eq!(kept, [vec!["a", "b", "c", "d"], vec!["a", "b", "d"], vec!["a", "d"]], "CACHE-4");
+    assert_eq!(d.stats().evicted, 2);
+    assert!((0..5).all(|sample| has(&a, sample, 0)));
+    assert_eq!(put(&d, 99, 0, 50_000), Put::Full);
+    // It is not asked again before a refresh.
+    drop(a);
+    assert_eq!(put(&d, 99, 0, 50_000), Put::Full);
+    d.refresh().unwrap();
+    assert_eq!(put(&d, 99, 0, 50_000), Put::Stored(TierName::Disk));
+    assert_eq!(names_kept(disk), ["d"]);
 }
 
-/// CACHE-1
 #[test]
-fn any_flipped_bit_is_a_miss_never_wrong_bytes() {
-    let node = Node::new(1 << 20, 0);
-    let store = node.open("a");
-    (0..4).for_each(|sample| assert_eq!(put(&store, sample, 40), Kept::Stored));
+fn disk_is_evicted_before_memory() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, MIB);
+    fill(&config, "a", 30);
+    let store = Store::open(&config, key("b"), "w").unwrap();
+    let stored: Vec<Put> = (0..60).map(|sample| put(&store, sample, 0, 50_000)).collect();
+    let mut order = stored.clone();
+    order.dedup();
+    assert_eq!(order, [Put::Stored(TierName::Disk), Put::Stored(TierName::Memory), Put::Full]);
+    assert_eq!(store.stats().evicted, 2);
+}
+
+#[test]
+fn a_record_that_is_held_outlives_its_eviction() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, 0);
+    let store = fill(&config, "a", 3);
+    let record = store.find(1, 0).unwrap();
     drop(store);
-    let path = node.files("memory").remove(0);
-    let length = fs::metadata(&path).unwrap().len();
-    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    for at in 0..length {
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
-        let store = node.open("a");
-        let found = (0..4).filter_map(|sample| read(&store, sample).map(|bytes| (sample, bytes)));
-        let found: Vec<_> = found.collect();
-        assert!(found.len() < 4, "the row around byte {at} is gone");
-        assert!(found.iter().all(|(sample, bytes)| *bytes == data(*sample, 40)), "byte {at}");
-        file.write_all_at(&byte, at).unwrap();
-    }
-    for cut in [length - 1, length - 41, 5, 0] {
-        file.set_len(cut).unwrap();
-        let store = node.open("a");
-        let kept = (0..4).filter_map(|sample| read(&store, sample)).count();
-        assert_eq!(kept as u64, cut * 4 / length, "a file cut at {cut}");
-    }
-}
-
-#[test]
-fn a_damaged_row_is_written_again() {
-    let node = Node::new(1 << 20, 0);
-    let store = node.open("a");
-    put(&store, 1, 40);
-    let file = OpenOptions::new().write(true).open(&node.files("memory")[0]).unwrap();
-    file.write_all_at(&[0xff], 50).unwrap();
-    assert!(read(&store, 1).is_none() && !store.contains(1, 0));
-    assert_eq!(store.stats().damaged, 1);
-    put(&store, 1, 40);
-    assert_eq!(read(&store, 1).unwrap(), data(1, 40));
-    drop(store);
-    assert_eq!(read(&node.open("a"), 1).unwrap(), data(1, 40), "the later row counts");
-}
-
-/// CACHE-2
-#[test]
-fn memory_first_then_disk_then_full() {
-    let node = Node::new(64 << 10, 128 << 10);
-    let store = node.open("a");
-    let mut stored = 0;
-    while put(&store, stored, 1000) == Kept::Stored {
-        stored += 1;
-        assert!(node.bytes("memory") <= 64 << 10 && node.bytes("disk") <= 128 << 10);
-    }
-    assert!(node.bytes("memory") > 60 << 10 && node.bytes("disk") > 120 << 10);
-    assert!((180..=192).contains(&stored), "{stored} rows of about 1 KiB in 192 KiB");
-    assert!((0..stored).all(|sample| read(&store, sample).unwrap() == data(sample, 1000)));
-    assert_eq!(put(&store, stored, 1000), Kept::Full, "and it stays full");
-}
-
-/// CACHE-3
-#[test]
-fn the_longest_unused_key_makes_room_and_an_open_one_stays() {
-    let node = Node::new(64 << 10, 0);
-    let fill = |name: &str, rows: u32| {
-        let store = node.open(name);
-        (0..rows).for_each(|sample| assert_eq!(put(&store, sample, 1000), Kept::Stored, "{name} {sample}"));
-        store
-    };
-    drop(fill("old", 20));
-    let open = fill("open", 20);
-    drop(fill("young", 10));
-    let new = fill("new", 25);
-    assert!(read(&node.open("old"), 0).is_none());
-    assert!((0..20).all(|sample| read(&open, sample).is_some()));
-    assert!(read(&node.open("young"), 0).is_some(), "one was enough");
-    assert!(node.bytes("memory") <= 64 << 10);
-    drop(open);
-    drop(new);
-    assert!(clear(&node.config()).unwrap() > 0);
-    assert_eq!(node.bytes("memory"), 0);
+    assert_eq!(clear(&config, Which::Unused).unwrap().keys, 1);
+    let other = fill(&config, "b", 15);
+    let mut read = vec![0; 50_000];
+    assert!(other.read(&record, &mut [&mut read]).unwrap());
+    assert_eq!(read, content(1, 0, 50_000));
 }
 
 #[test]
 fn foreign_files_are_left_alone() {
-    let node = Node::new(16 << 10, 0);
-    drop(node.open("a"));
-    let folder = node.folder.path().join("memory");
-    fs::create_dir(folder.join("mine")).unwrap();
-    fs::write(folder.join("mine/notes.rows"), [1; 4096]).unwrap();
-    fs::write(folder.join("mine.txt"), "mine").unwrap();
-    let store = node.open("b");
-    (0..15).for_each(|sample| assert_eq!(put(&store, sample, 1000), Kept::Stored));
-    drop(store);
-    clear(&node.config()).unwrap();
-    assert!(folder.join("mine/notes.rows").exists() && folder.join("mine.txt").exists());
-}
-
-#[test]
-fn a_folder_that_cannot_be_made_is_named() {
-    let node = Node::new(1 << 20, 0);
-    fs::write(node.folder.path().join("memory"), "a file").unwrap();
-    let error = Store::open(&node.config(), key("a")).unwrap_err();
-    let text = error.to_string();
-    assert!(text.contains("memory") && text.contains("may write to"), "{text}");
-    assert!(matches!(node_with_row().put(0, 0, &[0; 70_000], &[]), Err(thaw_cache::Error::Size { .. })));
-}
-
-fn node_with_row() -> Store {
-    let node = Node::new(1 << 20, 0);
-    node.open("a")
-}
-
-/// The child of [`a_killed_writer_leaves_only_whole_rows`].
-#[test]
-fn child() {
-    let Some(folder) = std::env::var_os("THAW_CACHE_TEST_FOLDER") else { return };
-    let store = Store::open(&config(Path::new(&folder), 8 << 20, 0), key("a")).unwrap();
-    println!("writing");
-    for sample in 0.. {
-        if put(&store, sample % 4000, 700 + sample as usize % 900) == Kept::Full {
-            break;
-        }
+    let folders = Folders::new();
+    let (config, disk) = (folders.config(0, MIB), folders.disk.path());
+    let inside = disk.join(key("a").to_string());
+    fill(&config, "a", 2);
+    let foreign = [
+        disk.join("notes.txt"),
+        disk.join("ABCD"),
+        inside.join("notes.data"),
+        inside.join("a b-0.index"),
+        inside.join("w-0.data.bak"),
+        inside.join("w-x.index"),
+    ];
+    for path in &foreign {
+        fs::write(path, vec![7; 3_000_000]).unwrap();
     }
+    fs::create_dir(inside.join("w-9.index")).unwrap();
+    fs::create_dir(disk.join("photos")).unwrap();
+    std::os::unix::fs::symlink(disk.join("notes.txt"), inside.join("w-7.index")).unwrap();
+
+    let store = Store::open(&config, key("a"), "w").unwrap();
+    assert!(has(&store, 0, 0) && has(&store, 1, 0));
+    assert_eq!(put(&store, 2, 0, 50_000), Put::Stored(TierName::Disk));
+    assert_eq!(store.stats().damaged, 0);
+    drop(store);
+    let store = fill(&config, "b", 18);
+    assert_eq!(store.stats().evicted, 1);
+    drop(store);
+    clear(&config, Which::Unused).unwrap();
+    assert!(foreign.iter().all(|path| fs::read(path).unwrap() == vec![7; 3_000_000]), "CACHE-5");
+    assert!(inside.join("w-9.index").is_dir() && disk.join("photos").is_dir() && inside.join("w-7.index").is_symlink());
+    assert!(!inside.join("w-0.data").exists() && !inside.join("open").exists());
 }
 
-/// CACHE-1, CACHE-3: a dead process's rows are whole or not there, and its locks are gone.
 #[test]
-fn a_killed_writer_leaves_only_whole_rows() {
-    let node = Node::new(8 << 20, 0);
-    let mut rows = 0;
-    for round in 0..12 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--nocapture"])
-            .env("THAW_CACHE_TEST_FOLDER", node.folder.path())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
-        while lines.next().is_some_and(|line| !line.unwrap().contains("writing")) {}
-        // Anywhere between its first row and the end of the budget.
-        while node.bytes("memory") == 0 {}
-        std::thread::sleep(std::time::Duration::from_micros(300 * round));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let store = node.open("a");
-        assert!(node.bytes("memory") <= 8 << 20);
-        for sample in 0..4000 {
-            let mut bytes = Vec::new();
-            if store.contains(sample, 0) && store.get(sample, 0, &mut bytes).unwrap().is_some() {
-                assert_eq!(bytes, data_of(sample, bytes.len()));
-                rows += 1;
+fn clear_takes_what_is_asked_for_and_not_in_use() {
+    let folders = Folders::new();
+    let config = folders.config(150_000, MIB);
+    let open = fill(&config, "a", 4);
+    for name in ["b", "c", "d"] {
+        fill(&config, name, 1);
+    }
+    assert_eq!(clear(&config, Which::Key(key("a"))).unwrap(), Cleared { keys: 0, bytes: 0, in_use: 2 });
+    let disk = folders.disk.path();
+    used(disk, "c", SystemTime::now() - Duration::from_secs(7200));
+    let cleared = clear(&config, Which::UnusedFor(Duration::from_secs(3600))).unwrap();
+    assert_eq!((cleared.keys, cleared.in_use, names_kept(disk)), (1, 0, vec!["a", "b", "d"]));
+    let cleared = clear(&config, Which::Key(key("b"))).unwrap();
+    assert!(cleared.bytes >= 50_000);
+    assert_eq!(names_kept(disk), ["a", "d"]);
+    clear(&config, Which::Unused).unwrap();
+    assert_eq!((names_kept(disk), names_kept(folders.memory.path())), (vec!["a"], vec!["a"]));
+    assert!((0..4).all(|sample| has(&open, sample, 0)), "CACHE-4");
+}
+
+#[test]
+fn would_fit_says_where() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, 2 * MIB);
+    let asked = |name, bytes| would_fit(&config, &key(name), bytes).unwrap();
+    assert_eq!(asked("a", 1000), Fit { memory: 1000, disk: 0, no: 0 });
+    assert_eq!(asked("a", 4 * MIB), Fit { memory: MIB, disk: 2 * MIB, no: MIB });
+    let open = fill(&config, "a", 50);
+    let held = bytes_in(folders.disk.path());
+    assert!(held > 0);
+    assert_eq!(held_bytes(TierName::Disk, folders.disk.path()).unwrap(), held);
+    // What the key holds counts as room for it, and is none for others while it is open.
+    assert_eq!(asked("a", 4 * MIB), Fit { memory: MIB, disk: 2 * MIB, no: MIB });
+    let other = asked("b", 4 * MIB);
+    assert_eq!(other.disk, 2 * MIB - held);
+    assert!(other.memory < 100_000 && other.no == 4 * MIB - other.disk - other.memory);
+    drop(open);
+    assert_eq!(asked("b", 4 * MIB), Fit { memory: MIB, disk: 2 * MIB, no: MIB });
+    let absent = Config {
+        memory: config.memory.clone(),
+        disk: thaw_cache::Tier { folder: "/dev/shm/absent/x".into(), max_bytes: 5 },
+    };
+    assert_eq!(would_fit(&absent, &key("b"), 2 * MIB).unwrap(), Fit { memory: MIB, disk: 5, no: MIB - 5 });
+}
+
+#[test]
+fn bad_folders_names_and_shapes_are_named() {
+    let folders = Folders::new();
+    let mut config = folders.config(0, MIB);
+    let file = folders.disk.path().join("file");
+    fs::write(&file, "").unwrap();
+    config.disk.folder = file.join("cache");
+    let error = Store::open(&config, key("a"), "w").unwrap_err();
+    let Error::Folder { folder, .. } = &error else { panic!("{error}") };
+    assert_eq!(*folder, config.disk.folder);
+    assert!(error.to_string().contains(&format!("give {} to this user", folder.display())), "{error}");
+
+    // An ordinary disk is no memory. Where even the build's folder is on tmpfs, /proc is none.
+    config.memory = thaw_cache::Tier { folder: "/proc/self".into(), max_bytes: MIB };
+    assert!(
+        matches!(Store::open(&config, key("a"), "w").unwrap_err(), Error::NotMemory { folder } if folder == Path::new("/proc/self"))
+    );
+    assert!(matches!(Store::open(&folders.config(MIB, 0), key("a"), "a/../b").unwrap_err(), Error::Writer { .. }));
+
+    // What another user made under /dev/shm is not trusted. Only root can make such a folder here; others see /dev/shm itself.
+    let foreign = folders.memory.path().join("foreign");
+    fs::create_dir(&foreign).unwrap();
+    let root = std::os::unix::fs::chown(&foreign, Some(12_345), None).is_ok();
+    config.memory.folder = if root { foreign } else { "/dev/shm".into() };
+    let Error::Foreign { owner, .. } = Store::open(&config, key("a"), "w").unwrap_err() else { panic!("CACHE-1") };
+    assert_eq!(owner, if root { 12_345 } else { 0 });
+
+    let store = Store::open(&folders.config(MIB, 0), key("a"), "w").unwrap();
+    let refused = |tensors: &[Tensor], pieces: &[&[u8]]| store.put(0, 0, tensors, pieces).unwrap_err();
+    assert!(matches!(refused(&plain(8), &[&[0; 7]]), Error::Size { .. }));
+    assert!(matches!(refused(&plain(8), &[]), Error::Size { .. }));
+    assert!(matches!(refused(&[], &[]), Error::Shape { tensors: 0, .. }));
+    assert!(matches!(refused(&vec![plain(0).remove(0); 17], &[[].as_slice(); 17]), Error::Shape { tensors: 17, .. }));
+    assert!(matches!(
+        refused(&[Tensor { dtype: 0, dims: vec![1; 13], bytes: 0 }], &[&[]]),
+        Error::Shape { dims: 13, .. }
+    ));
+}
+
+#[test]
+fn a_lock_that_is_not_given_back_stops_nobody_for_long() {
+    let folders = Folders::new();
+    let config = folders.config(MIB, 0);
+    let store = fill(&config, "a", 1);
+    let lock = File::open(folders.memory.path().join("lock")).unwrap();
+    lock.lock().unwrap();
+    assert_eq!(put(&store, 7, 0, 500_000), Put::Full, "CACHE-6");
+    assert!(has(&store, 0, 0));
+    assert!(matches!(Store::open(&config, key("a"), "w").unwrap_err(), Error::Busy { .. }));
+    lock.unlock().unwrap();
+    store.refresh().unwrap();
+    assert_eq!(put(&store, 7, 0, 500_000), Put::Stored(TierName::Memory));
+}
+
+#[test]
+fn threads_may_share_a_store() {
+    let folders = Folders::new();
+    let store = Store::open(&folders.config(MIB, 4 * MIB), key("a"), "w").unwrap();
+    std::thread::scope(|threads| {
+        for thread in 0..4 {
+            let store = &store;
+            threads.spawn(move || {
+                for sample in 0..200 {
+                    put(store, sample * 4 + thread, 0, 1000 + sample as usize * 5);
+                    assert!(has(store, sample * 4 + thread, 0));
+                    has(store, (sample * 7) % 800, 0);
+                }
+            });
+        }
+    });
+    let other = Store::open(&folders.config(MIB, 4 * MIB), key("a"), "x").unwrap();
+    assert!((0..800).all(|sample| has(&other, sample, 0)));
+    assert_eq!(other.stats().damaged, 0);
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Put { who: usize, sample: u32, view: u16, bytes: usize },
+    Get { who: usize, sample: u32, view: u16 },
+    Refresh { who: usize },
+    Reopen { who: usize },
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let (who, sample, view) = (0..3_usize, 0..40_u32, 0..2_u16);
+    prop_oneof![
+        4 => (who.clone(), sample.clone(), view.clone(), prop_oneof![0..300_usize, 1000..40_000_usize])
+            .prop_map(|(who, sample, view, bytes)| Action::Put { who, sample, view, bytes }),
+        4 => (who.clone(), sample, view).prop_map(|(who, sample, view)| Action::Get { who, sample, view }),
+        1 => who.clone().prop_map(|who| Action::Refresh { who }),
+        1 => who.prop_map(|who| Action::Reopen { who }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// CACHE-1 to CACHE-3 over any order of calls by three openers of one key.
+    #[test]
+    fn any_order_of_calls(actions in proptest::collection::vec(action(), 1..120)) {
+        let folders = Folders::new();
+        let config = folders.config(300_000, 300_000);
+        let open = |who: usize| Store::open(&config, key("a"), &format!("w{who}")).unwrap();
+        let mut stores: Vec<Store> = (0..3).map(open).collect();
+        let mut stored: HashMap<(u32, u16), usize> = HashMap::new();
+        for action in actions {
+            match action {
+                Action::Put { who, sample, view, bytes } => {
+                    // The prefix is a function: whoever computes a record gets the same bytes.
+                    let bytes = *stored.get(&(sample, view)).unwrap_or(&bytes);
+                    match put(&stores[who], sample, view, bytes) {
+                        Put::Stored(_) => { stored.insert((sample, view), bytes); }
+                        Put::Present => prop_assert!(stored.contains_key(&(sample, view))),
+                        Put::Full => {}
+                    }
+                }
+                Action::Get { who, sample, view } => {
+                    let known = stores[who].contains(sample, view);
+                    prop_assert_eq!(has(&stores[who], sample, view), known);
+                }
+                Action::Refresh { who } => stores[who].refresh().unwrap(),
+                Action::Reopen { who } => stores[who] = open(who),
+            }
+            prop_assert!(bytes_in(folders.memory.path()) <= 300_000 && bytes_in(folders.disk.path()) <= 300_000);
+        }
+        let last = open(0);
+        for sample in 0..40 {
+            for view in 0..2 {
+                prop_assert_eq!(has(&last, sample, view), stored.contains_key(&(sample, view)));
             }
         }
-        drop(store);
-        assert!(clear(&node.config()).unwrap() > 0, "nobody has the key open");
+        drop(stores);
+        drop(last);
+        let payloads: usize = stored.values().sum();
+        let files: u64 = [&folders.memory, &folders.disk].iter().map(|folder| bytes_in(folder.path())).sum();
+        prop_assert!(files >= payloads as u64 && segment_files(folders.memory.path()).len().is_multiple_of(2));
     }
-    assert!(rows > 0, "some rows were written before each kill");
-}
-
-fn data_of(sample: u32, bytes: usize) -> Vec<u8> {
-    data(sample, bytes)
 }

@@ -186,6 +186,7 @@ impl Prefix {
         self.counts.computed += rows.len() as u64;
         self.counts.time += began.elapsed();
         self.shelves.iter_mut().for_each(|shelf| shelf.judge(rows.len(), began.elapsed()));
+        self.shelves.iter().for_each(Shelf::refresh);
         Ok(())
     }
 

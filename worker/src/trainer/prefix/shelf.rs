@@ -5,7 +5,7 @@ use crate::trainer::job::Job;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thaw_cache::{Config, Kept, Key, Store, Tier};
+use thaw_cache::{Config, Key, Put, Store, Tensor, Tier, TierName, Which};
 use thaw_data::batch::Dataset;
 use thaw_data::index::Part;
 use thaw_graph::{Boundary, prefix_identity};
@@ -35,12 +35,16 @@ pub struct CacheFolders {
 }
 
 impl CacheFolders {
-    /// What the cache may take: the spec's mebibytes, else a quarter of what is free.
+    /// What the cache may take: the spec's mebibytes, else a quarter of what is free or its own already.
     fn config(&self, limits: &PrefixCache) -> Config {
-        let bytes = |mebibytes: Option<u32>, free: u64| mebibytes.map_or(free / 4, |given| u64::from(given) << 20);
+        let bytes = |mebibytes: Option<u32>, free: u64, tier: TierName, folder: &Path| {
+            let share = || (free + thaw_cache::held_bytes(tier, folder).unwrap_or(0)) / 4;
+            mebibytes.map_or_else(share, |given| u64::from(given) << 20)
+        };
         // A memory file system may promise more than the machine has left.
-        let memory = bytes(limits.memory_mib, free_bytes(&self.memory).min(free_memory_bytes()));
-        let disk = bytes(limits.disk_mib, free_bytes(&self.disk));
+        let free_memory = free_bytes(&self.memory).min(free_memory_bytes());
+        let memory = bytes(limits.memory_mib, free_memory, TierName::Memory, &self.memory);
+        let disk = bytes(limits.disk_mib, free_bytes(&self.disk), TierName::Disk, &self.disk);
         Config {
             memory: Tier { folder: self.memory.clone(), max_bytes: memory },
             disk: Tier { folder: self.disk.clone(), max_bytes: disk },
@@ -50,8 +54,8 @@ impl CacheFolders {
     /// Removes what no process has open; in memory only, the disk is for the next runs.
     pub fn clear_memory(&self) {
         let none = Tier { folder: PathBuf::new(), max_bytes: 0 };
-        let memory = Tier { folder: self.memory.clone(), max_bytes: 0 };
-        if let Err(problem) = thaw_cache::clear(&Config { memory, disk: none }) {
+        let memory = Tier { folder: self.memory.clone(), max_bytes: u64::MAX };
+        if let Err(problem) = thaw_cache::clear(&Config { memory, disk: none }, Which::Unused) {
             tracing::warn!(error = thaw_runtime::chain(&problem), "cannot clear the prefix cache");
         }
     }
@@ -87,7 +91,6 @@ pub(super) struct Shelf {
     boundary: Boundary,
     stores: Stores,
     keeping: Keeping,
-    scratch: Vec<u8>,
 }
 
 /// Whether rows are written.
@@ -186,11 +189,12 @@ impl Shelf {
                 None
             }
         };
-        Ok(Some(Self { boundary, stores, keeping, scratch: Vec::new() }))
+        Ok(Some(Self { boundary, stores, keeping }))
     }
 
     fn open_stores(job: &Job, prefix: &str) -> Result<[Arc<Store>; 3], thaw_cache::Error> {
-        let config = job.cache.config(&job.spec.prefix_cache);
+        let mut config = job.cache.config(&job.spec.prefix_cache);
+        let writer = uuid::Uuid::new_v4().to_string();
         let mut stores: Vec<Arc<Store>> = Vec::new();
         let identities = Part::ALL.map(|part| job.dataset.records_identity(part));
         for (place, identity) in identities.iter().enumerate() {
@@ -199,7 +203,15 @@ impl Shelf {
                 Some(same) => Arc::clone(&stores[same]),
                 None => {
                     let key = Key::of(&[("prefix", prefix.as_bytes()), ("records", identity.as_bytes())]);
-                    Arc::new(Store::open(&config, key)?)
+                    let opened = match Store::open(&config, key, &writer) {
+                        Err(problem @ thaw_cache::Error::NotMemory { .. }) => {
+                            tracing::warn!(%problem, "the frozen prefix is kept on disk only");
+                            config.memory.max_bytes = 0;
+                            Store::open(&config, key, &writer)
+                        }
+                        opened => opened,
+                    };
+                    Arc::new(opened?)
                 }
             });
         }
@@ -229,18 +241,13 @@ impl Shelf {
         }
         let Some(store) = self.store(part).map(Arc::clone) else { return };
         let began = Instant::now();
-        self.scratch.clear();
-        let mut meta = Vec::new();
-        for index in 0..row.values.len() {
-            let by_tokens = self.boundary.values[index].dims.first() == Some(&thaw_graph::CutDim::Tokens);
-            let bytes = row.bytes(index, by_tokens);
-            let form = row.form(index);
-            Form { bytes: bytes.len(), ..form }.write(&mut meta);
-            self.scratch.extend_from_slice(bytes);
-        }
-        match store.put(record, 0, &meta, &self.scratch) {
-            Ok(Kept::Stored) => {}
-            Ok(Kept::Full) => {
+        let by_tokens = |index: usize| self.boundary.values[index].dims.first() == Some(&thaw_graph::CutDim::Tokens);
+        let pieces: Vec<&[u8]> = (0..row.values.len()).map(|index| row.bytes(index, by_tokens(index))).collect();
+        let describe = |(index, piece): (usize, &&[u8])| Form { bytes: piece.len(), ..row.form(index) }.describe();
+        let tensors: Vec<Tensor> = pieces.iter().enumerate().map(describe).collect();
+        match store.put(record, 0, &tensors, &pieces) {
+            Ok(Put::Stored(_) | Put::Present) => {}
+            Ok(Put::Full) => {
                 tracing::info!(
                     segment = self.boundary.segment,
                     "the prefix cache is full; the rest is computed anew each epoch"
@@ -259,11 +266,15 @@ impl Shelf {
 
     /// Reads a row behind what `into` holds. `None` where it is not kept, or damaged.
     pub(super) fn read(&self, part: Part, record: u32, into: &mut Vec<u8>) -> Option<Vec<Form>> {
-        match self.store(part)?.get(record, 0, into) {
-            Ok(meta) => Form::read_all(&meta?),
-            Err(problem) => {
-                tracing::warn!(error = thaw_runtime::chain(&problem), "cannot read from the prefix cache");
-                None
+        let found = self.store(part)?.get(record, 0, into)?;
+        found.tensors().iter().map(Form::described).collect()
+    }
+
+    /// Learns what other trainers and runs have kept meanwhile.
+    pub(super) fn refresh(&self) {
+        for store in self.stores.iter().flatten() {
+            if let Err(problem) = store.refresh() {
+                tracing::warn!(error = thaw_runtime::chain(&problem), "cannot look into the prefix cache");
             }
         }
     }
@@ -291,28 +302,23 @@ impl Keeping {
 }
 
 impl Form {
-    const SIZE: usize = 10;
+    /// Set in a described element type where the layout is channels last.
+    const CHANNELS_LAST: u8 = 0x80;
 
-    fn write(self, meta: &mut Vec<u8>) {
-        let kind = KINDS.iter().position(|kind| *kind == self.kind).unwrap_or(KINDS.len());
-        // One that is not in the list reads as damaged.
-        meta.extend([kind as u8, u8::from(self.layout == Layout::ChannelsLast)]);
-        meta.extend(self.length.to_le_bytes());
-        meta.extend(u32::try_from(self.bytes).unwrap_or(u32::MAX).to_le_bytes());
+    /// What the cache keeps beside the bytes.
+    fn describe(self) -> Tensor {
+        // A type that is not in the list reads as a miss.
+        let kind = KINDS.iter().position(|kind| *kind == self.kind).unwrap_or(KINDS.len()) as u8;
+        let layout = if self.layout == Layout::ChannelsLast { Self::CHANNELS_LAST } else { 0 };
+        let bytes = u32::try_from(self.bytes).unwrap_or(u32::MAX);
+        Tensor { dtype: kind | layout, dims: vec![self.length], bytes }
     }
 
-    fn read_all(meta: &[u8]) -> Option<Vec<Self>> {
-        if !meta.len().is_multiple_of(Self::SIZE) {
-            return None;
-        }
-        meta.chunks_exact(Self::SIZE).map(Self::read).collect()
-    }
-
-    fn read(meta: &[u8]) -> Option<Self> {
-        let number = |at: usize| Some(u32::from_le_bytes(meta.get(at..at + 4)?.try_into().ok()?));
-        let kind = KINDS.get(usize::from(meta[0]))?;
-        let layout = if meta[1] == 1 { Layout::ChannelsLast } else { Layout::RowMajor };
-        Some(Self { kind: *kind, layout, length: number(2)?, bytes: number(6)? as usize })
+    fn described(tensor: &Tensor) -> Option<Self> {
+        let kind = KINDS.get(usize::from(tensor.dtype & !Self::CHANNELS_LAST))?;
+        let layout = if tensor.dtype & Self::CHANNELS_LAST != 0 { Layout::ChannelsLast } else { Layout::RowMajor };
+        let [length] = tensor.dims.as_slice() else { return None };
+        Some(Self { kind: *kind, layout, length: *length, bytes: tensor.bytes as usize })
     }
 }
 
