@@ -1,5 +1,5 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import steps
+from benches.rows import divergence, steps
 
-MEASUREMENTS = (*steps.MEASUREMENTS,)
+MEASUREMENTS = (*steps.MEASUREMENTS, *divergence.MEASUREMENTS)
