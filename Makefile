@@ -25,8 +25,8 @@ demo-images: build ## Train a small residual network on digits 0-4, then transfe
 test: build ## Run all tests and print their count.
 	@tests/run.sh
 
-bench: build ## Time an optimizer update beside plain PyTorch and print the ratio.
-	@.venv/bin/python tests/bench.py
+bench: build ## Time Thaw beside PyTorch DDP and print the ratios; ONLY=NAME,... for some rows, QUICK=1 for fewer rounds.
+	@PYTHONPATH=tests .venv/bin/python -m benches --only '$(ONLY)' $(if $(QUICK),--quick)
 
 fmt: setup ## Format the Rust code.
 	cargo fmt --all

@@ -49,6 +49,7 @@ struct ProgressLine<'a> {
     step_time: StepTimeLine,
     prefix_computed: u64,
     prefix_cached: u64,
+    all_reduced_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -59,6 +60,7 @@ struct StepTimeLine {
     exposed_all_reduce: f64,
     optimizer: f64,
     prefix: f64,
+    whole: f64,
 }
 
 #[derive(Serialize)]
@@ -126,9 +128,11 @@ pub(crate) fn progress(progress: &pb::Progress) -> String {
             exposed_all_reduce: time.exposed_all_reduce,
             optimizer: time.optimizer,
             prefix: time.prefix,
+            whole: time.whole,
         },
         prefix_computed: progress.prefix_computed,
         prefix_cached: progress.prefix_cached,
+        all_reduced_bytes: progress.all_reduced_bytes,
     })
 }
 

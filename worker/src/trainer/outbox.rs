@@ -65,7 +65,7 @@ impl Outbox {
         rates: &[f64],
         epoch: f64,
     ) {
-        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix] = pace.step_seconds;
+        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix, whole] = pace.step_seconds;
         let generation = self.heard().generation.0;
         self.send(Payload::Progress(pb::Progress {
             position: Some(pb::Position::from(&position)),
@@ -73,11 +73,20 @@ impl Outbox {
             loss: report.loss,
             learning_rates: rates.to_vec(),
             samples_per_second: pace.samples_per_second,
-            step_time: Some(pb::StepTime { data_wait, forward, backward, exposed_all_reduce, optimizer, prefix }),
+            step_time: Some(pb::StepTime {
+                data_wait,
+                forward,
+                backward,
+                exposed_all_reduce,
+                optimizer,
+                prefix,
+                whole,
+            }),
             grad_norm: Some(report.grad_norm),
             epoch,
             prefix_computed: pace.prefix.computed,
             prefix_cached: pace.prefix.cached,
+            all_reduced_bytes: pace.all_reduced_bytes,
         }));
     }
 

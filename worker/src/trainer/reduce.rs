@@ -22,12 +22,13 @@ pub(crate) struct Exchange {
     alone: bool,
     /// Sums of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
     spare: Vec<Tensor>,
+    summed_bytes: u64,
 }
 
 impl Exchange {
     pub(crate) fn new(collective: Box<dyn Collective>) -> Self {
         let alone = collective.world_size() == 1;
-        Self { queue: ReduceQueue::new(Arc::from(collective)), alone, spare: Vec::new() }
+        Self { queue: ReduceQueue::new(Arc::from(collective)), alone, spare: Vec::new(), summed_bytes: 0 }
     }
 
     /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
@@ -35,6 +36,7 @@ impl Exchange {
         if self.alone && parts.len() == 1 {
             return Exchanged::Here(parts.remove(0));
         }
+        self.summed_bytes += bytes_of(&parts[0]);
         let fits = |spare: &Tensor| spare.size() == parts[0].size() && spare.kind() == parts[0].kind();
         let sum = match self.spare.iter().position(fits) {
             Some(place) => self.spare.swap_remove(place),
@@ -50,6 +52,11 @@ impl Exchange {
         }
     }
 
+    /// Bytes given to be summed with other ranks' since this was last asked, before the algorithm's factor.
+    pub(crate) fn take_summed_bytes(&mut self) -> u64 {
+        std::mem::take(&mut self.summed_bytes)
+    }
+
     /// Lets go of what was kept for another set of layer groups.
     pub(crate) fn forget(&mut self) {
         self.spare.clear();
@@ -60,6 +67,7 @@ impl Exchange {
         if self.alone && parts.len() == 1 {
             return Exchanged::Here(parts.remove(0));
         }
+        self.summed_bytes += (parts[0].len() * size_of::<f64>()) as u64;
         let sum = vec![0.0; parts[0].len()];
         Exchanged::Pending(self.queue.submit(Work::Numbers { parts, sum }, work))
     }
@@ -92,6 +100,10 @@ impl Exchange {
             Work::Tensors { .. } | Work::Numbers { .. } => unreachable!("a ticket gives back its own work"),
         }
     }
+}
+
+fn bytes_of(tensor: &Tensor) -> u64 {
+    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
 }
 
 fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {

@@ -107,6 +107,10 @@ pub(crate) struct StepReport {
     pub(crate) backward: f64,
     pub(crate) exposed_all_reduce: f64,
     pub(crate) optimizer: f64,
+    /// The whole step: the four above, and what lies between them.
+    pub(crate) seconds: f64,
+    /// Given to be summed with the other ranks'.
+    pub(crate) all_reduced_bytes: u64,
 }
 
 /// Weights, buffers and optimizer state of one group at one step.
@@ -210,6 +214,7 @@ impl Replica {
 
     /// One optimizer update over this rank's shards, in ascending shard order.
     pub(crate) fn train_step(&mut self, plan: &StepPlan, batches: Vec<ShardBatch>) -> Result<StepReport, Error> {
+        let started = Instant::now();
         let mut losses = ShardTree::new(self.settings.logical_shards);
         let mut moved = ShardTree::new(self.settings.logical_shards);
         let mut gradients: BTreeMap<usize, ShardTree<Tensor>> =
@@ -291,7 +296,20 @@ impl Replica {
         }
         let optimizer = updated.elapsed().as_secs_f64();
         let (loss, suspend) = (numbers[0], numbers[1] > 0.0);
-        Ok(StepReport { loss, grad_norm, applied, suspend, forward, backward, exposed_all_reduce, optimizer })
+        let all_reduced_bytes = self.exchange.take_summed_bytes();
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(StepReport {
+            loss,
+            grad_norm,
+            applied,
+            suspend,
+            forward,
+            backward,
+            exposed_all_reduce,
+            optimizer,
+            seconds,
+            all_reduced_bytes,
+        })
     }
 
     /// Applies reduced gradients, which are identical on every rank, so every rank decides the same.

@@ -385,20 +385,30 @@ pub(crate) struct Pace {
     since: Instant,
     steps: u32,
     samples: u64,
-    sums: [f64; 6],
+    sums: [f64; 7],
+    all_reduced_bytes: u64,
     prefix: prefix::Counts,
 }
 
 pub(crate) struct PaceReport {
     pub(crate) samples_per_second: f64,
-    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix.
-    pub(crate) step_seconds: [f64; 6],
+    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix, all but the wait.
+    pub(crate) step_seconds: [f64; 7],
+    /// Per step.
+    pub(crate) all_reduced_bytes: u64,
     pub(crate) prefix: prefix::Counts,
 }
 
 impl Pace {
     fn new() -> Self {
-        Self { since: Instant::now(), steps: 0, samples: 0, sums: [0.0; 6], prefix: prefix::Counts::default() }
+        Self {
+            since: Instant::now(),
+            steps: 0,
+            samples: 0,
+            sums: [0.0; 7],
+            all_reduced_bytes: 0,
+            prefix: prefix::Counts::default(),
+        }
     }
 
     fn add(&mut self, report: &StepReport, data_wait: f64, prefix: prefix::Counts, samples: u32) {
@@ -409,12 +419,14 @@ impl Pace {
             report.exposed_all_reduce,
             report.optimizer,
             prefix.time.as_secs_f64(),
+            prefix.time.as_secs_f64() + report.seconds,
         ];
         for (sum, part) in self.sums.iter_mut().zip(parts) {
             *sum += part;
         }
         self.steps += 1;
         self.samples += u64::from(samples);
+        self.all_reduced_bytes += report.all_reduced_bytes;
         self.prefix.add(prefix);
     }
 
@@ -425,6 +437,7 @@ impl Pace {
         let report = PaceReport {
             samples_per_second: self.samples as f64 / seconds,
             step_seconds: self.sums.map(|sum| sum / steps),
+            all_reduced_bytes: self.all_reduced_bytes / u64::from(self.steps.max(1)),
             prefix: self.prefix,
         };
         *self = Self::new();
