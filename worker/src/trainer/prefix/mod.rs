@@ -23,6 +23,7 @@ use super::job::Job;
 use chunk::Shapes;
 use shelf::{Form, Known, Shelf};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_data::batch::{Batch, Dataset};
@@ -82,7 +83,7 @@ type Record = u32;
 #[derive(Clone)]
 struct Fresh {
     /// One for each value that crosses.
-    values: Arc<Vec<Rows>>,
+    values: Rc<Vec<Rows>>,
     row: usize,
     /// Tokens, padding not counted; 0 for images.
     length: u32,
@@ -171,11 +172,11 @@ impl Prefix {
         let found = model.prefix(&inputs, &boundaries)?;
         for (index, values) in found.iter().enumerate() {
             let values = values.iter().map(Rows::of).collect::<Result<Vec<_>, _>>()?;
-            let values = Arc::new(values);
+            let values = Rc::new(values);
             for (row, (batch, place)) in rows.iter().enumerate() {
                 let position = batch.samples[*place];
                 let length = batch.lengths.get(*place).copied().unwrap_or(0);
-                let fresh = Fresh { values: Arc::clone(&values), row, length };
+                let fresh = Fresh { values: Rc::clone(&values), row, length };
                 let record = self.record(part, position);
                 self.shelves[index].keep(part, record, &fresh);
                 if index == 0 {
