@@ -1,7 +1,7 @@
 //! What a run will do: the stages derived from its spec, as plain values.
 
 use crate::ids::GroupIndex;
-use crate::spec::{LrSchedulerType, OnEnter, Until};
+use crate::spec::{LrSchedulerType, OnEnter, Plateau, Until};
 use serde::{Deserialize, Serialize};
 
 /// The stages of a run, and what they cost. Made by `thaw_core::planner`, followed by every trainer.
@@ -58,6 +58,9 @@ pub struct PlannedStage {
     /// Zeros in plans of the first version.
     #[serde(default)]
     pub cost: StageCost,
+    /// Present exactly for reduce_on_plateau.
+    #[serde(default)]
+    pub plateau: Option<Plateau>,
 }
 
 /// What a stage costs: estimates for people and for the scheduler. A floating-point operation is half a multiply-add.

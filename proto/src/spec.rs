@@ -4,6 +4,7 @@
 //! What depends on the graph or the data (that a stage names a group, that classes agree) is checked by the planner in `thaw-core`.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use url::Url;
 
 /// A valid request to fine-tune one backbone on one dataset.
@@ -54,6 +55,43 @@ pub struct RunSpec {
     pub l2_sp: Option<L2Sp>,
     #[serde(default)]
     pub ema: Option<Ema>,
+    #[serde(default)]
+    pub activation_checkpointing: bool,
+    /// Micro-batches of a logical shard's part of the global batch.
+    #[serde(default = "one")]
+    pub gradient_accumulation_steps: u32,
+    /// Peak rates by name of a layer group, or by a regular expression between slashes that is known to compile.
+    #[serde(default)]
+    pub learning_rates: BTreeMap<String, f64>,
+    #[serde(default)]
+    pub thawed_batch_norm: ThawedBatchNorm,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// What batch norm of thawed groups normalises by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ThawedBatchNorm {
+    pub policy: ThawedBatchNormPolicy,
+    /// Samples of a micro-batch from which on `Auto` takes its own statistics.
+    pub minimum_batch: u32,
+}
+
+impl Default for ThawedBatchNorm {
+    fn default() -> Self {
+        Self { policy: ThawedBatchNormPolicy::Auto, minimum_batch: 16 }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ThawedBatchNormPolicy {
+    Auto,
+    BatchStatistics,
+    FrozenStatistics,
 }
 
 /// What each class counts for in the training loss.
@@ -99,7 +137,7 @@ pub enum MemoryFormat {
 }
 
 /// How the outputs of frozen groups are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PrefixCache {
     pub mode: PrefixCacheMode,
@@ -109,6 +147,15 @@ pub struct PrefixCache {
     pub disk_mib: Option<u32>,
     /// Samples that a prefix is computed for at a time; `None`: by the size of a sample.
     pub chunk_size: Option<u32>,
+    /// Augmented views kept per sample.
+    #[serde(default = "one")]
+    pub views: u32,
+}
+
+impl Default for PrefixCache {
+    fn default() -> Self {
+        Self { mode: PrefixCacheMode::Auto, memory_mib: None, disk_mib: None, chunk_size: None, views: 1 }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -274,8 +321,16 @@ pub struct Workers {
 pub struct Checkpoint {
     /// Folder that holds `runs/<run>/`; `None`: the server's data folder.
     pub url: Option<Url>,
-    pub save_steps: u32,
+    /// `None`: as often as `max_overhead` allows.
+    pub save_steps: Option<u32>,
     pub save_total_limit: u32,
+    /// Share of the training time.
+    #[serde(default = "default_max_overhead")]
+    pub max_overhead: f64,
+}
+
+fn default_max_overhead() -> f64 {
+    0.03
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -295,6 +350,17 @@ pub struct LrScheduler {
     /// Instead, as a share of the planned steps.
     #[serde(default)]
     pub warmup_ratio: Option<f64>,
+    /// Present exactly for reduce_on_plateau.
+    #[serde(default)]
+    pub plateau: Option<Plateau>,
+}
+
+/// When and by how much reduce_on_plateau lowers the rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Plateau {
+    pub factor: f64,
+    /// Evaluations without improvement before each reduction.
+    pub patience: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -306,6 +372,8 @@ pub enum LrSchedulerType {
     Cosine,
     SlantedTriangular,
     OneCycle,
+    ReduceOnPlateau,
+    RangeTest,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -327,6 +395,9 @@ pub struct Stage {
     pub until: Option<Until>,
     pub on_enter: OnEnter,
     pub lr_scheduler: Option<LrScheduler>,
+    /// As those of the spec.
+    #[serde(default)]
+    pub learning_rates: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -132,8 +132,8 @@ fn rules_over_several_fields() {
         ),
         (
             "until: {early_stopping: {}}\nlr_scheduler: {type: cosine}",
-            "lr_scheduler.type: cosine needs a stage of known length: give until max_epochs or max_steps, or use constant or \
-             inverse_sqrt (line 6)",
+            "lr_scheduler.type: cosine needs a stage of known length: give until max_epochs or max_steps, or use constant, \
+             inverse_sqrt or reduce_on_plateau (line 6)",
         ),
         (
             "until: {}",
@@ -151,6 +151,63 @@ fn rules_over_several_fields() {
         ),
         ("layer_decay: 0", "layer_decay: must be in (0, 1], not 0; leave it out for learning_rate_spread (line 5)"),
         ("learning_rate: 1e999", "learning_rate: \"1e999\" is too large: at most 1.7976931348623157e308 (line 5)"),
+    ];
+    for (lines, expected) in table {
+        assert_eq!(with(lines), expected, "{lines}");
+    }
+}
+
+#[test]
+fn policies() {
+    let table = [
+        (
+            "gradient_accumulation_steps: 5\nlogical_shards: 2",
+            "gradient_accumulation_steps: must be at most 4, the samples of a logical shard, not 5: lower it, or raise \
+             global_batch_size (line 5)",
+        ),
+        (
+            "gradient_accumulation_steps: 0",
+            "gradient_accumulation_steps: must be in 1-65536, not 0; leave it out for 1 (line 5)",
+        ),
+        ("label_smoothing_factor: 1", "label_smoothing_factor: must be in [0, 1), not 1; leave it out for 0 (line 5)"),
+        ("class_weights: [1, 0]", "class_weights.weights[1]: must be a finite number > 0, not 0 (line 5)"),
+        ("class_weights: [1, x]", "class_weights.weights[1]: expected a number, found the text \"x\" (line 5)"),
+        (
+            "class_weights: balance",
+            "class_weights: expected balanced or a list of numbers, found the text \"balance\" (line 5)",
+        ),
+        (
+            "strategy: from_scratch\nl2_sp: {alpha: -1}",
+            "l2_sp: pulls towards pretrained weights, and from_scratch has none: remove it (line 6)\n\
+             l2_sp.alpha: must be in [0, 10], not -1; leave it out for 0.1 (line 6)",
+        ),
+        (
+            "learning_rates: {head: 0, '/(/': 1, '': 1}",
+            "learning_rates[\"\"]: must not be empty: the name of a layer group, or a regular expression between slashes (line 5)\n\
+             learning_rates[\"/(/\"]: \"(\" is not a regular expression (Rust regex syntax): unclosed group (line 5)\n\
+             learning_rates[\"head\"]: must be a finite number > 0, not 0 (line 5)",
+        ),
+        (
+            "lr_scheduler: {type: cosine, factor: 0.5}",
+            "lr_scheduler.factor: belongs to reduce_on_plateau: remove it, or set type to reduce_on_plateau (line 5)",
+        ),
+        (
+            "lr_scheduler: {type: reduce_on_plateau, factor: 1}",
+            "lr_scheduler.factor: must be in (0, 1), not 1; leave it out for 0.1 (line 5)",
+        ),
+        (
+            "strategy: from_scratch\nbatch_norm: {frozen_groups: recompute, minimum_batch: 1}",
+            "batch_norm.frozen_groups: recompute needs pretrained weights, and from_scratch has none: leave it out (line 6)\n\
+             batch_norm.minimum_batch: must be in 2-65536, not 1; leave it out for 16 (line 6)",
+        ),
+        (
+            "prefix_cache: {views: 2}",
+            "prefix_cache.views: must be 1 for text (csv, jsonl): texts are not augmented; leave it out (line 5)",
+        ),
+        (
+            "checkpoint: {max_overhead: 0}",
+            "checkpoint.max_overhead: must be in (0, 1], not 0; leave it out for 0.03 (line 5)",
+        ),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");

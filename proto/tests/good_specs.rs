@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::Path;
-use thaw_proto::spec::{EarlyStopping, Metric, Optimizer, Precision, RateDecay, RunSpec, Strategy};
+use thaw_proto::spec::{
+    BatchNormPolicy, ClassWeights, EarlyStopping, Metric, Optimizer, Plateau, Precision, RateDecay, RunSpec, Strategy,
+    ThawedBatchNormPolicy,
+};
 use thaw_proto::{convert, pb, text};
 
 const EXAMPLE: &str = "\
@@ -65,6 +68,45 @@ fn defaults_follow_the_strategy_and_the_optimizer() {
     assert_eq!(spec.data.image.unwrap().mean, [0.485, 0.456, 0.406]);
     let patient = check(&format!("{base}until: {{earlyStopping: {{}}}}"));
     assert_eq!(patient.until.max_epochs, Some(100));
+}
+
+#[test]
+fn policies_and_their_defaults() {
+    let base =
+        "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\ndata: {train: {path: ../d, format: image_folder}}\n";
+    let plain = check(base);
+    assert_eq!(
+        (plain.gradient_accumulation_steps, plain.label_smoothing_factor, plain.prefix_cache.views),
+        (1, 0.0, 1)
+    );
+    assert_eq!((plain.class_weights, plain.l2_sp, plain.ema), (ClassWeights::Equal, None, None));
+    assert_eq!((plain.checkpoint.save_steps, plain.checkpoint.max_overhead), (None, 0.03));
+    assert_eq!(
+        (plain.thawed_batch_norm.policy, plain.thawed_batch_norm.minimum_batch),
+        (ThawedBatchNormPolicy::Auto, 16)
+    );
+    let full = check(&format!(
+        "{base}gradient_accumulation_steps: 4\nlabel_smoothing_factor: 0.1\nclass_weights: [1, 2.5]\nl2_sp: {{alpha: 0.2}}\n\
+         ema: {{decay: 0.99, evaluate: false}}\nlearning_rates: {{head: 1e-2, '/layer[12]/': 1e-4}}\n\
+         activation_checkpointing: true\nprefix_cache: {{views: 4}}\nlr_scheduler: {{type: reduce_on_plateau, warmup_ratio: 0.1, patience: 3}}\n\
+         batch_norm: {{frozen_groups: recompute, thawed_groups: frozen_statistics, minimum_batch: 8}}\n"
+    ));
+    assert_eq!(full.class_weights, ClassWeights::Given(vec![1.0, 2.5]));
+    assert_eq!(
+        full.learning_rates.iter().map(|(key, rate)| (key.as_str(), *rate)).collect::<Vec<_>>(),
+        [("/layer[12]/", 1e-4), ("head", 1e-2)]
+    );
+    assert_eq!(full.lr_scheduler.plateau, Some(Plateau { factor: 0.1, patience: 3 }));
+    assert_eq!((full.frozen_batch_norm, full.thawed_batch_norm.minimum_batch), (BatchNormPolicy::Recompute, 8));
+    assert_eq!(
+        (full.gradient_accumulation_steps, full.prefix_cache.views, full.activation_checkpointing),
+        (4, 4, true)
+    );
+    assert_eq!(check(&format!("{base}class_weights: balanced")).class_weights, ClassWeights::Balanced);
+    assert_eq!(check(&format!("{base}class_weights: {{weights: [1]}}")).class_weights, ClassWeights::Given(vec![1.0]));
+    let raw = pb::RunSpec::from(&full);
+    assert_eq!(convert::spec::check(&text::parse_spec(&text::to_yaml(&raw)).unwrap()).unwrap(), full);
+    assert_eq!(convert::spec::check(&text::parse_spec(&text::to_json(&raw)).unwrap()).unwrap(), full);
 }
 
 #[test]

@@ -4,10 +4,12 @@
 
 use proptest::option;
 use proptest::prelude::*;
+use std::collections::HashMap;
 use std::path::Path;
 use thaw_proto::ids::{Generation, GroupIndex, StageIndex, Step};
 use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage};
 use thaw_proto::run::{CheckpointRef, Evaluation, Position, RunResult, StageEnd, StageResult};
+use thaw_proto::spec::{LrSchedulerType, Plateau};
 use thaw_proto::{convert, pb, text};
 
 fn any_text() -> impl Strategy<Value = String> {
@@ -26,15 +28,87 @@ fn source() -> impl Strategy<Value = pb::DataSource> {
 }
 
 fn stage() -> impl Strategy<Value = pb::Stage> {
-    (any_text(), prop::collection::vec(any_text(), 0..3), option::of(any::<f64>()), 0..3, option::of(any::<u32>()))
-        .prop_map(|(name, thaw, rate, on_enter, steps)| pb::Stage {
+    let numbers = (option::of(any::<f64>()), option::of(any::<u32>()), rates());
+    (any_text(), prop::collection::vec(any_text(), 0..3), 0..3, numbers).prop_map(
+        |(name, thaw, on_enter, (rate, steps, learning_rates))| pb::Stage {
             name,
             thaw,
             learning_rate: rate.filter(|rate| !rate.is_nan()),
             on_enter,
             until: steps.map(|steps| pb::Until { max_steps: Some(steps), ..Default::default() }),
+            learning_rates,
             ..Default::default()
-        })
+        },
+    )
+}
+
+fn not_nan() -> impl Strategy<Value = f64> {
+    any::<f64>().prop_filter("text reads it back as itself", |number| !number.is_nan())
+}
+
+fn rates() -> impl Strategy<Value = HashMap<String, f64>> {
+    prop::collection::hash_map(any_text(), not_nan(), 0..3)
+}
+
+prop_compose! {
+    /// What bends the training, right or wrong.
+    fn raw_policies()(
+        flags in (any::<bool>(), any::<bool>()), steps in option::of(any::<u32>()), smoothing in option::of(not_nan()),
+        weights in option::of(prop::collection::vec(not_nan(), 0..4)), pull in option::of((option::of(not_nan()), option::of(not_nan()))),
+        ema in option::of((not_nan(), option::of(any::<bool>()))), learning_rates in rates(), memory_format in 0..4,
+        views in option::of(any::<u32>()), norm in option::of((0..3, 0..4, option::of(any::<u32>()))),
+        scheduler in option::of((0..9, option::of(any::<u32>()), option::of(not_nan()), option::of(not_nan()), option::of(any::<u32>()))),
+        overhead in option::of(not_nan()),
+    ) -> pb::RunSpec {
+        pb::RunSpec {
+            activation_checkpointing: flags.0,
+            gradient_accumulation_steps: steps,
+            label_smoothing_factor: smoothing,
+            class_weights: weights.map(|weights| pb::ClassWeights { balanced: flags.1, weights }),
+            l2_sp: pull.map(|(alpha, beta)| pb::L2Sp { alpha, beta }),
+            ema: ema.map(|(decay, evaluate)| pb::Ema { decay, evaluate }),
+            learning_rates,
+            memory_format,
+            prefix_cache: Some(pb::PrefixCache { views, ..Default::default() }),
+            batch_norm: norm.map(|(frozen_groups, thawed_groups, minimum_batch)| pb::BatchNorm { frozen_groups, thawed_groups, minimum_batch }),
+            lr_scheduler: scheduler.map(|(kind, warmup_steps, warmup_ratio, factor, patience)| {
+                pb::LrScheduler { r#type: kind, warmup_steps, warmup_ratio, factor, patience }
+            }),
+            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, save_steps: steps, ..Default::default() }),
+            ..Default::default()
+        }
+    }
+}
+
+prop_compose! {
+    /// What bends the training, as it passes the check.
+    fn good_policies()(
+        flags in (any::<bool>(), any::<bool>()), smoothing in option::of(0.0..0.99f64), weights in option::of(prop::collection::vec(1e-3..9.0f64, 1..4)),
+        pull in option::of((option::of(0.0..10.0f64), option::of(0.0..10.0f64))), ema in option::of((0.01..0.9999f64, option::of(any::<bool>()))),
+        learning_rates in prop::collection::hash_map("[a-z.]{1,8}|/[a-z]{1,8}/", 1e-9..1.0f64, 0..3), memory_format in 0..4,
+        norm in option::of((0..2, 0..4, option::of(2..64u32))), plateau in option::of((option::of(0.01..0.99f64), option::of(1..9u32))),
+        ratio in option::of(0.0..=1.0f64), overhead in option::of(0.001..=1.0f64),
+    ) -> pb::RunSpec {
+        let balanced = weights.is_none() && flags.1;
+        pb::RunSpec {
+            activation_checkpointing: flags.0,
+            gradient_accumulation_steps: Some(1),
+            label_smoothing_factor: smoothing,
+            class_weights: (balanced || weights.is_some())
+                .then(|| pb::ClassWeights { balanced, weights: weights.unwrap_or_default() }),
+            l2_sp: pull.map(|(alpha, beta)| pb::L2Sp { alpha, beta }),
+            ema: ema.map(|(decay, evaluate)| pb::Ema { decay, evaluate }),
+            learning_rates,
+            memory_format,
+            batch_norm: norm.map(|(frozen_groups, thawed_groups, minimum_batch)| pb::BatchNorm { frozen_groups, thawed_groups, minimum_batch }),
+            lr_scheduler: Some(match plateau {
+                Some((factor, patience)) => pb::LrScheduler { r#type: 7, warmup_ratio: ratio, factor, patience, ..Default::default() },
+                None => pb::LrScheduler { warmup_ratio: ratio, ..Default::default() },
+            }),
+            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, ..Default::default() }),
+            ..Default::default()
+        }
+    }
 }
 
 prop_compose! {
@@ -43,7 +117,7 @@ prop_compose! {
         name in any_text(), graph in any_text(), hidden in prop::collection::vec(any::<u32>(), 0..3), train in source(),
         eval in option::of(source()), shares in option::of((0.0..1.0f64, 0.0..1.0f64)), strategy in 0..6, batch in any::<u32>(),
         rate in option::of(any::<f64>()), seed in any::<u64>(), stages in prop::collection::vec(stage(), 0..3),
-        flag in option::of(any::<bool>()), mean in prop::collection::vec(any::<f64>(), 0..4),
+        flag in option::of(any::<bool>()), mean in prop::collection::vec(any::<f64>(), 0..4), policies in raw_policies(),
     ) -> pb::RunSpec {
         pb::RunSpec {
             name,
@@ -65,7 +139,7 @@ prop_compose! {
             seed,
             stages,
             stop_when_no_gain: flag,
-            ..Default::default()
+            ..policies
         }
     }
 }
@@ -76,7 +150,7 @@ prop_compose! {
         name in "[a-z][a-z0-9-]{0,20}", batch in 8..4096u32, strategy in 0..5, precision in 0..4, rate in option::of(1e-9..10.0f64),
         decay in option::of(0.01..=1.0f64), epochs in option::of(1..100u32), stopping in option::of((0..4, 1..9u32)),
         min in option::of(1..4u32), max in option::of(4..9u32), images in any::<bool>(), own_eval in any::<bool>(),
-        sgd in any::<bool>(), seed in any::<u64>(), shards in option::of(8..9u32),
+        sgd in any::<bool>(), seed in any::<u64>(), shards in option::of(8..9u32), policies in good_policies(),
     ) -> pb::RunSpec {
         let source = || pb::DataSource {
             path: "/d".into(),
@@ -101,7 +175,9 @@ prop_compose! {
             optimizer: sgd.then_some(pb::Optimizer { r#type: 2, ..Default::default() }),
             seed,
             logical_shards: shards,
-            ..Default::default()
+            // Nothing is pulled to weights that are drawn anew.
+            l2_sp: policies.l2_sp.filter(|_| strategy != 4),
+            ..policies
         }
     }
 }
@@ -158,7 +234,11 @@ proptest! {
     }
 
     #[test]
-    fn a_plan_round_trips(raw in good_spec(), rate in 1e-9..1.0f64, warmup in 0..500u32, count in any::<u64>()) {
+    fn a_plan_round_trips(
+        raw in good_spec(), rate in 1e-9..1.0f64, warmup in 0..500u32, count in any::<u64>(),
+        plateau in option::of((0.01..0.99f64, 1..9u32)),
+    ) {
+        let plateau = plateau.map(|(factor, patience)| Plateau { factor, patience });
         let until = convert::spec::check(&raw).unwrap().until;
         let group = |name: &str| LayerGroup { name: name.into(), parameters: count, forward_flops: 1, embedding: false };
         let plan = Plan {
@@ -169,7 +249,7 @@ proptest! {
                 learning_rates: vec![rate, rate],
                 until,
                 on_enter: thaw_proto::spec::OnEnter::Keep,
-                schedule: thaw_proto::spec::LrSchedulerType::OneCycle,
+                schedule: if plateau.is_some() { LrSchedulerType::ReduceOnPlateau } else { LrSchedulerType::OneCycle },
                 warmup_steps: warmup,
                 max_steps: 9,
                 trainable_parameters: count,
@@ -178,6 +258,7 @@ proptest! {
                 boundary_bytes_per_sample: 4,
                 thawed_groups: vec![GroupIndex(1)],
                 cost: thaw_proto::plan::StageCost { step_flops: 3, cache_bytes: 7, ..Default::default() },
+                plateau,
             }],
             classes: vec!["a".into(), "b".into()],
             data: DataSummary { train_samples: count, class_counts: vec![count, 1], fingerprint: "f".into(), ..Default::default() },

@@ -294,7 +294,7 @@ mod tests {
         let groups: Vec<GroupState> =
             plan_of(&spec).groups.iter().map(|planned| group(&planned.name, planned.name == "head")).collect();
         let mut tracker = RunTracker::new(Judge::of_run(&spec));
-        let _ = tracker.observe(&evaluation(0.1 + 0.2));
+        let _ = tracker.observe(&plan_of(&spec).stages[0], &evaluation(0.1 + 0.2));
         Manifest {
             format_version: FORMAT_VERSION,
             run: "demo-00000001".into(),

@@ -1,7 +1,8 @@
 //! The learning rate of a group at a step: its peak, times the stage's shape, times the group's own warmup.
 //!
-//! - RATE-1: a rate is a function of the plan, the step counts of the stages that have ended, and the step in the stage.
-//!   Nothing is carried along, so a resumed run has the rates of an undisturbed one, bit for bit.
+//! - RATE-1: a rate is a function of the plan, the stages that have ended (their updates and reductions), the step in the stage, and the
+//!   reductions of the present one, which the tracker in every checkpoint holds. Nothing else is carried along, so a resumed run has the
+//!   rates of an undisturbed one, bit for bit.
 //! - RATE-2: a newly thawed group warms up linearly from 0 over `warmup_steps`, from its thaw: fresh AdamW moments make the
 //!   first updates sign steps.
 //! - RATE-3: a group that was thawed before never jumps up: it warms up from the rate it had last, over at least
@@ -16,14 +17,15 @@
 //! | linear | `1` for `t < w`, then `(T - t) / (T - w)` |
 //! | cosine | `1` for `t < w`, then `(1 + cos(pi (t - w) / (T - w))) / 2` |
 //! | slanted_triangular | Howard and Ruder 2018, equation 3, cut 0.1, ratio 32 |
+//! | reduce_on_plateau | `factor` to the power of the reductions so far, which follow from recorded evaluations (`stage_end`) |
+//! | range_test | `1e-8 ^ (1 - t / (T - 1))` |
 //! | one_cycle | with `p = t / (T - 1)`: cosine from 1/25 up to 1 at `p = 0.25`, then cosine down to 1e-5 (Smith 2018, fastai's constants) |
 //!
-//! The last two bring their own way up, so their warmup is 0 unless it is given.
+//! slanted_triangular, one_cycle and range_test bring their own way up, so their warmup is 0 unless it is given.
 
 use std::f64::consts::PI;
 use thaw_proto::ids::GroupIndex;
 use thaw_proto::plan::{Plan, PlannedStage};
-use thaw_proto::run::Position;
 use thaw_proto::spec::LrSchedulerType;
 
 /// Updates over which a group that was thawed before rises to a new stage's rates, at least.
@@ -36,8 +38,18 @@ const STLR_RATIO: f64 = 32.0;
 const ONE_CYCLE_UP: f64 = 0.25;
 const ONE_CYCLE_START: f64 = 1.0 / 25.0;
 const ONE_CYCLE_END: f64 = 1e-5;
+const RANGE_TEST_START: f64 = 1e-8;
 
-/// Rates of one stage, given how many updates each earlier stage took.
+/// A stage that has ended, as far as later rates depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndedStage {
+    /// Updates that it took.
+    pub steps: u32,
+    /// How often reduce_on_plateau had lowered its rate.
+    pub reductions: u32,
+}
+
+/// Rates of one stage, given what became of each earlier one.
 #[derive(Debug, Clone)]
 pub struct Rates<'plan> {
     stage: &'plan PlannedStage,
@@ -46,15 +58,15 @@ pub struct Rates<'plan> {
 }
 
 impl<'plan> Rates<'plan> {
-    /// Rates of stage `ended.len()`; `ended` holds the updates that each earlier stage took. `None` past the last stage.
+    /// Rates of stage `ended.len()`. `None` past the last stage.
     #[must_use]
-    pub fn entering(plan: &'plan Plan, ended: &[u32]) -> Option<Self> {
+    pub fn entering(plan: &'plan Plan, ended: &[EndedStage]) -> Option<Self> {
         let mut last: Vec<Option<f64>> = vec![None; plan.groups.len()];
-        for (stage, &steps) in plan.stages.iter().zip(ended) {
-            let Some(final_step) = steps.checked_sub(1) else {
+        for (stage, ended) in plan.stages.iter().zip(ended) {
+            let Some(final_step) = ended.steps.checked_sub(1) else {
                 continue;
             };
-            let rates = Self::with_last(stage, &last).at(final_step);
+            let rates = Self::with_last(stage, &last).at(final_step, ended.reductions);
             for (group, rate) in stage.trainable_groups.iter().zip(rates) {
                 last[position(*group)] = Some(rate);
             }
@@ -72,25 +84,18 @@ impl<'plan> Rates<'plan> {
         Self { stage, start }
     }
 
-    /// Rates of the update after `stage_step` updates in the stage, per trainable group.
+    /// Rates of the update after `stage_step` updates in the stage and so many reductions, per trainable group.
     #[must_use]
-    pub fn at(&self, stage_step: u32) -> Vec<f64> {
+    pub fn at(&self, stage_step: u32, reductions: u32) -> Vec<f64> {
         let stage = self.stage;
-        let shape = shape(stage.schedule, stage_step, stage.max_steps, stage.warmup_steps);
+        let reduced = stage.plateau.map_or(1.0, |plateau| plateau.factor.powi(reductions.min(1 << 20) as i32));
+        let shape = shape(stage.schedule, stage_step, stage.max_steps, stage.warmup_steps) * reduced;
         let warm = |start: Option<f64>| match start {
             None => warmup(0.0, stage_step, stage.warmup_steps),
             Some(start) => warmup(start, stage_step, stage.warmup_steps.max(SHORTEST_WARMUP)),
         };
         self.start.iter().zip(&stage.learning_rates).map(|(&start, &peak)| peak * (shape * warm(start))).collect()
     }
-}
-
-/// Rates of the update after `at`, per trainable group of its stage; empty past the last stage.
-/// `ended` holds the updates of the stages before it.
-#[must_use]
-pub fn rates_at(plan: &Plan, ended: &[u32], at: Position) -> Vec<f64> {
-    let before = &ended[..ended.len().min(at.stage.0 as usize)];
-    Rates::entering(plan, before).map_or_else(Vec::new, |rates| rates.at(at.stage_step))
 }
 
 /// Linear from `start` (towards 1, reached with update number `steps`).
@@ -101,19 +106,20 @@ fn warmup(start: f64, stage_step: u32, steps: u32) -> f64 {
     start + (1.0 - start) * (f64::from(stage_step + 1) / f64::from(steps))
 }
 
-/// The stage's factor after `stage_step` updates, in [0, 1].
+/// The stage's factor after `stage_step` updates, in [0, 1], without the reductions of a plateau.
 #[must_use]
 pub fn shape(kind: LrSchedulerType, stage_step: u32, max_steps: u32, warmup_steps: u32) -> f64 {
     let (t, total, warm) = (f64::from(stage_step), f64::from(max_steps), f64::from(warmup_steps));
     // How far the stage is between the end of its warmup and its own end.
     let decayed = if stage_step < warmup_steps { 0.0 } else { ((t - warm) / (total - warm).max(1.0)).min(1.0) };
     match kind {
-        LrSchedulerType::Constant => 1.0,
+        LrSchedulerType::Constant | LrSchedulerType::ReduceOnPlateau => 1.0,
         LrSchedulerType::InverseSqrt => (warm.max(1.0) / (t + 1.0)).sqrt().min(1.0),
         LrSchedulerType::Linear => 1.0 - decayed,
         LrSchedulerType::Cosine => 0.5 * (1.0 + (PI * decayed).cos()),
         LrSchedulerType::SlantedTriangular => slanted_triangular(t, total),
         LrSchedulerType::OneCycle => one_cycle(t, total),
+        LrSchedulerType::RangeTest => RANGE_TEST_START.powf(1.0 - (t / (total - 1.0).max(1.0)).min(1.0)),
     }
 }
 
@@ -143,11 +149,12 @@ fn cosine(from: f64, to: f64, share: f64) -> f64 {
 #[must_use]
 pub fn needs_length(kind: LrSchedulerType) -> bool {
     match kind {
-        LrSchedulerType::Constant | LrSchedulerType::InverseSqrt => false,
+        LrSchedulerType::Constant | LrSchedulerType::InverseSqrt | LrSchedulerType::ReduceOnPlateau => false,
         LrSchedulerType::Linear
         | LrSchedulerType::Cosine
         | LrSchedulerType::SlantedTriangular
-        | LrSchedulerType::OneCycle => true,
+        | LrSchedulerType::OneCycle
+        | LrSchedulerType::RangeTest => true,
     }
 }
 
@@ -158,11 +165,12 @@ pub fn warmup_steps(kind: LrSchedulerType, given: Option<u32>, max_steps: u32) -
         LrSchedulerType::Constant
         | LrSchedulerType::InverseSqrt
         | LrSchedulerType::Linear
-        | LrSchedulerType::Cosine => {
+        | LrSchedulerType::Cosine
+        | LrSchedulerType::ReduceOnPlateau => {
             // Below 2^32, and not negative.
             ((f64::from(max_steps) * WARMUP_SHARE).round() as u32).clamp(SHORTEST_WARMUP, LONGEST_WARMUP)
         }
-        LrSchedulerType::SlantedTriangular | LrSchedulerType::OneCycle => 0,
+        LrSchedulerType::SlantedTriangular | LrSchedulerType::OneCycle | LrSchedulerType::RangeTest => 0,
     };
     given.unwrap_or(derived).min(max_steps)
 }
@@ -177,6 +185,10 @@ mod tests {
     use crate::test_support::{plan_of, spec};
     use proptest::prelude::*;
     use serde_json::json;
+
+    fn ended(steps: &[u32]) -> Vec<EndedStage> {
+        steps.iter().map(|&steps| EndedStage { steps, reductions: 0 }).collect()
+    }
 
     fn close(left: f64, right: f64) {
         assert!((left - right).abs() <= 1e-15 * right.abs().max(1.0), "{left} is not {right}");
@@ -224,11 +236,11 @@ mod tests {
     fn rate_2_new_groups_warm_up_alone() {
         let plan = plan_of(&spec(json!({"lr_scheduler": {"kind": "constant", "warmup_steps": 4}})));
         let first = Rates::entering(&plan, &[]).unwrap();
-        assert_eq!((0..5).map(|t| first.at(t)[0] / 1e-3).collect::<Vec<_>>(), [0.25, 0.5, 0.75, 1.0, 1.0]);
-        let second = Rates::entering(&plan, &[20]).unwrap();
+        assert_eq!((0..5).map(|t| first.at(t, 0)[0] / 1e-3).collect::<Vec<_>>(), [0.25, 0.5, 0.75, 1.0, 1.0]);
+        let second = Rates::entering(&plan, &ended(&[20])).unwrap();
         let peaks = &plan.stages[1].learning_rates;
-        assert_eq!(second.at(0), [peaks[0] * 0.25, peaks[1]]);
-        assert_eq!(second.at(3), *peaks);
+        assert_eq!(second.at(0, 0), [peaks[0] * 0.25, peaks[1]]);
+        assert_eq!(second.at(3, 0), *peaks);
         assert_eq!(peaks[1], 5e-4);
     }
 
@@ -238,20 +250,20 @@ mod tests {
         let plan = plan_of(&spec(
             json!({"lr_scheduler": {"kind": "linear", "warmup_steps": 0}, "until": {"max_epochs": null, "max_steps": 50, "early_stopping": null}}),
         ));
-        let last = Rates::entering(&plan, &[]).unwrap().at(49)[0];
+        let last = Rates::entering(&plan, &[]).unwrap().at(49, 0)[0];
         close(last, 1e-3 / 50.0);
-        let second = Rates::entering(&plan, &[50]).unwrap();
+        let second = Rates::entering(&plan, &ended(&[50])).unwrap();
         let peak = plan.stages[1].learning_rates[1];
         let start = last / peak;
-        close(second.at(0)[1], peak * (start + (1.0 - start) * 0.1));
-        close(second.at(9)[1], peak * (1.0 - 9.0 / 50.0));
+        close(second.at(0, 0)[1], peak * (start + (1.0 - start) * 0.1));
+        close(second.at(9, 0)[1], peak * (1.0 - 9.0 / 50.0));
     }
 
     #[test]
     fn a_stage_without_steps_changes_nothing() {
         let plan = plan_of(&spec(json!({})));
-        assert!(Rates::entering(&plan, &vec![1; plan.stages.len()]).is_none());
-        let skipped = rates_at(&plan, &[0], Position { stage: thaw_proto::ids::StageIndex(1), ..Position::default() });
+        assert!(Rates::entering(&plan, &ended(&vec![1; plan.stages.len()])).is_none());
+        let skipped = Rates::entering(&plan, &ended(&[0])).unwrap().at(0, 0);
         assert!(skipped.iter().zip(&plan.stages[1].learning_rates).all(|(rate, peak)| rate < peak));
     }
 
@@ -263,6 +275,8 @@ mod tests {
             Just(LrSchedulerType::Cosine),
             Just(LrSchedulerType::SlantedTriangular),
             Just(LrSchedulerType::OneCycle),
+            Just(LrSchedulerType::ReduceOnPlateau),
+            Just(LrSchedulerType::RangeTest),
         ]
     }
 
@@ -280,8 +294,8 @@ mod tests {
             let name = ["constant", "inverse_sqrt", "linear", "cosine"][kind];
             let plan = plan_of(&spec(json!({"lr_scheduler": {"kind": name, "warmup_steps": null}})));
             for stage in 1..=steps.len().min(plan.stages.len() - 1) {
-                let before = Rates::entering(&plan, &steps[..stage - 1]).unwrap().at(steps[stage - 1] - 1);
-                let after = Rates::entering(&plan, &steps[..stage]).unwrap().at(0);
+                let before = Rates::entering(&plan, &ended(&steps[..stage - 1])).unwrap().at(steps[stage - 1] - 1, 0);
+                let after = Rates::entering(&plan, &ended(&steps[..stage])).unwrap().at(0, 0);
                 let old = plan.stages[stage].trainable_groups.len() - plan.stages[stage].thawed_groups.len();
                 for back in 1..=old {
                     let rise = after[after.len() - back] - before[before.len() - back];

@@ -6,9 +6,12 @@
 //! - STAGE-3: the run's best is replaced by any better evaluation, however small the gain; patience and the end of the run
 //!   ask for a gain above `min_delta`, a share of the best so far.
 //! - STAGE-4: a run ends early only after a stage deeper than the first.
+//! - STAGE-5: a plateau's reductions are counted here, from the same evaluations as patience, so that every rank and every resume agrees on
+//!   the rates that follow.
 //!
 //! Trackers are plain data: they are saved with each checkpoint, and a decision after a resume is the one that would have been.
 
+use crate::schedule::EndedStage;
 use serde::{Deserialize, Serialize};
 use thaw_proto::ids::StageIndex;
 use thaw_proto::plan::{Plan, PlannedStage};
@@ -71,7 +74,7 @@ impl Judge {
     }
 }
 
-/// What early stopping remembers within one stage.
+/// What early stopping and reduce_on_plateau remember within one stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StageTracker {
@@ -85,6 +88,17 @@ pub struct StageTracker {
     pub non_finite: u32,
     /// The run's best on entering the stage. `None`: there was none.
     pub run_best_before: Option<f64>,
+    /// How often reduce_on_plateau has lowered the rate (STAGE-5).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reductions: u32,
+    /// Evaluations in a row that did not improve on `best`, counted from the last reduction.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub without_gain_at_rate: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 impl StageTracker {
@@ -95,21 +109,32 @@ impl StageTracker {
             None => run,
         };
         let best = judge.value(baseline);
-        Self { judge, best, without_gain: 0, non_finite: u32::from(best.is_none()), run_best_before }
+        Self {
+            judge,
+            best,
+            without_gain: 0,
+            non_finite: u32::from(best.is_none()),
+            run_best_before,
+            reductions: 0,
+            without_gain_at_rate: 0,
+        }
     }
 
-    fn observe(&mut self, evaluation: &Evaluation) {
-        let Some(value) = self.judge.value(evaluation) else {
-            self.non_finite += 1;
-            self.without_gain += 1;
-            return;
-        };
-        self.non_finite = 0;
-        if self.best.is_none_or(|best| self.judge.improves(value, best)) {
+    fn observe(&mut self, stage: &PlannedStage, evaluation: &Evaluation) {
+        let value = self.judge.value(evaluation);
+        self.non_finite = if value.is_some() { 0 } else { self.non_finite + 1 };
+        let better = |value: &f64| self.best.is_none_or(|best| self.judge.improves(*value, best));
+        if let Some(value) = value.filter(better) {
             self.best = Some(value);
             self.without_gain = 0;
-        } else {
-            self.without_gain += 1;
+            self.without_gain_at_rate = 0;
+            return;
+        }
+        self.without_gain += 1;
+        self.without_gain_at_rate += 1;
+        if stage.plateau.is_some_and(|plateau| self.without_gain_at_rate >= plateau.patience) {
+            self.reductions += 1;
+            self.without_gain_at_rate = 0;
         }
     }
 }
@@ -160,6 +185,9 @@ pub struct RunTracker {
     pub best: Option<Evaluation>,
     /// `None`: before the first stage's entry evaluation.
     pub stage: Option<StageTracker>,
+    /// How often each ended stage's rate was lowered; those after the last reduced one may be missing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended_reductions: Vec<u32>,
 }
 
 /// What an evaluation was for the run.
@@ -185,7 +213,7 @@ impl RunTracker {
     /// The tracker of a run that has not begun.
     #[must_use]
     pub fn new(judge: Judge) -> Self {
-        Self { judge, best: None, stage: None }
+        Self { judge, best: None, stage: None, ended_reductions: Vec::new() }
     }
 
     /// Takes in the evaluation made on entering `stage`, after its weights were restored.
@@ -195,12 +223,34 @@ impl RunTracker {
         self.rank(baseline)
     }
 
-    /// Takes in an evaluation made during the stage.
-    pub fn observe(&mut self, evaluation: &Evaluation) -> Standing {
-        if let Some(stage) = &mut self.stage {
-            stage.observe(evaluation);
+    /// Takes in an evaluation made during `stage`.
+    pub fn observe(&mut self, stage: &PlannedStage, evaluation: &Evaluation) -> Standing {
+        if let Some(tracker) = &mut self.stage {
+            tracker.observe(stage, evaluation);
         }
         self.rank(evaluation)
+    }
+
+    /// Notes that stage `ended` has ended, for the rates of later ones.
+    pub fn end_stage(&mut self, ended: StageIndex) {
+        let reductions = self.reductions();
+        if reductions > 0 {
+            self.ended_reductions.resize(ended.0 as usize, 0);
+            self.ended_reductions.push(reductions);
+        }
+    }
+
+    /// How often the present stage's rate has been lowered.
+    #[must_use]
+    pub fn reductions(&self) -> u32 {
+        self.stage.as_ref().map_or(0, |stage| stage.reductions)
+    }
+
+    /// The ended stages, `steps` being the updates of each.
+    #[must_use]
+    pub fn ended_stages(&self, steps: &[u32]) -> Vec<EndedStage> {
+        let reductions = self.ended_reductions.iter().copied().chain(std::iter::repeat(0));
+        steps.iter().zip(reductions).map(|(&steps, reductions)| EndedStage { steps, reductions }).collect()
     }
 
     /// [`decide`] for the stage the run is in; before its entry evaluation a stage goes on.
@@ -263,7 +313,7 @@ mod tests {
         let mut tracker = RunTracker::new(Judge { metric: Metric::EvalLoss, min_delta: 1e-3 });
         let _ = tracker.enter_stage(&plan.stages[0], &evaluation(losses[0]));
         for loss in &losses[1..] {
-            let _ = tracker.observe(&evaluation(*loss));
+            let _ = tracker.observe(&plan.stages[0], &evaluation(*loss));
         }
         tracker
     }
@@ -321,10 +371,10 @@ mod tests {
         let mut tracker = tracker(&plan, &[1.0, 0.8]);
         assert_eq!(tracker.after_stage(&plan, StageIndex(0), true), AfterStage::NextStage(StageIndex(1)));
         let _ = tracker.enter_stage(&plan.stages[1], &evaluation(0.8));
-        assert_eq!(tracker.observe(&evaluation(0.7999)), Standing::Best);
+        assert_eq!(tracker.observe(&plan.stages[1], &evaluation(0.7999)), Standing::Best);
         assert_eq!(tracker.after_stage(&plan, StageIndex(1), true), AfterStage::EndRun(RunReason::NoGain));
         assert_eq!(tracker.after_stage(&plan, StageIndex(1), false), AfterStage::NextStage(StageIndex(2)));
-        let _ = tracker.observe(&evaluation(0.6));
+        let _ = tracker.observe(&plan.stages[1], &evaluation(0.6));
         assert_eq!(tracker.after_stage(&plan, StageIndex(1), true), AfterStage::NextStage(StageIndex(2)));
         let last = StageIndex(plan.stages.len() as u32 - 1);
         assert_eq!(tracker.after_stage(&plan, last, true), AfterStage::EndRun(RunReason::LastStageEnded));

@@ -94,6 +94,7 @@ impl SpecPlanner for OneStage {
             boundary_bytes_per_sample: 0,
             thawed_groups: vec![GroupIndex(0)],
             cost: StageCost::default(),
+            plateau: None,
         };
         let plan = Plan {
             groups: vec![group],

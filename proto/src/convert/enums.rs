@@ -60,8 +60,9 @@ wire_enums! {
     spec::HeadAttach = pb::HeadAttach { Auto, Replace, Append }
     spec::DataFormat = pb::DataFormat { Csv, Jsonl, ImageFolder }
     spec::Metric = pb::Metric { EvalLoss, EvalAccuracy, EvalMacroF1 }
-    spec::LrSchedulerType = pb::LrSchedulerType { Constant, InverseSqrt, Linear, Cosine, SlantedTriangular, OneCycle }
+    spec::LrSchedulerType = pb::LrSchedulerType { Constant, InverseSqrt, Linear, Cosine, SlantedTriangular, OneCycle, ReduceOnPlateau, RangeTest }
     spec::BatchNormPolicy = pb::BatchNormPolicy { Frozen, Recompute }
+    spec::ThawedBatchNormPolicy = pb::ThawedBatchNorm { Auto, BatchStatistics, FrozenStatistics }
     spec::MemoryFormat = pb::MemoryFormat { Auto, Contiguous, ChannelsLast }
     spec::PrefixCacheMode = pb::PrefixCacheMode { Auto, Off, Required }
     spec::OnEnter = pb::OnEnter { RestoreBest, Keep }

@@ -73,7 +73,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
     fn try_from(raw: &pb::PlannedStage) -> Result<Self, Violations> {
         let mut at = Checker::default();
         let until = spec::planned_until(&mut at, raw.until.as_ref());
-        let (schedule, warmup_steps) = spec::planned_schedule(&mut at, raw.lr_scheduler.as_ref());
+        let (schedule, warmup_steps, plateau) = spec::planned_schedule(&mut at, raw.lr_scheduler.as_ref());
         let on_enter = spec::planned_on_enter(&mut at, raw.on_enter);
         for (field, groups) in [("trainable_groups", &raw.trainable_groups), ("thawed_groups", &raw.thawed_groups)] {
             if !groups.is_sorted_by(|low, high| low < high) {
@@ -112,6 +112,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
             memory_bytes: raw.memory_bytes,
             boundary_bytes_per_sample: raw.boundary_bytes_per_sample,
             thawed_groups: groups(&raw.thawed_groups),
+            plateau,
             cost: raw.cost.as_ref().map(StageCost::from).unwrap_or_default(),
         })
     }
@@ -153,6 +154,8 @@ impl From<&PlannedStage> for pb::PlannedStage {
                 r#type: stage.schedule.number(),
                 warmup_steps: Some(stage.warmup_steps),
                 warmup_ratio: None,
+                factor: stage.plateau.map(|plateau| plateau.factor),
+                patience: stage.plateau.map(|plateau| plateau.patience),
             }),
             max_steps: stage.max_steps,
             trainable_parameters: stage.trainable_parameters,

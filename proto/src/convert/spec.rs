@@ -3,6 +3,7 @@
 //! What depends on the graph or the data (that a stage names a group, that classes agree) is the planner's.
 
 mod data;
+mod policies;
 mod stage;
 mod wire;
 
@@ -11,8 +12,8 @@ use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
     Backbone, BatchNormPolicy, Checkpoint, ClassWeights, EarlyStopping, Ema, Head, HeadAttach, L2Sp, LayerGroupRule,
-    LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Precision, PrefixCache, PrefixCacheMode,
-    RateDecay, RunSpec, Strategy, Until, Verification, Workers,
+    LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Plateau, Precision, PrefixCache,
+    PrefixCacheMode, RateDecay, RunSpec, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -77,6 +78,12 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         stop_when_no_gain: raw.stop_when_no_gain.unwrap_or(gradual),
         frozen_batch_norm: at.within("batch_norm", |at| {
             let policy = at.choice("frozen_groups", raw.batch_norm.unwrap_or_default().frozen_groups);
+            if policy == Some(BatchNormPolicy::Recompute) && strategy == Strategy::FromScratch {
+                at.refuse(
+                    "frozen_groups",
+                    "recompute needs pretrained weights, and from_scratch has none: leave it out",
+                );
+            }
             policy.unwrap_or(BatchNormPolicy::Frozen)
         }),
         thaw_embeddings: raw.thaw_embeddings.unwrap_or(every_group),
@@ -93,10 +100,22 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
         },
         class_weights: at
             .within("class_weights", |at| class_weights(at, &raw.class_weights.clone().unwrap_or_default())),
-        l2_sp: raw.l2_sp.as_ref().map(|raw| at.within("l2_sp", |at| l2_sp(at, raw))),
+        l2_sp: raw.l2_sp.as_ref().map(|raw| {
+            if strategy == Strategy::FromScratch {
+                at.refuse("l2_sp", "pulls towards pretrained weights, and from_scratch has none: remove it");
+            }
+            at.within("l2_sp", |at| l2_sp(at, raw))
+        }),
         ema: raw.ema.as_ref().map(|raw| at.within("ema", |at| ema(at, raw))),
         memory_format: at.choice("memory_format", raw.memory_format).unwrap_or(MemoryFormat::Auto),
-        prefix_cache: at.within("prefix_cache", |at| prefix_cache(at, &raw.prefix_cache.unwrap_or_default())),
+        prefix_cache: at.within("prefix_cache", |at| prefix_cache(at, raw)),
+        activation_checkpointing: raw.activation_checkpointing,
+        gradient_accumulation_steps: policies::accumulation(&mut at, raw, logical_shards),
+        learning_rates: policies::learning_rates(&mut at, &raw.learning_rates),
+        thawed_batch_norm: {
+            let raw = raw.batch_norm.unwrap_or_default();
+            at.within("batch_norm", |at| policies::thawed_batch_norm(at, &raw))
+        },
     };
     at.finish(spec)
 }
@@ -187,8 +206,9 @@ fn workers(at: &mut Checker, raw: &pb::Workers) -> Workers {
 fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {
     Checkpoint {
         url: at.url_or_none("url", &raw.url),
-        save_steps: at.whole("save_steps", raw.save_steps, 1..=1_000_000, 200),
+        save_steps: at.whole_or_none("save_steps", raw.save_steps, 1..=1_000_000, "an interval by cost"),
         save_total_limit: at.whole("save_total_limit", raw.save_total_limit, 1..=1000, 3),
+        max_overhead: at.real("max_overhead", raw.max_overhead, Interval::LeftOpen(0.0, 1.0), 0.03),
     }
 }
 
@@ -236,7 +256,28 @@ fn lr_scheduler(at: &mut Checker, raw: &pb::LrScheduler) -> LrScheduler {
         at.refuse("warmup_ratio", "says the same as warmup_steps: give one of the two");
     }
     let ratio = at.real_or_none("warmup_ratio", raw.warmup_ratio, Interval::Closed(0.0, 1.0), "warmup_steps");
-    LrScheduler { kind: at.choice("type", raw.r#type), warmup_steps: raw.warmup_steps, warmup_ratio: ratio }
+    let kind = at.choice("type", raw.r#type);
+    LrScheduler { kind, warmup_steps: raw.warmup_steps, warmup_ratio: ratio, plateau: plateau(at, raw, kind) }
+}
+
+fn plateau(at: &mut Checker, raw: &pb::LrScheduler, kind: Option<LrSchedulerType>) -> Option<Plateau> {
+    if kind != Some(LrSchedulerType::ReduceOnPlateau) {
+        // An unknown type may be a misspelled reduce_on_plateau.
+        if LrSchedulerType::from_number(raw.r#type).is_some() {
+            let foreign = [("factor", raw.factor.is_some()), ("patience", raw.patience.is_some())];
+            refuse_given(at, &foreign, "belongs to reduce_on_plateau: remove it, or set type to reduce_on_plateau");
+        }
+        return None;
+    }
+    let allowed = raw.factor.is_none_or(|factor| factor > 0.0 && factor < 1.0);
+    if !allowed {
+        let factor = raw.factor.unwrap_or_default();
+        at.refuse("factor", format!("must be in (0, 1), not {factor}; leave it out for 0.1"));
+    }
+    Some(Plateau {
+        factor: raw.factor.filter(|_| allowed).unwrap_or(0.1),
+        patience: at.whole("patience", raw.patience, 1..=1000, 1),
+    })
 }
 
 fn logical_shards(at: &mut Checker, raw: Option<u32>, workers: &Workers, batch: u32) -> u32 {
@@ -302,14 +343,21 @@ fn ema(at: &mut Checker, raw: &pb::Ema) -> Ema {
     Ema { decay: raw.decay, evaluate: raw.evaluate.unwrap_or(true) }
 }
 
-fn prefix_cache(at: &mut Checker, raw: &pb::PrefixCache) -> PrefixCache {
+fn prefix_cache(at: &mut Checker, spec: &pb::RunSpec) -> PrefixCache {
     const MOST_MIB: u32 = 1 << 24;
+    let raw = spec.prefix_cache.unwrap_or_default();
+    let format = spec.data.as_ref().and_then(|data| data.train.as_ref()).map(|train| train.format);
+    let are_texts = [pb::DataFormat::Csv, pb::DataFormat::Jsonl].iter().any(|text| format == Some(*text as i32));
+    if are_texts && raw.views.is_some_and(|views| views != 1) {
+        at.refuse("views", "must be 1 for text (csv, jsonl): texts are not augmented; leave it out");
+    }
     let free = "a quarter of what is free";
     PrefixCache {
         mode: at.choice("mode", raw.mode).unwrap_or(PrefixCacheMode::Auto),
         memory_mib: at.whole_or_none("memory_mib", raw.memory_mib, 0..=MOST_MIB, free),
         disk_mib: at.whole_or_none("disk_mib", raw.disk_mib, 0..=MOST_MIB, free),
         chunk_size: at.whole_or_none("chunk_size", raw.chunk_size, 1..=4096, "a size that suits the samples"),
+        views: at.whole("views", raw.views, 1..=64, 1),
     }
 }
 
@@ -318,8 +366,11 @@ pub(super) fn planned_until(at: &mut Checker, raw: Option<&pb::Until>) -> Until 
     at.within("until", |at| until(at, &raw.copied().unwrap_or_default()))
 }
 
-/// The schedule and the warmup of a planned stage: here both are required.
-pub(super) fn planned_schedule(at: &mut Checker, raw: Option<&pb::LrScheduler>) -> (LrSchedulerType, u32) {
+/// The schedule, the warmup and the plateau rule of a planned stage: here the first two are required.
+pub(super) fn planned_schedule(
+    at: &mut Checker,
+    raw: Option<&pb::LrScheduler>,
+) -> (LrSchedulerType, u32, Option<Plateau>) {
     at.within("lr_scheduler", |at| {
         let raw = raw.copied().unwrap_or_default();
         let kind = at.choice("type", raw.r#type);
@@ -329,7 +380,8 @@ pub(super) fn planned_schedule(at: &mut Checker, raw: Option<&pb::LrScheduler>) 
         if raw.warmup_steps.is_none() {
             at.refuse("warmup_steps", "is required");
         }
-        (kind.unwrap_or(LrSchedulerType::Constant), raw.warmup_steps.unwrap_or_default())
+        let plateau = plateau(at, &raw, kind);
+        (kind.unwrap_or(LrSchedulerType::Constant), raw.warmup_steps.unwrap_or_default(), plateau)
     })
 }
 

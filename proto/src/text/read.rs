@@ -3,8 +3,10 @@
 use super::scalar::{Scalar, scalar_kind};
 use super::tree::{Key, Node, Value as Tree};
 use crate::convert::{quote, short_name};
+use crate::pb;
 use crate::violation::{Violations, join};
 use base64::Engine as _;
+use prost::Name as _;
 use prost_reflect::{
     DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MapKey, MessageDescriptor, ReflectMessage as _, Value,
 };
@@ -30,12 +32,39 @@ impl Reader {
             Tree::Map(entries) => self.fields(&mut message, entries),
             // Nothing given is a message without fields; the check says which are required.
             _ if node.is_null() => {}
+            _ if self.short_form(&mut message, node) => {}
             Tree::Plain(_) | Tree::Quoted(_) | Tree::List(_) => {
                 let names = field_names(descriptor);
                 self.unreadable(node.line, format!("expected fields ({names}), found {}", found(node)));
             }
         }
         message
+    }
+
+    /// Class weights may be given as the list or the word alone.
+    fn short_form(&mut self, message: &mut DynamicMessage, node: &Node) -> bool {
+        let descriptor = message.descriptor();
+        if descriptor.full_name() != pb::ClassWeights::full_name() {
+            return false;
+        }
+        let (field, value) = match &node.value {
+            Tree::List(_) => ("weights", None),
+            Tree::Plain(word) | Tree::Quoted(word) if word == "balanced" => ("balanced", Some(Value::Bool(true))),
+            Tree::Plain(_) | Tree::Quoted(_) => {
+                self.unreadable(node.line, format!("expected balanced or a list of numbers, found {}", found(node)));
+                return true;
+            }
+            Tree::Map(_) => return false,
+        };
+        let field = descriptor.get_field_by_name(field).expect("the message has both fields");
+        // The path of an element is that of the long form, as the check gives it.
+        self.within(field.name(), |at| {
+            at.lines.insert(at.path.clone(), node.line);
+            if let Some(value) = value.or_else(|| at.field(&field, node)) {
+                message.set_field(&field, value);
+            }
+        });
+        true
     }
 
     fn fields(&mut self, message: &mut DynamicMessage, entries: &[(Key, Node)]) {

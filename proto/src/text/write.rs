@@ -4,7 +4,7 @@ use super::scalar::{Scalar, scalar_kind};
 use super::{Printable, descriptor};
 use crate::convert::short_name;
 use base64::Engine as _;
-use prost_reflect::{DynamicMessage, EnumDescriptor, Kind, ReflectMessage as _, SerializeOptions, Value};
+use prost_reflect::{DynamicMessage, EnumDescriptor, Kind, MapKey, ReflectMessage as _, SerializeOptions, Value};
 use serde_json::{Map, Value as Json};
 use std::fmt::Write as _;
 
@@ -73,13 +73,22 @@ fn value_of(value: &Value, kind: &Kind) -> Json {
             let value_kind = kind.as_message().map(|entry| entry.map_entry_value_field().kind());
             let mut pairs: Vec<_> = entries
                 .iter()
-                .map(|(key, value)| {
-                    (format!("{:?}", Value::from(key.clone())), value_of(value, value_kind.as_ref().unwrap_or(kind)))
-                })
+                .map(|(key, value)| (key_text(key), value_of(value, value_kind.as_ref().unwrap_or(kind))))
                 .collect();
             pairs.sort_by(|one, other| one.0.cmp(&other.0));
             Json::Object(pairs.into_iter().collect())
         }
+    }
+}
+
+fn key_text(key: &MapKey) -> String {
+    match key {
+        MapKey::Bool(key) => key.to_string(),
+        MapKey::I32(key) => key.to_string(),
+        MapKey::I64(key) => key.to_string(),
+        MapKey::U32(key) => key.to_string(),
+        MapKey::U64(key) => key.to_string(),
+        MapKey::String(key) => key.clone(),
     }
 }
 

@@ -22,6 +22,9 @@ use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
 use thaw_proto::spec::{ClassWeights, OnEnter};
 
+/// Updates between checkpoints where nothing says otherwise.
+const UNMEASURED_SAVE_STEPS: u32 = 200;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
@@ -153,7 +156,8 @@ impl Session<'_> {
         let (dataset, shards) = (&self.job.dataset, self.replica.shards());
         let mut feed =
             Feed::start(dataset, order.clone(), self.state.first_epoch, steps, shards, self.prefix.as_ref())?;
-        let rates = Rates::entering(&self.job.plan, &self.state.ended).expect("the stage is in the plan");
+        let ended = self.state.tracker.ended_stages(&self.state.ended);
+        let rates = Rates::entering(&self.job.plan, &ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
         loop {
             let waited = Instant::now();
@@ -165,7 +169,7 @@ impl Session<'_> {
                 step: at.step,
                 samples: order.step_size(at.stage_step),
                 weight: self.step_weight(&order, at.stage_step),
-                rates: rates.at(at.stage_step),
+                rates: rates.at(at.stage_step, self.state.tracker.reductions()),
                 suspend: self.outbox.suspension_asked(),
             };
             let report = self.replica.train_step(&plan, batches)?;
@@ -217,7 +221,7 @@ impl Session<'_> {
         let step = self.state.position.stage_step;
         if stage_end::evaluation_due(stage, spec.eval_steps, plan.steps_per_epoch, step) {
             let evaluation = self.evaluate(Part::Eval)?;
-            if self.state.tracker.observe(&evaluation) == Standing::Best {
+            if self.state.tracker.observe(stage, &evaluation) == Standing::Best {
                 self.keep_best();
             }
             self.state.deciding = Some(evaluation);
@@ -296,7 +300,8 @@ impl Session<'_> {
 
     fn save_if_due(&mut self, must: bool) -> Result<(), Error> {
         let step = self.state.position.step.0;
-        if must || step.is_multiple_of(u64::from(self.job.spec.checkpoint.save_steps)) {
+        let every = self.job.spec.checkpoint.save_steps.unwrap_or(UNMEASURED_SAVE_STEPS);
+        if must || step.is_multiple_of(u64::from(every)) {
             self.save(must, Vec::new())?;
         }
         Ok(())
@@ -322,6 +327,7 @@ impl Session<'_> {
             test: self.test_of_first_stage(index)?,
         };
         self.state.results.push(result.clone());
+        self.state.tracker.end_stage(index);
         self.state.ended.push(steps);
         self.state.first_epoch += steps.div_ceil(self.job.plan.steps_per_epoch);
         self.state.seconds += self.state.stage_seconds;

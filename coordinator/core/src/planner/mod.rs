@@ -186,7 +186,18 @@ fn check_schedule(draft: &Draft, mistakes: &mut Violations) {
     if needs_length && !known_length {
         mistakes.push(
             format!("{}lr_scheduler.type", draft.path),
-            "needs a stage of known length; give until.max_epochs or until.max_steps, or use constant or inverse_sqrt",
+            "needs a stage of known length; give until.max_epochs or until.max_steps, or use constant, inverse_sqrt or reduce_on_plateau",
+        );
+    }
+    if let (Some(plateau), Some(stopping)) = (draft.scheduler.plateau, draft.until.early_stopping)
+        && plateau.patience >= stopping.patience
+    {
+        mistakes.push(
+            format!("{}lr_scheduler.patience", draft.path),
+            format!(
+                "is {}, so the stage ends (until.early_stopping.patience is {}) before its rate is ever reduced; lower the one or raise the other",
+                plateau.patience, stopping.patience
+            ),
         );
     }
 }
@@ -234,6 +245,7 @@ fn stage(
         cost: cost::of_stage(spec, graph, &draft.groups, thawed, samples),
         thawed_groups,
         until,
+        plateau: draft.scheduler.plateau,
     }
 }
 

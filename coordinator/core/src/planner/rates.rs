@@ -1,8 +1,9 @@
 //! Peak learning rates: `learning_rate · spread^(-d/D)` for the group `d` of `D` levels below the head (discriminative
-//! fine-tuning, Howard and Ruder 2018, section 3.2), or `learning_rate · layer_decay^d`.
+//! fine-tuning, Howard and Ruder 2018, section 3.2), or `learning_rate · layer_decay^d`; or what the spec says of a group by name.
 
 use super::GraphFacts;
-use super::strategy::{Draft, units};
+use super::strategy::{Draft, matching, suggestion, units};
+use std::collections::BTreeMap;
 use thaw_proto::spec::{RateDecay, RunSpec, Strategy};
 use thaw_proto::violation::Violations;
 
@@ -60,7 +61,9 @@ pub(super) fn check(spec: &RunSpec, graph: &GraphFacts, levels: &Levels, drafts:
             }
         }
     }
+    check_explicit("", &spec.learning_rates, graph, None, mistakes);
     for draft in drafts {
+        check_explicit(&draft.path, &draft.learning_rates, graph, Some(&draft.groups), mistakes);
         if draft.spread.is_some() {
             check_spread(&format!("{}learning_rate_spread", draft.path), draft.spread, mistakes);
         }
@@ -73,6 +76,51 @@ fn check_spread(path: &str, spread: Option<f64>, mistakes: &mut Violations) {
     {
         mistakes.push(path, format!("is {spread}; it must be between 1 and {LARGEST_SPREAD}"));
     }
+}
+
+/// That each key names a group (one of `trained`, where given), and that no group has two rates.
+fn check_explicit(
+    path: &str,
+    rates: &BTreeMap<String, f64>,
+    graph: &GraphFacts,
+    trained: Option<&[usize]>,
+    mistakes: &mut Violations,
+) {
+    let mut by_expression: BTreeMap<usize, &str> = BTreeMap::new();
+    for key in rates.keys() {
+        let field = format!("{path}learning_rates[{key:?}]");
+        let found = match matching(key, graph) {
+            Ok(found) => found,
+            Err(error) => {
+                mistakes.push(field, format!("is no regular expression: {error}"));
+                continue;
+            }
+        };
+        if found.is_empty() {
+            mistakes.push(field, format!("names no layer group{}", suggestion(key, graph)));
+        } else if trained.is_some_and(|trained| !found.iter().any(|group| trained.contains(group))) {
+            mistakes.push(field, "names no layer group that this stage trains; add it to thaw, or remove the rate");
+        } else if key.starts_with('/') {
+            for group in found {
+                if let Some(other) = by_expression.insert(group, key) {
+                    let name = &graph.groups[group].name;
+                    mistakes
+                        .push(field.clone(), format!("and {other:?} both name {name}; give {name} a rate by its name"));
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// The rate that is given for a group: by its name, else by an expression.
+fn explicit(rates: &BTreeMap<String, f64>, graph: &GraphFacts, group: usize) -> Option<f64> {
+    let names = |key: &String| matching(key, graph).is_ok_and(|found| found.contains(&group));
+    let (expressions, words): (Vec<_>, Vec<_>) =
+        rates.iter().filter(|(key, _)| names(key)).partition(|(key, _)| key.starts_with('/'));
+    // The group's own name before `head`.
+    let own = words.iter().find(|(key, _)| **key == graph.groups[group].name).or(words.first());
+    own.or(expressions.first()).map(|(_, rate)| **rate)
 }
 
 /// Peak rate per group of the stage. `backbone_thawed`: whether any group but the head trains here or has trained before.
@@ -92,6 +140,10 @@ pub(super) fn of_stage(
         .groups
         .iter()
         .map(|&group| {
+            let given = explicit(&draft.learning_rates, graph, group);
+            if let Some(rate) = given.or_else(|| explicit(&spec.learning_rates, graph, group)) {
+                return rate;
+            }
             let rate = base * factor(decay, levels.of_group[group] - top, levels.deepest);
             if group == head && backbone_thawed && draft.learning_rate.is_none() {
                 rate * spec.head_rate_after_thaw

@@ -2,6 +2,7 @@
 
 use super::GraphFacts;
 use regex::Regex;
+use std::collections::BTreeMap;
 use thaw_proto::spec::{LrScheduler, OnEnter, RunSpec, Stage, Strategy, Until};
 use thaw_proto::violation::Violations;
 
@@ -21,6 +22,8 @@ pub(super) struct Draft {
     pub(super) until: Until,
     pub(super) on_enter: OnEnter,
     pub(super) scheduler: LrScheduler,
+    /// The stage's own rates by group.
+    pub(super) learning_rates: BTreeMap<String, f64>,
 }
 
 pub(super) fn drafts(
@@ -49,6 +52,7 @@ fn derived(spec: &RunSpec, name: &str, groups: Vec<usize>) -> Draft {
         until: spec.until.clone(),
         on_enter: OnEnter::RestoreBest,
         scheduler: spec.lr_scheduler,
+        learning_rates: BTreeMap::new(),
     }
 }
 
@@ -170,6 +174,7 @@ fn custom(spec: &RunSpec, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<
             until: stage.until.clone().unwrap_or_else(|| spec.until.clone()),
             on_enter: stage.on_enter,
             scheduler: stage.lr_scheduler.unwrap_or(spec.lr_scheduler),
+            learning_rates: stage.learning_rates.clone(),
         });
     }
     drafts
@@ -202,7 +207,7 @@ fn named_groups(index: usize, stage: &Stage, graph: &GraphFacts, mistakes: &mut 
 }
 
 /// Groups with that name, or whose name the expression between slashes matches somewhere. `head` is always the last group.
-fn matching(name: &str, graph: &GraphFacts) -> Result<Vec<usize>, regex::Error> {
+pub(super) fn matching(name: &str, graph: &GraphFacts) -> Result<Vec<usize>, regex::Error> {
     let last = graph.groups.len() - 1;
     let between_slashes = name.strip_prefix('/').and_then(|rest| rest.strip_suffix('/'));
     let expression = between_slashes.map(Regex::new).transpose()?;
@@ -216,7 +221,7 @@ fn matching(name: &str, graph: &GraphFacts) -> Result<Vec<usize>, regex::Error> 
     Ok((0..graph.groups.len()).filter(|&index| matches(index)).collect())
 }
 
-fn suggestion(name: &str, graph: &GraphFacts) -> String {
+pub(super) fn suggestion(name: &str, graph: &GraphFacts) -> String {
     let bare = name.trim_matches('/');
     let nearest = graph
         .groups

@@ -1,5 +1,6 @@
 //! The stages of strategy custom, and the rules between a stage's end and its schedule.
 
+use super::policies::{group_pattern, learning_rates};
 use super::{lr_scheduler, until};
 use crate::convert::checker::{Checker, Interval, quote};
 use crate::convert::enums::WireEnum;
@@ -39,20 +40,7 @@ fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
         );
     }
     for (index, pattern) in raw.thaw.iter().enumerate() {
-        let field = format!("thaw[{index}]");
-        if pattern.is_empty() {
-            at.refuse(&field, "must not be empty: the name of a layer group, or a regular expression between slashes");
-        } else if let Some(rest) = pattern.strip_prefix('/') {
-            match rest.strip_suffix('/') {
-                Some(pattern) if !pattern.is_empty() => at.pattern(&field, pattern),
-                Some(_) | None => {
-                    at.refuse(
-                        &field,
-                        format!("{} starts with a slash: close the regular expression with another", quote(pattern)),
-                    );
-                }
-            }
-        }
+        group_pattern(at, &format!("thaw[{index}]"), pattern);
     }
     Stage {
         name,
@@ -65,6 +53,7 @@ fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
         until: raw.until.as_ref().map(|raw| at.within("until", |at| until(at, raw))),
         on_enter: at.choice("on_enter", raw.on_enter).unwrap_or(OnEnter::RestoreBest),
         lr_scheduler: raw.lr_scheduler.as_ref().map(|raw| at.within("lr_scheduler", |at| lr_scheduler(at, raw))),
+        learning_rates: learning_rates(at, &raw.learning_rates),
     }
 }
 
@@ -79,7 +68,8 @@ pub(super) fn known_lengths(at: &mut Checker, strategy: Strategy, raw: &pb::RunS
     let mistake = |kind: LrSchedulerType| {
         let name = kind.name();
         format!(
-            "{name} needs a stage of known length: give until max_epochs or max_steps, or use constant or inverse_sqrt"
+            "{name} needs a stage of known length: give until max_epochs or max_steps, or use constant, inverse_sqrt or \
+             reduce_on_plateau"
         )
     };
     let (run_kind, run_until) = (kind(raw.lr_scheduler.as_ref()), unbounded(raw.until.as_ref()));
@@ -102,10 +92,11 @@ pub(super) fn known_lengths(at: &mut Checker, strategy: Strategy, raw: &pb::RunS
 
 fn needs_length(kind: LrSchedulerType) -> bool {
     match kind {
-        LrSchedulerType::Constant | LrSchedulerType::InverseSqrt => false,
+        LrSchedulerType::Constant | LrSchedulerType::InverseSqrt | LrSchedulerType::ReduceOnPlateau => false,
         LrSchedulerType::Linear
         | LrSchedulerType::Cosine
         | LrSchedulerType::SlantedTriangular
-        | LrSchedulerType::OneCycle => true,
+        | LrSchedulerType::OneCycle
+        | LrSchedulerType::RangeTest => true,
     }
 }

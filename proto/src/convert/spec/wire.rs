@@ -36,7 +36,11 @@ impl From<&RunSpec> for pb::RunSpec {
             stages: spec.stages.iter().map(Into::into).collect(),
             thaw_units: Some(spec.thaw_units),
             stop_when_no_gain: Some(spec.stop_when_no_gain),
-            batch_norm: Some(pb::BatchNorm { frozen_groups: spec.frozen_batch_norm.number() }),
+            batch_norm: Some(pb::BatchNorm {
+                frozen_groups: spec.frozen_batch_norm.number(),
+                thawed_groups: spec.thawed_batch_norm.policy.number(),
+                minimum_batch: Some(spec.thawed_batch_norm.minimum_batch),
+            }),
             thaw_embeddings: Some(spec.thaw_embeddings),
             eval_steps: spec.eval_steps,
             logging_steps: Some(spec.logging_steps),
@@ -51,6 +55,9 @@ impl From<&RunSpec> for pb::RunSpec {
                 ClassWeights::Given(weights) => Some(pb::ClassWeights { balanced: false, weights: weights.clone() }),
             },
             l2_sp: spec.l2_sp.map(|l2_sp| pb::L2Sp { alpha: Some(l2_sp.alpha), beta: Some(l2_sp.beta) }),
+            activation_checkpointing: spec.activation_checkpointing,
+            gradient_accumulation_steps: Some(spec.gradient_accumulation_steps),
+            learning_rates: spec.learning_rates.iter().map(|(group, rate)| (group.clone(), *rate)).collect(),
             ema: spec.ema.map(|ema| pb::Ema { decay: ema.decay, evaluate: Some(ema.evaluate) }),
         }
     }
@@ -63,6 +70,7 @@ impl From<&PrefixCache> for pb::PrefixCache {
             memory_mib: cache.memory_mib,
             disk_mib: cache.disk_mib,
             chunk_size: cache.chunk_size,
+            views: Some(cache.views),
         }
     }
 }
@@ -162,8 +170,9 @@ impl From<&Checkpoint> for pb::Checkpoint {
     fn from(checkpoint: &Checkpoint) -> Self {
         Self {
             url: url_text(checkpoint.url.as_ref()),
-            save_steps: Some(checkpoint.save_steps),
+            save_steps: checkpoint.save_steps,
             save_total_limit: Some(checkpoint.save_total_limit),
+            max_overhead: Some(checkpoint.max_overhead),
         }
     }
 }
@@ -199,6 +208,8 @@ impl From<&LrScheduler> for pb::LrScheduler {
             r#type: scheduler.kind.map_or(0, WireEnum::number),
             warmup_steps: scheduler.warmup_steps,
             warmup_ratio: scheduler.warmup_ratio,
+            factor: scheduler.plateau.map(|plateau| plateau.factor),
+            patience: scheduler.plateau.map(|plateau| plateau.patience),
         }
     }
 }
@@ -213,6 +224,7 @@ impl From<&Stage> for pb::Stage {
             until: stage.until.as_ref().map(Into::into),
             on_enter: stage.on_enter.number(),
             lr_scheduler: stage.lr_scheduler.as_ref().map(Into::into),
+            learning_rates: stage.learning_rates.iter().map(|(group, rate)| (group.clone(), *rate)).collect(),
         }
     }
 }
