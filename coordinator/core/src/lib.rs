@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
 pub mod gang;
+pub mod lr_find;
 pub mod manifest;
 pub mod planner;
 pub mod run_machine;

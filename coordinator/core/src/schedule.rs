@@ -182,7 +182,7 @@ fn position(group: GroupIndex) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{plan_of, spec};
+    use crate::test_support::{plan_of, reference, spec};
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -265,6 +265,61 @@ mod tests {
         assert!(Rates::entering(&plan, &ended(&vec![1; plan.stages.len()])).is_none());
         let skipped = Rates::entering(&plan, &ended(&[0])).unwrap().at(0, 0);
         assert!(skipped.iter().zip(&plan.stages[1].learning_rates).all(|(rate, peak)| rate < peak));
+    }
+
+    fn numbers(value: &serde_json::Value) -> Vec<f64> {
+        serde_json::from_value(value.clone()).unwrap()
+    }
+
+    fn within(left: f64, right: f64) {
+        assert!((left - right).abs() <= 1e-12 * right.abs().max(1e-3), "{left} is not {right}");
+    }
+
+    /// O6
+    #[test]
+    fn shapes_are_those_of_the_papers_and_libraries() {
+        let kinds = [
+            ("slanted_triangular", LrSchedulerType::SlantedTriangular),
+            ("one_cycle", LrSchedulerType::OneCycle),
+            ("linear", LrSchedulerType::Linear),
+            ("cosine", LrSchedulerType::Cosine),
+        ];
+        for (name, kind) in kinds {
+            for table in reference(name) {
+                let factors = numbers(&table["factors"]);
+                let steps = u32::try_from(factors.len()).unwrap();
+                (0..steps).zip(factors).for_each(|(t, factor)| within(shape(kind, t, steps, 0), factor));
+            }
+        }
+    }
+
+    #[test]
+    fn range_test_is_exponential() {
+        let at = |t| shape(LrSchedulerType::RangeTest, t, 101, 0);
+        close(at(0), 1e-8);
+        close(at(100), 1.0);
+        within(at(50), 1e-4);
+        close(shape(LrSchedulerType::RangeTest, 0, 1, 0), 1e-8);
+    }
+
+    fn plateau_plan() -> Plan {
+        plan_of(&spec(json!({
+            "lr_scheduler": {"kind": "reduce_on_plateau", "warmup_steps": 0, "plateau": {"factor": 0.5, "patience": 1}},
+        })))
+    }
+
+    /// RATE-1: reductions are part of what a rate follows from; later stages rise from the reduced rate.
+    #[test]
+    fn rate_1_a_plateau_lowers_the_rate_and_the_next_stage_rises_from_there() {
+        let plan = plateau_plan();
+        let first = Rates::entering(&plan, &[]).unwrap();
+        assert_eq!([first.at(9, 0)[0], first.at(9, 1)[0], first.at(9, 3)[0]], [1e-3, 5e-4, 1.25e-4]);
+        let second = Rates::entering(&plan, &[EndedStage { steps: 10, reductions: 3 }]).unwrap();
+        let peak = plan.stages[1].learning_rates[1];
+        let start = 1.25e-4 / peak;
+        close(second.at(0, 0)[1], peak * (start + (1.0 - start) * 0.1));
+        close(second.at(9, 0)[1], peak);
+        close(second.at(9, 1)[1], peak / 2.0);
     }
 
     fn kinds() -> impl Strategy<Value = LrSchedulerType> {

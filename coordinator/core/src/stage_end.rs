@@ -300,7 +300,7 @@ impl RunTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{evaluation, plan_of, spec};
+    use crate::test_support::{evaluation, plan_of, reference, spec};
     use serde_json::json;
 
     fn patient_plan() -> Plan {
@@ -378,6 +378,56 @@ mod tests {
         assert_eq!(tracker.after_stage(&plan, StageIndex(1), true), AfterStage::NextStage(StageIndex(2)));
         let last = StageIndex(plan.stages.len() as u32 - 1);
         assert_eq!(tracker.after_stage(&plan, last, true), AfterStage::EndRun(RunReason::LastStageEnded));
+    }
+
+    fn plateau_plan(factor: f64, patience: u32, min_delta: f64) -> Plan {
+        plan_of(&spec(json!({
+            "lr_scheduler": {"kind": "reduce_on_plateau", "warmup_steps": 0, "plateau": {"factor": factor, "patience": patience}},
+            "until": {"max_epochs": 9, "max_steps": null, "early_stopping": {"metric": "eval_loss", "patience": 50, "min_delta": min_delta}},
+        })))
+    }
+
+    /// STAGE-5: the rate after each evaluation is that of torch's ReduceLROnPlateau.
+    #[test]
+    fn stage_5_reductions_are_those_of_pytorch() {
+        for table in reference("plateau") {
+            let number = |field: &str| table[field].as_f64().unwrap();
+            let factor = number("factor");
+            let plan = plateau_plan(factor, number("patience") as u32, number("threshold"));
+            let values: Vec<f64> = serde_json::from_value(table["values"].clone()).unwrap();
+            let rates: Vec<f64> = serde_json::from_value(table["rates"].clone()).unwrap();
+            let mut tracker = RunTracker::new(Judge { metric: Metric::EvalLoss, min_delta: number("threshold") });
+            let _ = tracker.enter_stage(&plan.stages[0], &evaluation(values[0]));
+            for (value, rate) in values.iter().zip(&rates).skip(1) {
+                let _ = tracker.observe(&plan.stages[0], &evaluation(*value));
+                let ours = factor.powi(tracker.reductions() as i32);
+                assert!((ours / rate - 1.0).abs() < 1e-12, "{ours} is not {rate}");
+            }
+        }
+    }
+
+    #[test]
+    fn stage_5_reductions_of_ended_stages_are_kept() {
+        let plan = plateau_plan(0.5, 2, 0.0);
+        let mut tracker = RunTracker::new(Judge { metric: Metric::EvalLoss, min_delta: 0.0 });
+        for (stage, losses) in [(0, [1.0, 0.9, 0.8, 0.7]), (1, [0.7, 0.9, f64::NAN, 0.9])] {
+            let _ = tracker.enter_stage(&plan.stages[stage], &evaluation(losses[0]));
+            for loss in &losses[1..] {
+                let _ = tracker.observe(&plan.stages[stage], &evaluation(*loss));
+            }
+            tracker.end_stage(StageIndex(stage as u32));
+        }
+        let ended = tracker.ended_stages(&[5, 7, 1]);
+        assert_eq!(
+            ended.iter().map(|stage| (stage.steps, stage.reductions)).collect::<Vec<_>>(),
+            [(5, 0), (7, 1), (1, 0)]
+        );
+        let text = serde_json::to_string(&tracker).unwrap();
+        assert_eq!(serde_json::from_str::<RunTracker>(&text).unwrap(), tracker);
+        // A tracker of the first version.
+        let old = r#"{"judge": {"metric": "eval_loss", "min_delta": 0.001}, "best": null, "stage": {"judge": {"metric": "eval_loss",
+            "min_delta": 0.001}, "best": 1.0, "without_gain": 0, "non_finite": 0, "run_best_before": null}}"#;
+        assert_eq!(serde_json::from_str::<RunTracker>(old).unwrap().reductions(), 0);
     }
 
     #[test]

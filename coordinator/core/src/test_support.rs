@@ -90,3 +90,9 @@ pub(crate) fn plan_of(spec: &RunSpec) -> Plan {
 pub(crate) fn evaluation(loss: f64) -> Evaluation {
     Evaluation { position: Position::default(), loss, accuracy: 0.5, macro_f1: 0.5, samples: 20, confusion: vec![0; 9] }
 }
+
+/// One part of what others compute (`tests/reference/rates.py`).
+pub(crate) fn reference(part: &str) -> Vec<Value> {
+    let all: Value = serde_json::from_str(include_str!("../fixtures/rates.json")).unwrap();
+    all[part].as_array().unwrap().clone()
+}

@@ -1,7 +1,7 @@
 //! Plans of one small graph, one strategy at a time.
 
 use super::*;
-use crate::test_support::{data, graph, plan_of, spec};
+use crate::test_support::{data, graph, plan_of, reference, spec};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -62,6 +62,70 @@ fn layer_decay_is_a_factor_per_level() {
     let rates = &plan.stages[0].learning_rates;
     assert_eq!(rates.len(), 7);
     assert_eq!((rates[0], rates[6]), (1e-3 / 64.0, 1e-3));
+}
+
+/// O6: with one level a group, timm's layer decay and fastai's even multiples.
+#[test]
+fn rates_by_group_are_those_of_timm_and_fastai() {
+    let rates = |decay: serde_json::Value| {
+        let changes = json!({
+            "rate_decay": decay, "strategy": "full_fine_tuning", "thaw_embeddings": true, "head_rate_after_thaw": 1.0,
+        });
+        plan_of(&spec(changes)).stages[0].learning_rates.clone()
+    };
+    let check = |found: Vec<f64>, expected: Vec<f64>| {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found / expected - 1.0).abs() < 1e-12, "{found} is not {expected}");
+        }
+    };
+    let numbers = |value: &serde_json::Value| serde_json::from_value::<Vec<f64>>(value.clone()).unwrap();
+    for table in reference("layer_decay") {
+        let scaled = numbers(&table["scales"]).iter().map(|scale| 1e-3 * scale).collect();
+        check(rates(json!({"per_level": table["decay"]})), scaled);
+    }
+    for table in reference("even_mults") {
+        check(rates(json!({"spread": table["spread"]})), numbers(&table["rates"]));
+    }
+}
+
+#[test]
+fn rates_given_by_name_stand_before_derived_ones() {
+    let by_run = json!({"head": 7e-3, "/layer/": 5e-5, "encoder.layer.5": 1e-4});
+    let plan = plan_of(&spec(json!({"learning_rates": by_run.clone()})));
+    assert_eq!(plan.stages[0].learning_rates, [7e-3]);
+    assert_eq!(plan.stages[2].learning_rates, [5e-5, 1e-4, 7e-3]);
+    let mut own = stage_json("a", &["head", "encoder.layer.5", "encoder.layer.4"]);
+    own["learning_rates"] = json!({"encoder.layer.5": 9e-4});
+    let plan = plan_of(&spec(json!({"strategy": "custom", "stages": [own], "learning_rates": by_run})));
+    assert_eq!(plan.stages[0].learning_rates, [5e-5, 9e-4, 7e-3]);
+}
+
+#[test]
+fn rates_given_by_name_name_groups_once() {
+    let mut stage = stage_json("a", &["head"]);
+    stage["learning_rates"] = json!({"encoder.layer.1": 1e-3});
+    let rates = json!({"hed": 1e-3, "/layer/": 1e-4, "/encoder/": 1e-5});
+    let found = mistakes(json!({"strategy": "custom", "stages": [stage], "learning_rates": rates}));
+    let expected = [
+        "learning_rates[\"/layer/\"]: and \"/encoder/\" both name encoder.layer.0; give encoder.layer.0 a rate by its name",
+        "learning_rates[\"hed\"]: names no layer group; did you mean `head`?",
+        "stages[0].learning_rates[\"encoder.layer.1\"]: names no layer group that this stage trains; add it to thaw, or remove the rate",
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_plateau_must_come_before_the_stage_ends() {
+    let early = json!({"metric": "eval_loss", "patience": 2, "min_delta": 0.001});
+    let until = json!({"max_epochs": 3, "max_steps": null, "early_stopping": early});
+    let scheduler = |patience: u32| json!({"kind": "reduce_on_plateau", "warmup_steps": null, "plateau": {"factor": 0.1, "patience": patience}});
+    let found = mistakes(json!({"until": until.clone(), "lr_scheduler": scheduler(2)}));
+    assert_eq!(found.len(), 1);
+    assert!(found[0].starts_with("lr_scheduler.patience: is 2, so the stage ends"), "{}", found[0]);
+    let plan = plan_of(&spec(json!({"until": until, "lr_scheduler": scheduler(1)})));
+    assert_eq!(plan.stages[0].plateau.map(|plateau| plateau.patience), Some(1));
+    assert_eq!(plan.stages[0].schedule, LrSchedulerType::ReduceOnPlateau);
 }
 
 #[test]
