@@ -62,7 +62,7 @@ class Reference:
             weight = self.weight(shard.records) / total
             if len(step.shards) > 1:
                 self.put_statistics(before)
-            losses.append(self.shard(shard, weight) if shard.records else 0.0)
+            losses.append(self.shard(shard, total) if shard.records else 0.0)
             gradients.append({group: self.model.gradient(group) for group in self.model.trainable})
             statistics.append({name: value * weight for name, value in self.model.statistics().items()})
         if len(step.shards) > 1 and before:
@@ -71,9 +71,16 @@ class Reference:
         self.update(sums, step.rates)
         return tree_sum(losses)
 
-    def shard(self, shard, weight: float) -> float:
+    def shard(self, shard, total: float) -> float:
+        """A shard's share of the loss; its micro-batches' gradients are added up."""
         torch.manual_seed(shard.seed)
-        inputs, labels = self.data.batch(shard.records)
+        parts, count = int(self.run.spec.get("gradient_accumulation_steps") or 1), len(shard.records)
+        bounds = [count * part // parts for part in range(parts + 1)]
+        micros = [shard.records[low:high] for low, high in zip(bounds, bounds[1:]) if high > low]
+        return sum((self.micro(records, self.weight(records) / total) for records in micros), 0.0)
+
+    def micro(self, records: list, weight: float) -> float:
+        inputs, labels = self.data.batch(records)
         smoothing = self.run.spec.get("label_smoothing_factor") or 0.0
         logits = self.model.forward(inputs)
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, dtype=logits.dtype)

@@ -146,6 +146,25 @@ fn smoothing_class_weights_and_the_pull_to_the_start_equal_plain_pytorch_bit_for
     assert_bitwise(&run.follow("run_reference.py", &[]));
 }
 
+#[test]
+fn accumulated_micro_batches_equal_plain_pytorch_bit_for_bit() {
+    let more =
+        format!("gradient_accumulation_steps: 4\nclass_weights: [0.5, 1, 2, 1.25]\nlogical_shards: 2\n{OWN_SHAPE}");
+    assert_bitwise(&Traced::run(&text(&more), 1).follow("run_reference.py", &[]));
+}
+
+/// The gradient of the parts is that of the whole, up to the order of sums.
+#[test]
+fn accumulation_changes_the_last_bits_only() {
+    // Batch statistics would be those of other batches.
+    let sgd = format!("optimizer: {{type: sgd}}\nprecision: fp64\nbatch_norm: {{thawed_groups: frozen_statistics}}\n{OWN_SHAPE}");
+    let whole = Traced::run(&image(&sgd), 1);
+    let parts = Traced::run(&image(&format!("gradient_accumulation_steps: 3\n{sgd}")), 1);
+    for (whole, parts) in whole.losses().iter().zip(parts.losses()) {
+        assert!((whole / parts - 1.0).abs() < 1e-9, "{whole} is not {parts}");
+    }
+}
+
 /// Frozen prefixes in shapes of their own change the last bits, as any other batch shape does.
 #[test]
 fn a_cached_prefix_is_within_the_last_bits_of_plain_pytorch() {

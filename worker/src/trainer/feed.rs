@@ -55,6 +55,8 @@ impl Order {
 pub(crate) struct Feed {
     source: Source,
     shards: Range<u32>,
+    /// Micro-batches of a shard's part.
+    parts: u32,
 }
 
 impl Feed {
@@ -64,17 +66,22 @@ impl Feed {
         first_epoch: u32,
         steps: Range<u32>,
         shards: Range<u32>,
+        parts: u32,
         prefix: Option<&Prefix>,
     ) -> Result<Self, prefix::Error> {
         let of_step = shards.clone();
         let work = steps.flat_map(move |step| {
             let order = order.clone();
-            of_step
-                .clone()
-                .map(move |shard| Work { part: Part::Train, samples: order.samples(first_epoch, step, shard) })
+            of_step.clone().flat_map(move |shard| {
+                let samples = order.samples(first_epoch, step, shard);
+                (0..parts).map(move |part| Work {
+                    part: Part::Train,
+                    samples: samples[cut(samples.len(), part, parts)].to_vec(),
+                })
+            })
         });
-        let ahead = AHEAD * shards.len();
-        Ok(Self { source: Source::start(dataset, work, ahead, prefix)?, shards })
+        let ahead = AHEAD * shards.len() * parts as usize;
+        Ok(Self { source: Source::start(dataset, work, ahead, prefix)?, shards, parts })
     }
 
     /// The next step's batches in shard order; `None` after the last step.
@@ -85,14 +92,23 @@ impl Feed {
     ) -> Option<Result<Vec<ShardBatch>, prefix::Error>> {
         let mut batches = Vec::with_capacity(self.shards.len());
         for shard in self.shards.clone() {
-            match self.source.next(prefix.as_deref_mut(), model)? {
-                Ok(micro) => batches
-                    .push(ShardBatch { shard, micro: Some(micro).filter(|micro| !micro.batch.labels.is_empty()) }),
-                Err(error) => return Some(Err(error)),
+            let mut micros = Vec::with_capacity(self.parts as usize);
+            for _ in 0..self.parts {
+                match self.source.next(prefix.as_deref_mut(), model)? {
+                    Ok(micro) => micros.extend(Some(micro).filter(|micro| !micro.batch.labels.is_empty())),
+                    Err(error) => return Some(Err(error)),
+                }
             }
+            batches.push(ShardBatch { shard, micros });
         }
         Some(Ok(batches))
     }
+}
+
+/// Part `part` of `parts` contiguous ones of about equal size; empty ones where there are fewer items.
+fn cut(items: usize, part: u32, parts: u32) -> Range<usize> {
+    let bound = |part: u32| items * part as usize / parts as usize;
+    bound(part)..bound(part + 1)
 }
 
 /// How many fixed batches a part of `samples` samples is evaluated in.
@@ -113,4 +129,19 @@ pub(crate) fn evaluation_source(
         Work { part, samples: (start..(start + EVALUATION_BATCH).min(size)).collect() }
     });
     Source::start(dataset, work, AHEAD, prefix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_all_items_in_order() {
+        for (items, parts) in [(16, 4), (7, 3), (2, 5), (0, 2)] {
+            let cuts: Vec<_> = (0..parts).map(|part| cut(items, part, parts)).collect();
+            assert_eq!((cuts[0].start, cuts[cuts.len() - 1].end), (0, items));
+            assert!(cuts.windows(2).all(|pair| pair[0].end == pair[1].start));
+            assert!(cuts.iter().all(|cut| cut.len() <= items.div_ceil(parts as usize)));
+        }
+    }
 }

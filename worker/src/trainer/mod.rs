@@ -9,6 +9,7 @@
 //! TRN-2: it ends when its agent does.
 //! TRN-3: every failure is reported once, with its class, before the process ends.
 
+mod accumulate;
 mod feed;
 mod hold;
 mod init;
@@ -262,11 +263,13 @@ fn session(
         l2_sp: job.spec.l2_sp,
         label_smoothing: job.spec.label_smoothing_factor,
         class_weights: thaw_core::planner::class_weights(&job.spec, &job.plan),
+        thawed_batch_norm: job.spec.thawed_batch_norm,
         max_grad_norm: job.spec.max_grad_norm,
         classes: job.plan.classes.len(),
         hold: hold.clone(),
     };
     let mut replica = Replica::new(model, settings, collective)?;
+    replica.model_mut().set_activation_checkpointing(job.spec.activation_checkpointing);
     match job.spec.frozen_batch_norm {
         BatchNormPolicy::Frozen => {}
         // Before the checkpoint, which holds the statistics of thawed groups only.

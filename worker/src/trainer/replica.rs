@@ -4,6 +4,7 @@
 //! REP-2: gradients, losses and batch-norm statistics are summed over logical shards in the fixed tree, never in rank order.
 //! REP-3: the update runs only after every sum it needs has come back clean from the collective.
 
+use super::accumulate::run_shard;
 use super::hold::{Hold, HoldPoint};
 use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
@@ -22,12 +23,8 @@ use thaw_proto::ids::Step;
 use thaw_proto::run::{Evaluation, Position};
 use thaw_proto::spec;
 use thaw_torch::SegmentedModel;
-use thaw_torch::model::BatchNorm;
 use thaw_torch::tch::{Kind, Reduction, Tensor};
 use thaw_torch::{model, optim, runtime};
-
-/// A micro-batch below this keeps frozen batch-norm statistics: its own would be too noisy.
-const BATCH_NORM_MINIMUM: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -59,13 +56,15 @@ pub(crate) struct Settings {
     pub(crate) label_smoothing: f64,
     /// In label order; `None` where all classes count the same.
     pub(crate) class_weights: Option<Vec<f64>>,
+    pub(crate) thawed_batch_norm: spec::ThawedBatchNorm,
     pub(crate) max_grad_norm: Option<f64>,
     pub(crate) classes: usize,
     pub(crate) hold: Option<Hold>,
 }
 
 impl Settings {
-    fn weight_of(&self, labels: &[i64]) -> f64 {
+    /// What samples with these labels count for.
+    pub(super) fn weight_of(&self, labels: &[i64]) -> f64 {
         match &self.class_weights {
             None => f64::from(u32::try_from(labels.len()).expect("a micro-batch is part of a global batch")),
             Some(weights) => labels.iter().filter_map(|label| weights.get(usize::try_from(*label).ok()?)).sum(),
@@ -73,10 +72,10 @@ impl Settings {
     }
 }
 
-/// One logical shard's part of a step; `micro` is `None` where the shard has no sample left in the epoch.
+/// One logical shard's part of a step in micro-batches; none where the shard has no sample left in the epoch.
 pub(crate) struct ShardBatch {
     pub(crate) shard: u32,
-    pub(crate) micro: Option<Micro>,
+    pub(crate) micros: Vec<Micro>,
 }
 
 /// What one step does besides its data.
@@ -226,50 +225,41 @@ impl Replica {
         let (mut forward, mut backward) = (0.0, 0.0);
         let last = batches.len().saturating_sub(1);
         let mut tickets = Vec::with_capacity(self.trainable.len());
-        for (index, ShardBatch { shard, micro }) in batches.into_iter().enumerate() {
+        for (index, ShardBatch { shard, micros }) in batches.into_iter().enumerate() {
             Hold::at(self.settings.hold.as_ref(), HoldPoint::Forward, plan.step.0);
             let exchange = &mut self.exchange;
             let only = last == 0;
-            let mut give = |group: usize, gradient: &Tensor| {
+            let mut give = |group: usize, gradient: &Tensor, kept: bool| {
                 let tree = gradients.get_mut(&group).expect("one tree per trainable group");
                 // A later shard writes into the same buffer.
-                let own = if only { gradient.shallow_clone() } else { gradient.copy() };
+                let own = if only || kept { gradient.shallow_clone() } else { gradient.copy() };
                 tree.push(shard, own, add_tensor);
                 if index == last {
                     tickets.push((group, exchange.sum_tensors(tree.take())));
                 }
             };
-            let Some(micro) = micro else {
+            if micros.is_empty() {
                 for &group in self.trainable.iter().rev() {
-                    give(group, &self.model.groups()[group].flat.zeros_like());
+                    give(group, &self.model.groups()[group].flat.zeros_like(), true);
                 }
                 losses.push(shard, vec![0.0, suspend, 0.0], |left, right| add_numbers(left, &right));
                 if let Some(before) = &before {
                     moved.push(shard, before.zeros_like(), add_tensor);
                 }
                 continue;
-            };
-            let samples = micro.batch.labels.len();
-            let inputs = input_tensors(&micro.batch, self.model.master_kind());
-            let labels = Tensor::from_slice(&micro.batch.labels);
-            let weight = self.settings.weight_of(&micro.batch.labels) / plan.weight;
-            runtime::manual_seed(sampler::shard_seed(self.settings.seed, plan.step.0, shard).unsigned_abs())?;
+            }
             if let Some(before) = &before {
                 put_statistics(&self.model, &self.trainable, &self.running_statistics, before);
             }
-            let enough = samples >= BATCH_NORM_MINIMUM;
-            self.model.set_batch_norm(if enough { BatchNorm::BatchStatistics } else { BatchNorm::FrozenStatistics });
-            let output = self.model.train_step(micro.entry(&inputs), &labels, weight, &mut give)?;
-            forward += output.forward.as_secs_f64();
-            backward += output.backward.as_secs_f64();
-            let loss = output.loss.double_value(&[]);
-            losses.push(shard, vec![loss * weight, suspend, f64::from(u8::from(enough))], |left, right| {
-                add_numbers(left, &right)
-            });
+            let report = run_shard(&mut self.model, &self.settings, plan, shard, &micros, &mut give)?;
+            forward += report.forward;
+            backward += report.backward;
+            let numbers = vec![report.loss, suspend, f64::from(u8::from(report.moved_statistics))];
+            losses.push(shard, numbers, |left, right| add_numbers(left, &right));
             if before.is_some()
                 && let Some(after) = statistics(&self.model, &self.trainable, &self.running_statistics)
             {
-                moved.push(shard, after * weight, add_tensor);
+                moved.push(shard, after * report.weight, add_tensor);
             }
         }
         Hold::at(self.settings.hold.as_ref(), HoldPoint::AllReduce, plan.step.0);

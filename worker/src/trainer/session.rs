@@ -154,8 +154,9 @@ impl Session<'_> {
         let steps = self.state.position.stage_step..stage.max_steps;
         let order = Order::new(&self.job.plan, self.job.spec.seed, &self.job.shard_sizes);
         let (dataset, shards) = (&self.job.dataset, self.replica.shards());
-        let mut feed =
-            Feed::start(dataset, order.clone(), self.state.first_epoch, steps, shards, self.prefix.as_ref())?;
+        let parts = self.job.spec.gradient_accumulation_steps;
+        let first_epoch = self.state.first_epoch;
+        let mut feed = Feed::start(dataset, order.clone(), first_epoch, steps, shards, parts, self.prefix.as_ref())?;
         let ended = self.state.tracker.ended_stages(&self.state.ended);
         let rates = Rates::entering(&self.job.plan, &ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
