@@ -127,6 +127,13 @@ fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
     }
 }
 
+/// Tells whoever keeps something computed from this memory that it has changed. For writes that libtorch does not count: its fused updates, and
+/// those without it.
+pub(crate) fn note_write(tensor: &Tensor) {
+    // SAFETY: raises a counter of a tensor that is alive.
+    unsafe { ffi::thaw_bump_version(tensor.as_ptr()) }
+}
+
 /// A contiguous tensor's memory. What it points to lives as long as the tensor.
 fn memory<Element>(tensor: &Tensor) -> *mut [Element] {
     let elements = tensor.numel();
@@ -173,8 +180,7 @@ macro_rules! slices {
             check_slice(tensor, $kind)?;
             // SAFETY: the tensor is contiguous, on the CPU and of this type; the caller keeps other handles to the storage out of `body`.
             let result = body(unsafe { &mut *memory::<$element>(tensor) });
-            // SAFETY: raises a counter of a tensor that is alive.
-            unsafe { ffi::thaw_bump_version(tensor.as_ptr()) };
+            note_write(tensor);
             Ok(result)
         }
     };
