@@ -5,7 +5,7 @@
 //! channels_last), `strategy` (all | head | last:N), `steps` (10), `warm`
 //! (3), `threads` (1), `keep_memory` (true), `checkpointing` (false). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
 //!
-//! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S update=S`: the parts are medians; CPU is this thread's.
+//! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S norm=S update=S`: the parts are medians; CPU is this thread's.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports on stdout")]
 
@@ -111,6 +111,7 @@ struct Timing {
     cpu: f64,
     forward: f64,
     backward: f64,
+    norm: f64,
     update: f64,
 }
 
@@ -142,12 +143,13 @@ fn main() -> Result<(), Failure> {
     let median = |part: fn(&Timing) -> f64| sorted(&timings, part)[timings.len() / 2];
     let least = |part: fn(&Timing) -> f64| sorted(&timings, part)[0];
     println!(
-        "step wall_median={:.4} wall_min={:.4} cpu_min={:.4} forward={:.4} backward={:.4} update={:.4}",
+        "step wall_median={:.4} wall_min={:.4} cpu_min={:.4} forward={:.4} backward={:.4} norm={:.4} update={:.4}",
         median(|timing| timing.wall),
         least(|timing| timing.wall),
         least(|timing| timing.cpu),
         median(|timing| timing.forward),
         median(|timing| timing.backward),
+        median(|timing| timing.norm),
         median(|timing| timing.update),
     );
     Ok(())
@@ -171,11 +173,12 @@ fn one_step(
     let output = model.train_step(inputs, labels, 1.0, &mut |group, gradient| {
         gradients.insert(group, gradient.shallow_clone());
     })?;
-    let updated = Instant::now();
+    let normed = Instant::now();
     let norm = global_norm(&gradients.values().collect::<Vec<_>>())?;
     if !norm.is_finite() {
         return Err("the gradient is not finite".into());
     }
+    let updated = Instant::now();
     for (group, state) in states {
         optimizers.adamw(&ADAMW, RATE, &model.groups()[*group], &gradients[group], state)?;
     }
@@ -184,6 +187,7 @@ fn one_step(
         cpu: thread_seconds() - cpu,
         forward: output.forward.as_secs_f64(),
         backward: output.backward.as_secs_f64(),
+        norm: (updated - normed).as_secs_f64(),
         update: updated.elapsed().as_secs_f64(),
     })
 }

@@ -1,6 +1,6 @@
 //! What holds for the whole process: threads, seed, determinism; and a tensor's memory as a slice.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::ffi;
 use crate::op::device_code;
@@ -125,6 +125,15 @@ fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
     } else {
         Err(Error::Slice { kind, device, expected })
     }
+}
+
+/// The tensor on a device, in a type. From host to GPU through pinned memory and without waiting: the copy is ordered before what follows on
+/// the device, and libtorch keeps the pinned memory until it is done.
+pub(crate) fn send(tensor: &Tensor, device: Device, kind: Kind) -> Result<Tensor, TchError> {
+    if device.is_cuda() && tensor.device() == Device::Cpu {
+        return tensor.f_pin_memory(device)?.f_to_device_(device, kind, true, false);
+    }
+    tensor.f_to_device_(device, kind, false, false)
 }
 
 /// Tells whoever keeps something computed from this memory that it has changed. For writes that libtorch does not count: its fused updates, and
