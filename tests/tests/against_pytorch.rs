@@ -157,7 +157,9 @@ fn accumulated_micro_batches_equal_plain_pytorch_bit_for_bit() {
 #[test]
 fn accumulation_changes_the_last_bits_only() {
     // Batch statistics would be those of other batches.
-    let sgd = format!("optimizer: {{type: sgd}}\nprecision: fp64\nbatch_norm: {{thawed_groups: frozen_statistics}}\n{OWN_SHAPE}");
+    let sgd = format!(
+        "optimizer: {{type: sgd}}\nprecision: fp64\nbatch_norm: {{thawed_groups: frozen_statistics}}\n{OWN_SHAPE}"
+    );
     let whole = Traced::run(&image(&sgd), 1);
     let parts = Traced::run(&image(&format!("gradient_accumulation_steps: 3\n{sgd}")), 1);
     for (whole, parts) in whole.losses().iter().zip(parts.losses()) {

@@ -1,6 +1,7 @@
 // Mixed precision's casts. A weight's copy in bf16 is kept until the weight changes.
 //
-// CAST-1: a kept copy is used only while the weight's version is the one that it was made of; every operator that writes raises it.
+// CAST-1: a kept copy is used only while the weight's version is the one that it was made of. Operators that write raise it, but for the
+//         fused updates: who calls those, or writes without libtorch, calls thaw_bump_version.
 // CAST-2: the gradient of a kept copy goes home in one pass (KERN-2).
 #include "cast.h"
 #include "kernels.h"

@@ -388,6 +388,8 @@ const char* thaw_argument_name(const void* op, int32_t index) { return operator_
 
 int32_t thaw_argument_alias(const void* op, int32_t index) { return operator_of(op).parameters.at(index).alias; }
 
+int32_t thaw_is_random(const void* op) { return operator_of(op).handle.hasTag(at::Tag::nondeterministic_seeded) ? 1 : 0; }
+
 int32_t thaw_return_count(const void* op) { return static_cast<int32_t>(operator_of(op).return_alias.size()); }
 
 int32_t thaw_return_alias(const void* op, int32_t index) { return operator_of(op).return_alias.at(index); }

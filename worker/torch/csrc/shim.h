@@ -53,6 +53,8 @@ const char* thaw_argument_name(const void* op, int32_t index);
 // Bit 0: the schema lets a result share this argument's memory. Bit 1: the operator writes to it.
 int32_t thaw_argument_alias(const void* op, int32_t index);
 int32_t thaw_return_count(const void* op);
+// Whether it draws from a generator.
+int32_t thaw_is_random(const void* op);
 // The argument whose memory this result may share, or -1.
 int32_t thaw_return_alias(const void* op, int32_t index);
 int32_t thaw_return_is_list(const void* op, int32_t index);
@@ -86,7 +88,7 @@ void thaw_set_gradient_home(const void* parameter, const void* home);
 
 // cast.cpp. From now on the copy in bf16 that casts make of a leaf is kept until it changes.
 void thaw_keep_half_copy(const void* weight);
-// To be called after memory was written without libtorch.
+// To be called after memory was written without libtorch, or by a fused update, which does not count as a write there.
 void thaw_bump_version(const void* tensor);
 
 // allocator.cpp. From now on freed memory of tensors on the CPU stays with the process. 1 where malloc's own limits could not be set.

@@ -3,9 +3,9 @@
 //! `cargo run -p thaw-torch --example step_time -- MODEL.pt2 [NAME=VALUE ...]`, where NAME is one of
 //! `batch` (32), `length` (tokens; the export's), `precision` (fp32 | bf16 | fp64), `format` (automatic | contiguous |
 //! channels_last), `strategy` (all | head | last:N), `steps` (10), `warm`
-//! (3), `threads` (1), `keep_memory` (true). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
+//! (3), `threads` (1), `keep_memory` (true), `checkpointing` (false). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
 //!
-//! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S update=S`: the parts are medians; CPU is this thread's.
+//! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S norm=S update=S`: the parts are medians; CPU is this thread's.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports on stdout")]
 
@@ -37,6 +37,7 @@ struct Settings {
     warm: usize,
     threads: usize,
     keep_memory: bool,
+    checkpointing: bool,
 }
 
 impl Settings {
@@ -54,6 +55,7 @@ impl Settings {
             warm: 3,
             threads: 1,
             keep_memory: true,
+            checkpointing: false,
         };
         for argument in arguments {
             let (name, value) = argument.split_once('=').ok_or_else(|| format!("{argument}: expected NAME=VALUE"))?;
@@ -84,6 +86,7 @@ impl Settings {
                 "steps" => settings.steps = value.parse()?,
                 "warm" => settings.warm = value.parse()?,
                 "threads" => settings.threads = value.parse()?,
+                "checkpointing" => settings.checkpointing = value.parse()?,
                 "keep_memory" => settings.keep_memory = value.parse()?,
                 _ => return Err(format!("{name}: unknown; see the head of this file").into()),
             }
@@ -108,6 +111,7 @@ struct Timing {
     cpu: f64,
     forward: f64,
     backward: f64,
+    norm: f64,
     update: f64,
 }
 
@@ -121,6 +125,7 @@ fn main() -> Result<(), Failure> {
     let mut model = load(&settings)?;
     let trainable = settings.trainable(model.groups().len())?;
     model.set_trainable(&trainable)?;
+    model.set_activation_checkpointing(settings.checkpointing);
     let inputs = inputs(&model.graph().graph, &settings)?;
     let labels = Tensor::randint(CLASSES, [settings.batch], (Kind::Int64, Device::Cpu));
     let optimizers = Optimizers::resolve()?;
@@ -134,15 +139,17 @@ fn main() -> Result<(), Failure> {
         }
     }
     println!("{} groups trained of {}, {} threads", trainable.len(), model.groups().len(), runtime::num_threads());
+    println!("peak {:.1} MiB of tensors", runtime::memory_use(false).peak as f64 / f64::from(1 << 20));
     let median = |part: fn(&Timing) -> f64| sorted(&timings, part)[timings.len() / 2];
     let least = |part: fn(&Timing) -> f64| sorted(&timings, part)[0];
     println!(
-        "step wall_median={:.4} wall_min={:.4} cpu_min={:.4} forward={:.4} backward={:.4} update={:.4}",
+        "step wall_median={:.4} wall_min={:.4} cpu_min={:.4} forward={:.4} backward={:.4} norm={:.4} update={:.4}",
         median(|timing| timing.wall),
         least(|timing| timing.wall),
         least(|timing| timing.cpu),
         median(|timing| timing.forward),
         median(|timing| timing.backward),
+        median(|timing| timing.norm),
         median(|timing| timing.update),
     );
     Ok(())
@@ -166,11 +173,12 @@ fn one_step(
     let output = model.train_step(inputs, labels, 1.0, &mut |group, gradient| {
         gradients.insert(group, gradient.shallow_clone());
     })?;
-    let updated = Instant::now();
+    let normed = Instant::now();
     let norm = global_norm(&gradients.values().collect::<Vec<_>>())?;
     if !norm.is_finite() {
         return Err("the gradient is not finite".into());
     }
+    let updated = Instant::now();
     for (group, state) in states {
         optimizers.adamw(&ADAMW, RATE, &model.groups()[*group], &gradients[group], state)?;
     }
@@ -179,6 +187,7 @@ fn one_step(
         cpu: thread_seconds() - cpu,
         forward: output.forward.as_secs_f64(),
         backward: output.backward.as_secs_f64(),
+        norm: (updated - normed).as_secs_f64(),
         update: updated.elapsed().as_secs_f64(),
     })
 }

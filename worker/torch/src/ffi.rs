@@ -60,6 +60,7 @@ unsafe extern "C" {
     pub(crate) fn thaw_argument_count(op: *const RawOperator) -> i32;
     pub(crate) fn thaw_argument_name(op: *const RawOperator, index: i32) -> *const c_char;
     pub(crate) fn thaw_argument_alias(op: *const RawOperator, index: i32) -> i32;
+    pub(crate) fn thaw_is_random(op: *const RawOperator) -> i32;
     pub(crate) fn thaw_return_count(op: *const RawOperator) -> i32;
     pub(crate) fn thaw_return_alias(op: *const RawOperator, index: i32) -> i32;
     pub(crate) fn thaw_return_is_list(op: *const RawOperator, index: i32) -> i32;

@@ -213,6 +213,13 @@ impl Operator {
         self.returns_list
     }
 
+    /// Whether it draws from a generator.
+    #[must_use]
+    pub fn is_random(&self) -> bool {
+        // SAFETY: the operator is alive.
+        unsafe { ffi::thaw_is_random(self.raw) != 0 }
+    }
+
     /// The argument's place in the schema.
     #[must_use]
     pub fn position(&self, argument: &str) -> Option<usize> {

@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 use crate::autograd::GradMode;
 use crate::model::GroupParameters;
 use crate::op::{self, Operator, Value};
+use crate::runtime::note_write;
 
 /// Why an update could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +138,7 @@ impl Optimizers {
             ];
             self.adamw.call(&arguments)?;
         }
+        note_write(&group.flat);
         Ok(())
     }
 
@@ -171,6 +173,7 @@ impl Optimizers {
             ];
             self.sgd.call(&arguments)?;
         }
+        note_write(&group.flat);
         state.steps += 1;
         Ok(())
     }

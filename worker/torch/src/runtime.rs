@@ -1,6 +1,6 @@
 //! What holds for the whole process: threads, seed, determinism; and a tensor's memory as a slice.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::ffi;
 use crate::op::device_code;
@@ -127,6 +127,22 @@ fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
     }
 }
 
+/// The tensor on a device, in a type. From host to GPU through pinned memory and without waiting: the copy is ordered before what follows on
+/// the device, and libtorch keeps the pinned memory until it is done.
+pub(crate) fn send(tensor: &Tensor, device: Device, kind: Kind) -> Result<Tensor, TchError> {
+    if device.is_cuda() && tensor.device() == Device::Cpu {
+        return tensor.f_pin_memory(device)?.f_to_device_(device, kind, true, false);
+    }
+    tensor.f_to_device_(device, kind, false, false)
+}
+
+/// Tells whoever keeps something computed from this memory that it has changed. For writes that libtorch does not count: its fused updates, and
+/// those without it.
+pub(crate) fn note_write(tensor: &Tensor) {
+    // SAFETY: raises a counter of a tensor that is alive.
+    unsafe { ffi::thaw_bump_version(tensor.as_ptr()) }
+}
+
 /// A contiguous tensor's memory. What it points to lives as long as the tensor.
 fn memory<Element>(tensor: &Tensor) -> *mut [Element] {
     let elements = tensor.numel();
@@ -173,8 +189,7 @@ macro_rules! slices {
             check_slice(tensor, $kind)?;
             // SAFETY: the tensor is contiguous, on the CPU and of this type; the caller keeps other handles to the storage out of `body`.
             let result = body(unsafe { &mut *memory::<$element>(tensor) });
-            // SAFETY: raises a counter of a tensor that is alive.
-            unsafe { ffi::thaw_bump_version(tensor.as_ptr()) };
+            note_write(tensor);
             Ok(result)
         }
     };

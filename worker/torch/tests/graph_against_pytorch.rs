@@ -27,6 +27,17 @@ fn load(folder: &Path, options: Options) -> SegmentedModel {
     SegmentedModel::new(graph, &mut source, options).unwrap()
 }
 
+/// Attention must be one operator: libtorch picks its kernel by it.
+fn assert_attention_is_whole(folder: &Path, model_name: &str) {
+    if !matches!(model_name, "minilm" | "vit_b_16" | "vit_tiny") {
+        return;
+    }
+    let graph = Archive::open(&join(folder, "model.pt2")).unwrap().graph().unwrap();
+    let uses = |operator: &str| graph.nodes.iter().any(|node| node.operator == operator);
+    assert!(uses("aten::scaled_dot_product_attention"), "{model_name}");
+    assert!(!uses("aten::softmax") && !uses("aten::_softmax") && !uses("aten::bmm"), "{model_name}");
+}
+
 /// Per scenario: how many groups from the head down are trainable, given as a predicate on parameter names that the script knows as a
 /// regular expression.
 struct Scenario {
@@ -60,6 +71,7 @@ fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryForma
     if !python_reference(&arguments) {
         return;
     }
+    assert_attention_is_whole(folder.path(), model_name);
     let expected = read_safetensors(&join(folder.path(), "expected.safetensors"));
     let mut model = load(folder.path(), Options { precision, device: Device::Cpu, memory_format });
     let inputs: Vec<Tensor> =

@@ -8,6 +8,7 @@ use common::{Builder, Weights, same_bits};
 use thaw_graph::ir::{Arg, DType, IntArg, ValueId};
 use thaw_graph::segment::SegmentedGraph;
 use thaw_torch::model::{BatchNorm, Error, Options};
+use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers};
 use thaw_torch::tch::{Device, Kind, Reduction, Tensor};
 use thaw_torch::{Precision, SegmentedModel, runtime};
 
@@ -304,4 +305,76 @@ fn what_does_not_fit_is_named() {
     let options = Options::new(Precision::Fp32, Device::Cpu);
     let error = SegmentedModel::new(graph, &mut |name| weights.read(name), options).unwrap_err().to_string();
     assert!(error.contains("custom::one, custom::two"), "{error}");
+}
+
+/// relu(x) + scale, where the scale is full([6], 2) * 3: made of nothing. With `write`, a layer writes to it.
+fn with_a_constant(write: bool) -> SegmentedGraph {
+    let mut builder = Builder::new();
+    let x = builder.input("x", DType::Float32, &[5, 4]);
+    let size = Arg::Ints(vec![IntArg::Known(6)]);
+    let full = builder.node("aten::full", "", vec![("size", size), ("fill_value", Arg::Float(2.0))]);
+    let scale = builder.node("aten::mul", "Scalar", vec![("self", Arg::Tensor(full)), ("other", Arg::Float(3.0))]);
+    builder.segment("low", &[]);
+    let (w, b) = (builder.parameter("low.weight", &[6, 4]), builder.parameter("low.bias", &[6]));
+    let h = builder.linear(x, w, b);
+    builder.outputs(&[h]);
+    builder.segment("head", &[h]);
+    let (w, b) = (builder.parameter("head.weight", &[3, 6]), builder.parameter("head.bias", &[3]));
+    let scale = if write {
+        builder.node("aten::add_", "Scalar", vec![("self", Arg::Tensor(scale)), ("other", Arg::Float(1.0))])
+    } else {
+        scale
+    };
+    let sum = builder.node("aten::add", "Tensor", vec![("self", Arg::Tensor(h)), ("other", Arg::Tensor(scale))]);
+    let output = builder.linear(sum, w, b);
+    builder.outputs(&[output]);
+    builder.finish(output)
+}
+
+#[test]
+fn what_depends_on_nothing_is_computed_once_unless_it_is_written_to() {
+    for (write, added) in [(false, 6.0), (true, 7.0)] {
+        let graph = with_a_constant(write);
+        let weights = Weights::random(&graph.graph);
+        let mut model = load(&graph, &weights, Precision::Fp32);
+        let (x, _) = batch();
+        let low = x.linear(&weights.leaf("low.weight"), Some(&weights.leaf("low.bias"))) + added;
+        let expected = low.linear(&weights.leaf("head.weight"), Some(&weights.leaf("head.bias"))).detach();
+        // Twice: what is kept between batches must not change.
+        for _ in 0..2 {
+            assert!(same_bits(&model.forward(&[x.shallow_clone()]).unwrap(), &expected), "write: {write}");
+        }
+    }
+}
+
+#[test]
+fn kept_copies_in_bf16_follow_the_weights() {
+    let graph = in_place_over_a_cut();
+    let weights = Weights::random(&graph.graph);
+    let mut model = load(&graph, &weights, Precision::Bf16);
+    model.set_trainable(&[0, 1, 2]).unwrap();
+    let (x, labels) = batch();
+    let inputs = [x];
+    let before = model.forward(&inputs).unwrap();
+    let optimizers = Optimizers::resolve().unwrap();
+    let settings = AdamWSettings { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    let mut flats = Vec::new();
+    let _ =
+        model.train_step(&inputs, &labels, 1.0, &mut |group, flat| flats.push((group, flat.shallow_clone()))).unwrap();
+    for (group, flat) in &flats {
+        let group = &model.groups()[*group];
+        optimizers.adamw(&settings, 0.1, group, flat, &mut AdamWState::zeros_for(group).unwrap()).unwrap();
+    }
+    let after = model.forward(&inputs).unwrap();
+    assert!(!same_bits(&after, &before));
+    // A model that has kept nothing, with the updated weights.
+    let mut fresh = load(&graph, &weights, Precision::Bf16);
+    for group in 0..3 {
+        fresh.load_state(group, &model.state(group).unwrap()).unwrap();
+    }
+    assert!(same_bits(&fresh.forward(&inputs).unwrap(), &after));
+    // Memory written without libtorch counts as well.
+    let mut flat = model.groups()[0].flat.shallow_clone();
+    runtime::with_slice_f32_mut(&mut flat, |values| values.fill(0.5)).unwrap();
+    assert!(!same_bits(&model.forward(&inputs).unwrap(), &after));
 }

@@ -8,7 +8,9 @@ use thaw_graph::segment::SegmentedGraph;
 
 use super::alias::Aliases;
 use super::numbers::Function;
-use super::{Block, Bypass, Code, Error, Flag, Instruction, NumberOperand, Operand, Options, Program, kind_of, rules};
+use super::{
+    Block, Bypass, Code, Error, Flag, Instruction, NumberOperand, Operand, Options, Program, fold, kind_of, rules,
+};
 use crate::op::{self, Operator, Value};
 
 impl Program {
@@ -27,12 +29,21 @@ impl Program {
 
     fn compile_as_written(segmented: &SegmentedGraph, options: &Options) -> Result<Self, Error> {
         let compiler = Compiler::new(segmented, options)?;
+        let folded = fold::foldable(segmented, &compiler.operators);
         let mut visible = compiler.outside.clone();
+        // Nothing of it is dropped: any block may read it.
+        let made: BTreeSet<usize> = folded.iter().flat_map(|node| compiler.outputs(*node)).collect();
+        let scope = Scope { visible: &visible, inputs: BTreeSet::new(), kept: made.clone() };
+        let constants = compiler.block("what depends on nothing", &folded, &scope)?;
+        visible.extend(made);
+        let folded: BTreeSet<NodeId> = folded.into_iter().collect();
+        let left =
+            |nodes: &[NodeId]| -> Vec<NodeId> { nodes.iter().copied().filter(|node| !folded.contains(node)).collect() };
         // Other blocks read what the prologue makes, so it drops nothing.
         let made: BTreeSet<usize> = segmented.prologue.iter().flat_map(|node| compiler.outputs(*node)).collect();
         let prologue = compiler.block(
             "prologue",
-            &segmented.prologue,
+            &left(&segmented.prologue),
             &Scope { visible: &visible, inputs: BTreeSet::new(), kept: made.clone() },
         )?;
         visible.extend(made);
@@ -40,9 +51,13 @@ impl Program {
         for segment in &segmented.segments {
             let inputs = segment.inputs.iter().map(index).collect();
             let kept = segment.outputs.iter().map(index).collect();
-            blocks.push(compiler.block(&segment.name, &segment.nodes, &Scope { visible: &visible, inputs, kept })?);
+            blocks.push(compiler.block(
+                &segment.name,
+                &left(&segment.nodes),
+                &Scope { visible: &visible, inputs, kept },
+            )?);
         }
-        Ok(Self { values: segmented.graph.values.len(), prologue, blocks })
+        Ok(Self { values: segmented.graph.values.len(), folded: constants, prologue, blocks })
     }
 }
 

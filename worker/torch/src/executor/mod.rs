@@ -7,9 +7,11 @@
 //! EXE-3: an operator that writes in place never writes to a value from outside its block (a cut value, an input, a value of the prologue):
 //!        the block works on a copy from its start on. Buffers are the exception, and only with batch statistics.
 //! EXE-4: a value is dropped after its last use in its block, unless the block gives it on.
+//! EXE-5: what depends on nothing is computed once, and stays.
 
 mod alias;
 mod compile;
+mod fold;
 mod numbers;
 mod rules;
 mod run;
@@ -93,6 +95,8 @@ impl Phase {
 pub struct Program {
     /// Number of values.
     pub(crate) values: usize,
+    /// Run once, when the weights are there (EXE-5).
+    pub(crate) folded: Block,
     pub(crate) prologue: Block,
     /// One per segment.
     pub(crate) blocks: Vec<Block>,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use thaw_graph::ir::{DType, Graph, Node, ValueId, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 
@@ -10,7 +10,7 @@ use super::{
     BatchNorm, Error, FlatParameter, GroupParameters, Loss, Options, SegmentedModel, SourceError, tensor_error,
 };
 use crate::autograd::{self, GradMode};
-use crate::executor::{Cell, Frame, Precision, Program, kind_of};
+use crate::executor::{Cell, Frame, Phase, Precision, Program, kind_of};
 use crate::op;
 
 /// A parameter's alignment in its flat buffer: kernels may choose their path by it, and a parameter on its own is aligned so.
@@ -46,6 +46,7 @@ impl SegmentedModel {
                 let _handle = loader.whole(weight)?;
             }
         }
+        program.folded.run(&mut loader.frame, Phase::EVAL)?;
         let transient = loader.frame.cells.iter().enumerate().filter(|(_, cell)| matches!(cell, Cell::Empty));
         let transient = transient.map(|(index, _)| index).collect();
         let gradients = groups.iter().map(|_| None).collect();
@@ -95,7 +96,7 @@ impl Loader<'_, '_> {
             let mut place = parameter.view(&flat)?;
             place.f_copy_(&values).map_err(failed())?;
             let leaf = place.f_detach().map_err(failed())?;
-            if self.options.precision == Precision::Bf16 && self.options.device == Device::Cpu {
+            if self.options.precision == Precision::Bf16 {
                 autograd::keep_half_copy(&leaf);
             }
             self.frame.cells[weight.value.0 as usize] = Cell::Tensor(leaf);

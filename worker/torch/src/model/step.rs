@@ -12,7 +12,7 @@ use super::{Entry, Error, Loss, SegmentedModel, tensor_error};
 use crate::autograd::{self, GradMode};
 use crate::executor::{Cell, Phase, dtype_of};
 use crate::op::Value;
-use crate::runtime::GeneratorState;
+use crate::runtime::{self, GeneratorState};
 
 /// As libtorch numbers memory formats.
 const CHANNELS_LAST: i64 = 2;
@@ -149,7 +149,7 @@ impl SegmentedModel {
                 check_kind(slot, meta.dtype, tensor.kind())?;
             }
             let kind = if tensor.is_floating_point() { self.master_kind() } else { tensor.kind() };
-            let moved = tensor.f_to_device(self.options.device).and_then(|tensor| tensor.f_to_kind(kind));
+            let moved = runtime::send(tensor, self.options.device, kind);
             let mut moved = moved.map_err(tensor_error("an input on the device"))?;
             if let Some(contiguous) = &self.channels_last
                 && moved.dim() == 4
@@ -242,7 +242,8 @@ impl SegmentedModel {
     }
 
     fn cross_entropy(&self, labels: &Tensor) -> Result<Tensor, Error> {
-        let labels = labels.f_to_device(self.options.device).map_err(tensor_error("the labels on the device"))?;
+        let labels = runtime::send(labels, self.options.device, Kind::Int64);
+        let labels = labels.map_err(tensor_error("the labels on the device"))?;
         let logits = self.logits()?;
         let Loss { label_smoothing, class_weights } = &self.training_loss;
         let weights = class_weights.as_ref().map_or(Value::None, Value::Tensor);
