@@ -96,7 +96,8 @@ class Settings:
         return 1 if self.quick else 3
 
     def wants(self, row: Row) -> bool:
-        return not self.only or any(row.name == name or row.name.startswith(name) for name in self.only)
+        """`all_reduce` wants all_reduce_100mb.2, and not all_reduced_bytes.minilm."""
+        return not self.only or any(row.name == name or row.name.startswith((f"{name}.", f"{name}_")) for name in self.only)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The models that are trained, exported once, and their data; both below target/bench, made anew when this file changes."""
+"""The models that are trained, exported once, and their data; both below target/bench, made anew when what makes them changes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Workload:
 
     def folder(self) -> Path:
         """Where its archive and data are; made on first use."""
-        key = hashlib.sha256(Path(__file__).read_bytes() + exporter()).hexdigest()[:12]
-        folder = KEPT / f"{self.name}-{key}"
+        shape = f"{self.global_batch} {self.steps_per_epoch} {self.data} {CLASSES}".encode()
+        folder = KEPT / f"{self.name}-{hashlib.sha256(shape + sources()).hexdigest()[:12]}"
         if not (folder / "complete").exists():
             harness.say(f"making the model and data of {self.name}")
             shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +94,9 @@ def stages(depths: list[Depth], until: Callable[[Depth], dict], on_enter: str = 
     return [{"name": one.name, "thaw": one.groups, "until": until(one), "on_enter": on_enter} for one in depths]
 
 
-def exporter() -> bytes:
-    files = sorted((ROOT / "deploy/export/thaw_export").glob("*.py"))
+def sources() -> bytes:
+    """What models and data are made by."""
+    files = [*sorted((ROOT / "deploy/export/thaw_export").glob("*.py")), ROOT / "tests/benches/peers/data.py"]
     return b"".join(file.read_bytes() for file in files)
 
 
@@ -107,9 +108,14 @@ def export(source: str, folder: Path, *more: str) -> None:
     )
 
 
-def make(script: str, *arguments: object) -> None:
+def make(function: str, *arguments: object) -> None:
     """Runs a function of benches.peers.data, so that this process needs no PyTorch."""
-    code = f"import sys; from benches.peers import data; data.{script}(*sys.argv[1:])"
+    make_with("data", function, *arguments)
+
+
+def make_with(module: str, function: str, *arguments: object) -> None:
+    """The same, of another module of benches.peers."""
+    code = f"import sys; from benches.peers import {module}; {module}.{function}(*sys.argv[1:])"
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "deploy/export")])}
     harness.command([PYTHON, "-c", code, *map(str, arguments)], 600, environment)
 

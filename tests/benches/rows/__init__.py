@@ -1,5 +1,10 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import divergence, steps
+from benches.rows import collective, divergence, steps, transfer
 
-MEASUREMENTS = (*steps.MEASUREMENTS, *divergence.MEASUREMENTS)
+MEASUREMENTS = (
+    *steps.MEASUREMENTS,
+    *collective.MEASUREMENTS,
+    *transfer.MEASUREMENTS,
+    *divergence.MEASUREMENTS,
+)
