@@ -61,6 +61,7 @@ struct StepTimeLine {
     optimizer: f64,
     prefix: f64,
     whole: f64,
+    checkpoint: f64,
 }
 
 #[derive(Serialize)]
@@ -129,6 +130,7 @@ pub(crate) fn progress(progress: &pb::Progress) -> String {
             optimizer: time.optimizer,
             prefix: time.prefix,
             whole: time.whole,
+            checkpoint: time.checkpoint,
         },
         prefix_computed: progress.prefix_computed,
         prefix_cached: progress.prefix_cached,

@@ -3,6 +3,7 @@
 //! ```text
 //! <run>/blobs/<hh>/<blake3>              immutable
 //! <run>/manifests/<generation>-<step>.json   create-only
+//! <run>/parts/<generation>-<step>-<rank>.json   what a rank wrote of a save, until rank 0 has put it into the manifest
 //! ```
 //!
 //! Law:
@@ -20,7 +21,7 @@ mod writer;
 
 pub use state::{TensorBytes, decode, encode};
 pub use store::{CheckpointStore, Swept, WrittenManifest};
-pub use writer::{Submitted, Writer};
+pub use writer::Writer;
 
 use thaw_proto::status::ErrorClass;
 
@@ -69,6 +70,14 @@ pub enum Error {
         /// What differs.
         what: String,
     },
+    /// Another rank did not say in time what it wrote.
+    #[error("{path} was not there after {seconds} s; does every worker see the same checkpoint storage?")]
+    Late {
+        /// The file, with its folder.
+        path: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// Another process wrote this manifest with other bytes.
     #[error("manifest {path} was written by another trainer of the same generation; this one must stop")]
     Fenced {
@@ -104,7 +113,7 @@ impl Error {
     #[must_use]
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Full { .. } | Self::Storage { .. } | Self::Thread(_) => ErrorClass::Retry,
+            Self::Full { .. } | Self::Storage { .. } | Self::Late { .. } | Self::Thread(_) => ErrorClass::Retry,
             Self::Url { .. } | Self::Missing { .. } | Self::Damaged { .. } | Self::State { .. } | Self::Name { .. } => {
                 ErrorClass::Invalid
             }
@@ -117,7 +126,11 @@ impl Error {
     #[must_use]
     pub fn is_storage(&self) -> bool {
         match self {
-            Self::Full { .. } | Self::Storage { .. } | Self::Missing { .. } | Self::Damaged { .. } => true,
+            Self::Full { .. }
+            | Self::Storage { .. }
+            | Self::Late { .. }
+            | Self::Missing { .. }
+            | Self::Damaged { .. } => true,
             Self::Url { .. }
             | Self::Fenced { .. }
             | Self::Name { .. }

@@ -5,11 +5,11 @@ use futures::TryStreamExt as _;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
+use serde::Deserialize as _;
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use thaw_core::manifest::BlobRef;
 use thaw_proto::ids::{Generation, Step};
 use thaw_proto::run::CheckpointRef;
@@ -17,6 +17,9 @@ use url::Url;
 
 const BLOBS: &str = "blobs";
 const MANIFESTS: &str = "manifests";
+const PARTS: &str = "parts";
+/// Between two looks for a file that another rank is to write.
+const LOOK: Duration = Duration::from_millis(20);
 /// Hex digits of a BLAKE3 hash.
 const HASH_DIGITS: usize = 64;
 
@@ -40,14 +43,13 @@ pub struct Swept {
     pub bytes: u64,
 }
 
-/// A run's folder. Blocking: made for the trainer's threads, not for async code. Shared between threads by reference; one
-/// operation at a time.
+/// A run's folder. Blocking: made for the trainer's threads, not for async code. Shared between threads by reference.
 #[derive(Debug)]
 pub struct CheckpointStore {
     store: LocalFileSystem,
     folder: PathBuf,
     /// Drives `object_store`, whose calls are async even on files.
-    runtime: Mutex<tokio::runtime::Runtime>,
+    runtime: tokio::runtime::Runtime,
 }
 
 impl CheckpointStore {
@@ -66,7 +68,7 @@ impl CheckpointStore {
             .map_err(|source| failed("open", folder.display().to_string(), source))?
             .with_fsync(true);
         let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(Error::Thread)?;
-        Ok(Self { store, folder, runtime: Mutex::new(runtime) })
+        Ok(Self { store, folder, runtime })
     }
 
     /// Writes bytes under the name of their content. Bytes that are there already are checked, not written again.
@@ -125,6 +127,47 @@ impl CheckpointStore {
         }
     }
 
+    /// Leaves word for rank 0 of what `rank` wrote of a save.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::Storage`].
+    pub fn put_part(&self, generation: Generation, step: Step, rank: u32, json: Vec<u8>) -> Result<(), Error> {
+        let path = part_path(generation, step, rank);
+        self.wait(self.store.put(&path, PutPayload::from(json)))
+            .map_err(|source| failed("write", self.named(&path), source))?;
+        Ok(())
+    }
+
+    /// Waits for what [`CheckpointStore::put_part`] leaves.
+    ///
+    /// # Errors
+    /// [`Error::Late`], [`Error::Storage`].
+    pub fn wait_for_part(
+        &self,
+        generation: Generation,
+        step: Step,
+        rank: u32,
+        limit: Duration,
+    ) -> Result<Vec<u8>, Error> {
+        let path = part_path(generation, step, rank);
+        let started = Instant::now();
+        loop {
+            match self.read(&path) {
+                Err(Error::Missing { .. }) if started.elapsed() < limit => std::thread::sleep(LOOK),
+                Err(Error::Missing { path }) => return Err(Error::Late { path, seconds: limit.as_secs() }),
+                read => return read,
+            }
+        }
+    }
+
+    /// Deletes what [`CheckpointStore::put_part`] left.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub fn delete_part(&self, generation: Generation, step: Step, rank: u32) -> Result<(), Error> {
+        self.delete(&part_path(generation, step, rank))
+    }
+
     /// Reads the manifest that a checkpoint names and checks it against the checkpoint's hash.
     ///
     /// # Errors
@@ -137,17 +180,21 @@ impl CheckpointStore {
     }
 
     /// Deletes manifests of `generation` and older ones that are not in `keep`, and blobs that no remaining manifest names
-    /// (`CKPT-4`). Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
+    /// (`CKPT-4`), once all blobs of those to keep are seen to be there. Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
     /// digits in a manifest counts as the name of a blob, so a newer format cannot lose what it refers to.
     ///
     /// # Errors
-    /// [`Error::Missing`]: a manifest to keep is not there; nothing is deleted. [`Error::Storage`].
+    /// [`Error::Missing`], [`Error::Damaged`]: a manifest to keep or a blob of it is not there, or not whole; nothing is deleted.
+    /// [`Error::Storage`].
     pub fn retain(&self, generation: Generation, keep: &[String], grace: Duration) -> Result<Swept, Error> {
         let oldest_kept = SystemTime::now().checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
         let is_young = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified) > oldest_kept;
         let (mut named, mut doomed) = (BTreeSet::new(), Vec::new());
+        let blobs = self.list(BLOBS)?;
         for path in keep {
-            collect_hashes(&self.read(&manifest_path(path)?)?, &mut named);
+            let manifest = self.read(&manifest_path(path)?)?;
+            self.check_blobs(&manifest, &blobs)?;
+            collect_hashes(&manifest, &mut named);
         }
         for meta in self.list(MANIFESTS)? {
             let name = meta.location.to_string();
@@ -164,7 +211,12 @@ impl CheckpointStore {
         // Manifests first: a crash between the two leaves blobs without a manifest, never the reverse.
         let mut swept = Swept { manifests: doomed.len(), ..Swept::default() };
         doomed.iter().try_for_each(|path| self.delete(path))?;
-        for meta in self.list(BLOBS)? {
+        for meta in self.list(PARTS)? {
+            if !is_young(&meta) {
+                self.delete(&meta.location)?;
+            }
+        }
+        for meta in blobs {
             let is_named = meta.location.filename().is_some_and(|hash| named.contains(hash));
             if !is_named && !is_young(&meta) {
                 self.delete(&meta.location)?;
@@ -173,6 +225,25 @@ impl CheckpointStore {
             }
         }
         Ok(swept)
+    }
+
+    /// Whether every blob that a manifest names is listed with its length.
+    fn check_blobs(&self, manifest: &[u8], listed: &[object_store::ObjectMeta]) -> Result<(), Error> {
+        let mut wanted = Vec::new();
+        collect_blobs(&serde_json::from_slice(manifest).unwrap_or_default(), &mut wanted);
+        for blob in wanted {
+            let path = blob_path(&blob)?;
+            let found = listed.iter().find(|meta| meta.location == path).map(|meta| meta.size);
+            match found {
+                Some(size) if size == blob.bytes => {}
+                Some(size) => {
+                    let what = format!("it has {size} bytes instead of {}", blob.bytes);
+                    return Err(Error::Damaged { path: self.named(&path), what });
+                }
+                None => return Err(Error::Missing { path: self.named(&path) }),
+            }
+        }
+        Ok(())
     }
 
     fn list(&self, folder: &str) -> Result<Vec<object_store::ObjectMeta>, Error> {
@@ -221,8 +292,7 @@ impl CheckpointStore {
     }
 
     fn wait<T>(&self, work: impl Future<Output = T>) -> T {
-        // A poisoned lock says only that another operation panicked; the runtime holds no state of ours.
-        self.runtime.lock().unwrap_or_else(std::sync::PoisonError::into_inner).block_on(work)
+        self.runtime.block_on(work)
     }
 }
 
@@ -231,6 +301,10 @@ fn blob_path(blob: &BlobRef) -> Result<Path, Error> {
         return Err(Error::Name { name: blob.blake3.clone(), expected: "blob" });
     }
     Ok(Path::from(format!("{BLOBS}/{}/{}", &blob.blake3[..2], blob.blake3)))
+}
+
+fn part_path(generation: Generation, step: Step, rank: u32) -> Path {
+    Path::from(format!("{PARTS}/{:08}-{:010}-{rank}.json", generation.0, step.0))
 }
 
 fn manifest_path(name: &str) -> Result<Path, Error> {
@@ -253,6 +327,18 @@ fn manifest_generation(name: &str) -> Option<Generation> {
 
 fn is_hash(text: &[u8]) -> bool {
     text.len() == HASH_DIGITS && text.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Every object that reads as a blob, wherever it is.
+fn collect_blobs(value: &serde_json::Value, found: &mut Vec<BlobRef>) {
+    match value {
+        serde_json::Value::Object(fields) => match BlobRef::deserialize(value) {
+            Ok(blob) => found.push(blob),
+            Err(_) => fields.values().for_each(|field| collect_blobs(field, found)),
+        },
+        serde_json::Value::Array(items) => items.iter().for_each(|item| collect_blobs(item, found)),
+        _ => {}
+    }
 }
 
 fn collect_hashes(manifest: &[u8], found: &mut BTreeSet<String>) {

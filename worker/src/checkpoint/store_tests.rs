@@ -88,7 +88,13 @@ fn a_sweep_keeps_what_is_named_young_or_newer() {
     }
     let missing = ["manifests/1-9.json".to_owned()];
     assert!(matches!(store.retain(Generation(2), &missing, Duration::ZERO), Err(Error::Missing { .. })));
-    assert!(folder.path().join(kept).exists(), "nothing is deleted where a kept one is missing");
+    assert!(folder.path().join(&kept).exists(), "nothing is deleted where a kept one is missing");
+
+    let stray = store.put_blob(b"stray".to_vec()).unwrap();
+    std::fs::write(folder.path().join(blob_path(&blobs[2]).unwrap().as_ref()), b"longer").unwrap();
+    let swept = store.retain(Generation(1), &[kept], Duration::ZERO);
+    assert!(matches!(&swept, Err(Error::Damaged { path, .. }) if path.contains(&blobs[2].blake3)), "{swept:?}");
+    assert!(store.get_blob(&stray).is_ok(), "nothing is deleted where a kept one is damaged");
 }
 
 #[test]
@@ -124,5 +130,24 @@ fn a_failed_write_leaves_no_part_of_a_file() {
     std::fs::create_dir_all(folder.path().join(BLOBS).join(&hash[..2]).join(hash.as_str())).unwrap();
     let error = store.put_blob(bytes).unwrap_err();
     assert!(error.to_string().contains(hash.as_str()), "{error}");
+    assert_eq!(files(folder.path()), 0);
+}
+
+#[test]
+fn a_part_is_waited_for_and_swept_when_it_is_old() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let (generation, step) = (Generation(2), Step(7));
+    let late = store.wait_for_part(generation, step, 1, Duration::ZERO).unwrap_err();
+    assert!(matches!(&late, Error::Late { path, .. } if path.ends_with("parts/00000002-0000000007-1.json")), "{late}");
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| store.wait_for_part(generation, step, 1, Duration::from_secs(60)));
+        store.put_part(generation, step, 1, b"[]".to_vec()).unwrap();
+        assert_eq!(waits.join().unwrap().unwrap(), b"[]");
+    });
+    store.delete_part(generation, step, 1).unwrap();
+    store.put_part(generation, step, 2, b"[]".to_vec()).unwrap();
+    assert_eq!(files(folder.path()), 1);
+    store.retain(generation, &[], Duration::ZERO).unwrap();
     assert_eq!(files(folder.path()), 0);
 }

@@ -1,33 +1,26 @@
 //! [`Writer`]: saving on a thread of its own, so that training never waits for storage.
 //!
-//! Law: one save at a time. A save that is offered while one runs is refused and counted, unless it must be made: then it
-//! waits behind that one, and so does the caller where another waits already. Every save that is taken has one result.
+//! Law: one save at a time, in the order they come. Whoever need not save asks [`Writer::is_idle`] first; a save that must be made waits behind
+//! the one that runs, and so does the caller where another waits already. Every save has one result.
 
 use super::{CheckpointStore, Error};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
 use std::thread::JoinHandle;
 
-type Save<R> = Box<dyn FnOnce(&CheckpointStore) -> Result<R, Error> + Send>;
-
-/// Whether a save was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use]
-pub enum Submitted {
-    /// Its result will come from [`Writer::poll`] or [`Writer::wait`].
-    Accepted,
-    /// One is in flight; this one is not made.
-    Refused,
-}
+type Save<R> = Box<dyn FnOnce(&CheckpointStore) -> R + Send>;
 
 /// Saves checkpoints; `R` is what a save returns.
 #[derive(Debug)]
 pub struct Writer<R> {
     /// Absent once the writer is being dropped.
     saves: Option<SyncSender<Save<R>>>,
-    results: Receiver<Result<R, Error>>,
-    in_flight: u64,
-    refused: u64,
+    results: Receiver<R>,
+    /// Saves that have not ended.
+    unfinished: Arc<AtomicU64>,
+    /// Results that nobody has taken.
+    owed: u64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -40,76 +33,67 @@ impl<R: Send + 'static> Writer<R> {
         // Room for the one save that must be made although another runs; a second such waits.
         let (saves, work) = sync_channel::<Save<R>>(1);
         let (done, results) = channel();
+        let unfinished = Arc::<AtomicU64>::default();
+        let left = Arc::clone(&unfinished);
         let thread = std::thread::Builder::new()
             .name("checkpoint".to_owned())
-            .spawn(move || run(&store, &work, &done))
+            .spawn(move || run(&store, &work, &done, &left))
             .map_err(Error::Thread)?;
-        Ok(Self { saves: Some(saves), results, in_flight: 0, refused: 0, thread: Some(thread) })
+        Ok(Self { saves: Some(saves), results, unfinished, owed: 0, thread: Some(thread) })
     }
 
-    /// Offers a save. With `must` it is always taken.
+    /// Hands over a save.
     ///
     /// # Errors
     /// [`Error::Panicked`]: a save panicked before.
-    pub fn submit(
-        &mut self,
-        must: bool,
-        save: impl FnOnce(&CheckpointStore) -> Result<R, Error> + Send + 'static,
-    ) -> Result<Submitted, Error> {
-        if self.in_flight > 0 && !must {
-            self.refused += 1;
-            return Ok(Submitted::Refused);
-        }
+    pub fn submit(&mut self, save: impl FnOnce(&CheckpointStore) -> R + Send + 'static) -> Result<(), Error> {
         let saves = self.saves.as_ref().ok_or(Error::Panicked)?;
+        self.unfinished.fetch_add(1, Ordering::Relaxed);
         saves.send(Box::new(save)).map_err(|_| Error::Panicked)?;
-        self.in_flight += 1;
-        Ok(Submitted::Accepted)
+        self.owed += 1;
+        Ok(())
     }
 
-    /// The next finished save, if there is one. Ask at each step.
+    /// The next finished save's result, if there is one. Ask at each step.
     ///
     /// # Errors
-    /// That of the save; [`Error::Panicked`].
+    /// [`Error::Panicked`].
     pub fn poll(&mut self) -> Result<Option<R>, Error> {
         match self.results.try_recv() {
             Ok(result) => {
-                self.in_flight -= 1;
-                result.map(Some)
+                self.owed -= 1;
+                Ok(Some(result))
             }
             Err(TryRecvError::Empty) => Ok(None),
             Err(TryRecvError::Disconnected) => Err(Error::Panicked),
         }
     }
 
-    /// Waits for the next finished save; `None` where none is in flight. As long as the storage takes.
+    /// Waits for the next finished save; `None` where no result is owed. As long as the storage takes.
     ///
     /// # Errors
-    /// That of the save; [`Error::Panicked`].
+    /// [`Error::Panicked`].
     pub fn wait(&mut self) -> Result<Option<R>, Error> {
-        if self.in_flight == 0 {
+        if self.owed == 0 {
             return Ok(None);
         }
         let result = self.results.recv().map_err(|_| Error::Panicked)?;
-        self.in_flight -= 1;
-        result.map(Some)
+        self.owed -= 1;
+        Ok(Some(result))
     }
 
-    /// Saves taken whose result was not yet asked for.
+    /// Whether every save has ended.
     #[must_use]
-    pub fn in_flight(&self) -> u64 {
-        self.in_flight
-    }
-
-    /// How many saves were refused because storage was slow.
-    #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.refused
+    pub fn is_idle(&self) -> bool {
+        self.unfinished.load(Ordering::Relaxed) == 0
     }
 }
 
-fn run<R>(store: &CheckpointStore, work: &Receiver<Save<R>>, done: &Sender<Result<R, Error>>) {
+fn run<R>(store: &CheckpointStore, work: &Receiver<Save<R>>, done: &Sender<R>, unfinished: &AtomicU64) {
     while let Ok(save) = work.recv() {
-        if done.send(save(store)).is_err() {
+        let result = save(store);
+        unfinished.fetch_sub(1, Ordering::Relaxed);
+        if done.send(result).is_err() {
             return;
         }
     }
@@ -136,34 +120,29 @@ mod tests {
     }
 
     #[test]
-    fn one_save_at_a_time_and_the_rest_is_counted() {
+    fn saves_end_in_order_and_are_counted_till_then() {
         let (_folder, mut writer) = writer();
         let (release, held) = channel::<()>();
-        let taken = writer.submit(false, move |_| {
-            held.recv().unwrap();
-            Ok(1)
-        });
-        assert_eq!(taken.unwrap(), Submitted::Accepted);
-        assert_eq!(writer.submit(false, |_| Ok(2)).unwrap(), Submitted::Refused);
-        assert_eq!(writer.refused(), 1);
+        assert!(writer.is_idle());
+        writer
+            .submit(move |_| {
+                held.recv().unwrap();
+                1
+            })
+            .unwrap();
+        writer.submit(|_| 2).unwrap();
+        assert!(!writer.is_idle());
         assert_eq!(writer.poll().unwrap(), None);
-        assert_eq!(writer.submit(true, |_| Ok(3)).unwrap(), Submitted::Accepted);
         release.send(()).unwrap();
-        assert_eq!(writer.wait().unwrap(), Some(1));
-        assert_eq!(writer.wait().unwrap(), Some(3));
-        assert_eq!(writer.wait().unwrap(), None);
-        assert_eq!(writer.submit(false, |_| Ok(4)).unwrap(), Submitted::Accepted);
-        assert_eq!(writer.wait().unwrap(), Some(4));
+        assert_eq!([writer.wait().unwrap(), writer.wait().unwrap(), writer.wait().unwrap()], [Some(1), Some(2), None]);
+        assert!(writer.is_idle());
     }
 
     #[test]
-    fn errors_come_back_and_a_panic_is_no_silence() {
+    fn a_panic_is_no_silence() {
         let (_folder, mut writer) = writer();
-        let _ = writer.submit(false, |_| Err(Error::Panicked)).unwrap();
+        writer.submit(|_| std::panic::resume_unwind(Box::new("meant"))).unwrap();
         assert!(matches!(writer.wait(), Err(Error::Panicked)));
-        let _ =
-            writer.submit(false, |_| -> Result<u32, Error> { std::panic::resume_unwind(Box::new("meant")) }).unwrap();
-        assert!(matches!(writer.wait(), Err(Error::Panicked)));
-        assert!(writer.submit(true, |_| Ok(1)).is_err());
+        assert!(writer.submit(|_| 1).is_err());
     }
 }

@@ -24,6 +24,7 @@ mod replica;
 mod save;
 mod session;
 mod shard_tree;
+mod snapshot;
 mod statistics;
 mod trace;
 
@@ -275,8 +276,9 @@ fn session(
         // Before the checkpoint, which holds the statistics of thawed groups only.
         BatchNormPolicy::Recompute => statistics::recompute(job, &mut replica)?,
     }
+    let mut ledger = save::Ledger::default();
     let state = match resume {
-        Some(checkpoint) => save::load(job, checkpoint, &mut replica)?,
+        Some(checkpoint) => save::load(job, checkpoint, &mut replica, &mut ledger)?,
         None => State::beginning(job),
     };
     let leads = proposal.rank == 0;
@@ -284,13 +286,13 @@ fn session(
         // The coordinator may have missed what the last generation said just before it ended.
         state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
     }
-    let saver = if leads { Some(save::Saver::start(job, Arc::clone(outbox), hold, resume)?) } else { None };
     let trace = if leads && job.spec.verification.trace {
         Some(trace::Trace::open(job, &replica, resume.is_none())?)
     } else {
         None
     };
     let generation = Generation(proposal.generation);
+    let saver = save::Saver::start(job, generation, proposal.rank, outbox, hold, resume, ledger)?;
     Ok(Session {
         job,
         generation,
@@ -322,6 +324,8 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         | replica::Error::Update(_)
         | replica::Error::Runtime(_)
         | replica::Error::Restore { .. }
+        | replica::Error::Snapshot { .. }
+        | replica::Error::Thread(_)
         | replica::Error::Weights { .. }
         | replica::Error::Tally { .. } => (FailureClass::Fatal, RunReason::TrainerError),
     };
@@ -334,6 +338,8 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         | save::Error::Unfit { .. }
         | save::Error::Model(_)
         | save::Error::Optimizer(_)
+        | save::Error::Snapshot { .. }
+        | save::Error::Part { .. }
         | save::Error::Archive(_)
         | save::Error::Weights(_) => (FailureClass::Invalid, RunReason::TrainerError),
     };

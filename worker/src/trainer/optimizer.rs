@@ -133,18 +133,19 @@ impl OptimizerState {
         }
     }
 
-    pub(crate) fn copy(&self) -> Self {
+    /// The state with `copy` of each of its tensors.
+    pub(crate) fn map(&self, mut copy: impl FnMut(&Tensor) -> Tensor) -> Self {
         let rule = match &self.rule {
             RuleState::AdamW(state) => RuleState::AdamW(AdamWState {
-                exp_avg: state.exp_avg.copy(),
-                exp_avg_sq: state.exp_avg_sq.copy(),
-                step: state.step.copy(),
+                exp_avg: copy(&state.exp_avg),
+                exp_avg_sq: copy(&state.exp_avg_sq),
+                step: copy(&state.step),
             }),
             RuleState::Sgd(state) => {
-                RuleState::Sgd(SgdState { momentum: state.momentum.as_ref().map(Tensor::copy), steps: state.steps })
+                RuleState::Sgd(SgdState { momentum: state.momentum.as_ref().map(&mut copy), steps: state.steps })
             }
         };
-        Self { rule, ema: self.ema.as_ref().map(Tensor::copy) }
+        Self { rule, ema: self.ema.as_ref().map(copy) }
     }
 }
 

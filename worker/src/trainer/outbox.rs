@@ -65,7 +65,8 @@ impl Outbox {
         rates: &[f64],
         epoch: f64,
     ) {
-        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix, whole] = pace.step_seconds;
+        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix, whole, checkpoint] =
+            pace.step_seconds;
         let generation = self.heard().generation.0;
         self.send(Payload::Progress(pb::Progress {
             position: Some(pb::Position::from(&position)),
@@ -81,6 +82,7 @@ impl Outbox {
                 optimizer,
                 prefix,
                 whole,
+                checkpoint,
             }),
             grad_norm: Some(report.grad_norm),
             epoch,

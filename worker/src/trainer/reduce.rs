@@ -102,7 +102,7 @@ impl Exchange {
     }
 }
 
-fn bytes_of(tensor: &Tensor) -> u64 {
+pub(super) fn bytes_of(tensor: &Tensor) -> u64 {
     (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
 }
 

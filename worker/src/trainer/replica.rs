@@ -9,9 +9,10 @@ use super::hold::{Hold, HoldPoint};
 use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
 use super::prefix::Micro;
-use super::reduce::Exchange;
+use super::reduce::{Exchange, bytes_of};
 use super::regularize::Pull;
 use super::shard_tree::ShardTree;
+use super::snapshot::{Copier, GroupSnapshot, Stamp};
 use crate::collective::Collective;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -23,6 +24,7 @@ use thaw_proto::ids::Step;
 use thaw_proto::run::{Evaluation, Position};
 use thaw_proto::spec;
 use thaw_torch::SegmentedModel;
+use thaw_torch::model::StateTensor;
 use thaw_torch::tch::{Kind, Reduction, Tensor};
 use thaw_torch::{model, optim, runtime};
 
@@ -42,6 +44,10 @@ pub(crate) enum Error {
     Weights { group: String, source: thaw_torch::tch::TchError },
     #[error("cannot put back the weights of layer group {group}")]
     Restore { group: String, source: thaw_torch::tch::TchError },
+    #[error("layer group {group} was not copied; the copying thread ended")]
+    Snapshot { group: String },
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
     #[error("rank {rank} sent an evaluation that does not parse")]
     Tally { rank: usize },
 }
@@ -88,8 +94,27 @@ pub(crate) struct StepPlan {
     pub(crate) weight: f64,
     /// Rate per trainable group, ascending.
     pub(crate) rates: Vec<f64>,
-    /// Whether this rank has been asked to stand still; one rank asking is enough.
+}
+
+/// What a rank says to the others with a step; one rank saying it is enough. Read late in the step, and the same on every rank after it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Votes {
+    /// Asked to save and stand still.
     pub(crate) suspend: bool,
+    /// A checkpoint is due after this step.
+    pub(crate) save: bool,
+    /// The last checkpoint is still being written.
+    pub(crate) busy: bool,
+}
+
+impl Votes {
+    fn numbers(self) -> [f64; 3] {
+        [self.suspend, self.save, self.busy].map(|vote| f64::from(u8::from(vote)))
+    }
+
+    fn counted(numbers: &[f64]) -> Self {
+        Self { suspend: numbers[0] > 0.0, save: numbers[1] > 0.0, busy: numbers[2] > 0.0 }
+    }
 }
 
 /// What a step found. Times are wall seconds.
@@ -100,23 +125,18 @@ pub(crate) struct StepReport {
     pub(crate) grad_norm: f64,
     /// False where a non-finite gradient made every rank skip the update.
     pub(crate) applied: bool,
-    /// Whether any rank was asked to stand still; the same on every rank.
-    pub(crate) suspend: bool,
+    /// Of all ranks.
+    pub(crate) votes: Votes,
     pub(crate) forward: f64,
     pub(crate) backward: f64,
     pub(crate) exposed_all_reduce: f64,
     pub(crate) optimizer: f64,
-    /// The whole step: the four above, and what lies between them.
+    /// Waiting for the copy of what the update was about to change.
+    pub(crate) checkpoint: f64,
+    /// The whole step: the five above, and what lies between them.
     pub(crate) seconds: f64,
     /// Given to be summed with the other ranks'.
     pub(crate) all_reduced_bytes: u64,
-}
-
-/// Weights, buffers and optimizer state of one group at one step.
-pub(crate) struct GroupSnapshot {
-    pub(crate) flat: Tensor,
-    pub(crate) buffers: Vec<Tensor>,
-    pub(crate) optimizer: Option<OptimizerState>,
 }
 
 pub(crate) struct Replica {
@@ -136,6 +156,10 @@ pub(crate) struct Replica {
     running_statistics: BTreeSet<String>,
     /// Names of the buffers in which batch norms count their updates.
     update_counters: BTreeSet<String>,
+    copier: Copier,
+    /// Of each group's present state.
+    stamps: Vec<Stamp>,
+    last_stamp: Stamp,
 }
 
 impl Replica {
@@ -154,6 +178,8 @@ impl Replica {
         model.set_loss(model::Loss { label_smoothing: settings.label_smoothing, class_weights });
         let running_statistics = running_statistics(&model.graph().graph);
         let update_counters = update_counters(&model.graph().graph);
+        let copier = Copier::start().map_err(Error::Thread)?;
+        let stamps = vec![Stamp::INITIAL; model.groups().len()];
         Ok(Self {
             model,
             settings,
@@ -167,6 +193,9 @@ impl Replica {
             pull,
             running_statistics,
             update_counters,
+            copier,
+            stamps,
+            last_stamp: Stamp::INITIAL,
         })
     }
 
@@ -191,6 +220,32 @@ impl Replica {
         &self.model
     }
 
+    /// What names the present state of a group.
+    pub(crate) fn stamp(&self, group: usize) -> Stamp {
+        self.stamps[group]
+    }
+
+    /// A stamp for a state that this replica has not held yet.
+    pub(crate) fn draw_stamp(&mut self) -> Stamp {
+        self.last_stamp = self.last_stamp.next();
+        self.last_stamp
+    }
+
+    fn restamp(&mut self, groups: &[usize]) {
+        for &group in groups {
+            self.stamps[group] = self.draw_stamp();
+        }
+    }
+
+    /// Of a group's weights, buffers and optimizer state.
+    pub(crate) fn state_bytes(&self, group: usize) -> u64 {
+        let parameters = &self.model.groups()[group];
+        let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer);
+        let state = self.states.get(&group).map(OptimizerState::tensors).unwrap_or_default();
+        let state = state.into_iter().map(|(_, tensor)| tensor);
+        std::iter::once(&parameters.flat).chain(buffers).chain(state).map(bytes_of).sum()
+    }
+
     /// For running prefixes; what is trainable stays as it is.
     pub(crate) fn model_mut(&mut self) -> &mut SegmentedModel {
         &mut self.model
@@ -200,11 +255,13 @@ impl Replica {
     /// weights and loses its optimizer state.
     pub(crate) fn set_trainable(&mut self, groups: Vec<usize>) -> Result<(), Error> {
         self.model.set_trainable(&groups)?;
+        let frozen: Vec<usize> = self.states.keys().filter(|group| !groups.contains(group)).copied().collect();
+        let thawed: Vec<usize> = groups.iter().filter(|group| !self.states.contains_key(group)).copied().collect();
+        self.restamp(&frozen);
+        self.restamp(&thawed);
         self.states.retain(|group, _| groups.contains(group));
-        for &group in &groups {
-            if !self.states.contains_key(&group) {
-                self.states.insert(group, self.optimizer.fresh(&self.model.groups()[group])?);
-            }
+        for group in thawed {
+            self.states.insert(group, self.optimizer.fresh(&self.model.groups()[group])?);
         }
         self.trainable = groups;
         self.exchange.forget();
@@ -212,7 +269,12 @@ impl Replica {
     }
 
     /// One optimizer update over this rank's shards, in ascending shard order.
-    pub(crate) fn train_step(&mut self, plan: &StepPlan, batches: Vec<ShardBatch>) -> Result<StepReport, Error> {
+    pub(crate) fn train_step(
+        &mut self,
+        plan: &StepPlan,
+        batches: Vec<ShardBatch>,
+        votes: impl Fn() -> Votes,
+    ) -> Result<StepReport, Error> {
         let started = Instant::now();
         let mut losses = ShardTree::new(self.settings.logical_shards);
         let mut moved = ShardTree::new(self.settings.logical_shards);
@@ -221,7 +283,6 @@ impl Replica {
         let before = self.statistics();
         let counted: Vec<Tensor> =
             handles(&self.model, &self.trainable, &self.update_counters).into_iter().map(Tensor::copy).collect();
-        let suspend = f64::from(u8::from(plan.suspend));
         let (mut forward, mut backward) = (0.0, 0.0);
         let last = batches.len().saturating_sub(1);
         let mut tickets = Vec::with_capacity(self.trainable.len());
@@ -242,7 +303,7 @@ impl Replica {
                 for &group in self.trainable.iter().rev() {
                     give(group, &self.model.groups()[group].flat.zeros_like(), true);
                 }
-                losses.push(shard, vec![0.0, suspend, 0.0], |left, right| add_numbers(left, &right));
+                losses.push(shard, numbers(0.0, false, index == last, &votes), |left, right| add_numbers(left, &right));
                 if let Some(before) = &before {
                     moved.push(shard, before.zeros_like(), add_tensor);
                 }
@@ -254,8 +315,8 @@ impl Replica {
             let report = run_shard(&mut self.model, &self.settings, plan, shard, &micros, &mut give)?;
             forward += report.forward;
             backward += report.backward;
-            let numbers = vec![report.loss, suspend, f64::from(u8::from(report.moved_statistics))];
-            losses.push(shard, numbers, |left, right| add_numbers(left, &right));
+            let own = numbers(report.loss, report.moved_statistics, index == last, &votes);
+            losses.push(shard, own, |left, right| add_numbers(left, &right));
             if before.is_some()
                 && let Some(after) = statistics(&self.model, &self.trainable, &self.running_statistics)
             {
@@ -282,21 +343,22 @@ impl Replica {
         // One update of the statistics a step, however many shards this rank computed.
         for (counter, before) in handles(&self.model, &self.trainable, &self.update_counters).into_iter().zip(&counted)
         {
-            counter.shallow_clone().copy_(&(before + i64::from(numbers[2] > 0.0)));
+            counter.shallow_clone().copy_(&(before + i64::from(numbers[1] > 0.0)));
         }
-        let optimizer = updated.elapsed().as_secs_f64();
-        let (loss, suspend) = (numbers[0], numbers[1] > 0.0);
+        let checkpoint = self.copier.take_waited().as_secs_f64();
+        let optimizer = updated.elapsed().as_secs_f64() - checkpoint;
         let all_reduced_bytes = self.exchange.take_summed_bytes();
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepReport {
-            loss,
+            loss: numbers[0],
             grad_norm,
             applied,
-            suspend,
+            votes: Votes::counted(&numbers[2..]),
             forward,
             backward,
             exposed_all_reduce,
             optimizer,
+            checkpoint,
             seconds,
             all_reduced_bytes,
         })
@@ -309,9 +371,13 @@ impl Replica {
             Some(most) => optim::clip_by_global_norm(&gradients, most)?,
             None => optim::global_norm(&gradients)?,
         };
+        // A forward has moved the running statistics, whatever becomes of the update.
+        let trainable = self.trainable.clone();
+        self.restamp(&trainable);
         if !norm.is_finite() {
             return Ok((norm, false));
         }
+        self.copier.settle();
         for (index, (&group, &rate)) in self.trainable.iter().zip(&plan.rates).enumerate() {
             if index + 1 == self.trainable.len() {
                 // With the groups below already updated: the worst moment to die.
@@ -355,7 +421,7 @@ impl Replica {
     ) -> Result<Evaluation, E> {
         let classes = self.settings.classes;
         let mut tally = Tally::new(classes);
-        self.swap_in_mean();
+        let raw = self.swap_in_mean();
         let tallied = loop {
             match next(&mut self.model) {
                 None => break Ok(()),
@@ -367,7 +433,7 @@ impl Replica {
                 }
             }
         };
-        self.swap_in_mean();
+        self.swap_out_mean(raw);
         tallied?;
         let gathered = self.exchange.gather(tally.to_bytes()).map_err(|error| E::from(error.into()))?;
         let tallies = gathered
@@ -417,33 +483,56 @@ impl Replica {
         several.then(|| statistics(&self.model, &self.trainable, &self.running_statistics)).flatten()
     }
 
-    /// Copies of the groups that have ever been trained.
-    pub(crate) fn snapshot(&self, groups: &[usize]) -> BTreeMap<usize, GroupSnapshot> {
+    /// Copies of `groups`, which fill beside training; those that `known` has unchanged share its memory.
+    pub(crate) fn snapshot(
+        &mut self,
+        groups: &[usize],
+        known: Option<&BTreeMap<usize, GroupSnapshot>>,
+    ) -> BTreeMap<usize, GroupSnapshot> {
         let copy = |&group: &usize| {
+            let stamp = self.stamps[group];
+            let known = known.and_then(|known| known.get(&group)).filter(|known| known.stamp == stamp);
             let parameters = &self.model.groups()[group];
-            let snapshot = GroupSnapshot {
-                flat: parameters.flat.copy(),
-                buffers: parameters.buffers.iter().map(|(_, buffer)| buffer.copy()).collect(),
-                optimizer: self.states.get(&group).map(OptimizerState::copy),
-            };
-            (group, snapshot)
+            let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer);
+            let copied = || self.copier.copy(stamp, &parameters.flat, buffers, self.states.get(&group));
+            (group, known.map_or_else(copied, GroupSnapshot::share))
         };
         groups.iter().map(copy).collect()
     }
 
     /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated.
-    pub(crate) fn snapshot_evaluated(&mut self, groups: &[usize]) -> BTreeMap<usize, GroupSnapshot> {
-        self.swap_in_mean();
-        let snapshot = self.snapshot(groups);
-        self.swap_in_mean();
+    pub(crate) fn snapshot_evaluated(
+        &mut self,
+        groups: &[usize],
+        known: Option<&BTreeMap<usize, GroupSnapshot>>,
+    ) -> BTreeMap<usize, GroupSnapshot> {
+        let raw = self.swap_in_mean();
+        let snapshot = self.snapshot(groups, known);
+        self.swap_out_mean(raw);
         snapshot
     }
 
-    /// Exchanges the weights and their mean, where evaluations are of the mean; a second call exchanges them back.
-    fn swap_in_mean(&mut self) {
+    /// Exchanges the weights and their mean, where evaluations are of the mean. Returns the stamps of the raw weights.
+    fn swap_in_mean(&mut self) -> Option<Vec<Stamp>> {
         if !self.settings.ema.is_some_and(|ema| ema.evaluate) {
-            return;
+            return None;
         }
+        let raw = self.stamps.clone();
+        self.exchange_mean();
+        let groups: Vec<usize> = self.states.keys().copied().collect();
+        self.restamp(&groups);
+        Some(raw)
+    }
+
+    fn swap_out_mean(&mut self, raw: Option<Vec<Stamp>>) {
+        if let Some(raw) = raw {
+            self.exchange_mean();
+            self.stamps = raw;
+        }
+    }
+
+    fn exchange_mean(&mut self) {
+        self.copier.settle();
         for (&group, state) in &self.states {
             if let Some(mean) = state.ema() {
                 let mut flat = self.model.groups()[group].flat.shallow_clone();
@@ -456,8 +545,15 @@ impl Replica {
 
     /// Puts copies back, with their optimizer state; a group without any gets fresh state when it is next trained.
     pub(crate) fn restore(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<(), Error> {
+        self.copier.settle();
         for (&group, snapshot) in snapshots {
+            if self.stamps[group] == snapshot.stamp {
+                continue;
+            }
             let parameters = &self.model.groups()[group];
+            if !snapshot.wait() {
+                return Err(Error::Snapshot { group: parameters.name.clone() });
+            }
             let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer).zip(&snapshot.buffers);
             for (target, saved) in std::iter::once((&parameters.flat, &snapshot.flat)).chain(buffers) {
                 target
@@ -466,12 +562,19 @@ impl Replica {
                     .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?;
             }
             match &snapshot.optimizer {
-                Some(state) => self.states.insert(group, state.copy()),
+                Some(state) => self.states.insert(group, state.map(Tensor::copy)),
                 None => self.states.remove(&group),
             };
+            self.stamps[group] = snapshot.stamp;
         }
         Ok(())
     }
+}
+
+/// What a shard adds to the numbers that all ranks sum: its loss, whether it moved running statistics, and, with the rank's last shard, votes.
+fn numbers(loss: f64, moved: bool, is_last: bool, votes: &impl Fn() -> Votes) -> Vec<f64> {
+    let votes = if is_last { votes() } else { Votes::default() };
+    [loss, f64::from(u8::from(moved))].into_iter().chain(votes.numbers()).collect()
 }
 
 fn add_tensor(left: &mut Tensor, right: Tensor) {
@@ -497,7 +600,9 @@ pub(super) fn input_tensors(batch: &Batch, kind: Kind) -> Vec<Tensor> {
 }
 
 fn hash(hasher: &mut blake3::Hasher, tensor: &Tensor) -> Result<(), Error> {
-    hasher.update(&model::StateTensor::of("", tensor)?.bytes);
+    StateTensor::with_bytes(tensor, |bytes| {
+        hasher.update(bytes);
+    })?;
     Ok(())
 }
 

@@ -9,8 +9,9 @@ use super::feed::{self, Feed, Order};
 use super::job::Job;
 use super::outbox::Outbox;
 use super::prefix::{self, Prefix};
-use super::replica::{self, GroupSnapshot, Replica, StepPlan, StepReport};
+use super::replica::{self, Replica, StepPlan, StepReport, Votes};
 use super::save::{self, Saver};
+use super::snapshot::GroupSnapshot;
 use super::trace::{Trace, TraceStep};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -21,9 +22,6 @@ use thaw_proto::ids::{Generation, StageIndex};
 use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
 use thaw_proto::spec::{ClassWeights, OnEnter};
-
-/// Updates between checkpoints where nothing says otherwise.
-const UNMEASURED_SAVE_STEPS: u32 = 200;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -97,8 +95,7 @@ pub(crate) struct Session<'a> {
     pub(crate) prefix: Option<Prefix>,
     /// Samples of evaluations since the last measurement; their time is not a step's.
     pub(crate) evaluated: prefix::Counts,
-    /// On rank 0 only.
-    pub(crate) saver: Option<Saver>,
+    pub(crate) saver: Saver,
     /// On rank 0, where the spec asks for it.
     pub(crate) trace: Option<Trace>,
 }
@@ -160,6 +157,7 @@ impl Session<'_> {
         let ended = self.state.tracker.ended_stages(&self.state.ended);
         let rates = Rates::entering(&self.job.plan, &ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
+        self.saver.enter_stage();
         loop {
             let waited = Instant::now();
             let batches = feed.next(self.prefix.as_mut(), self.replica.model_mut()).ok_or(Error::DataEnded)??;
@@ -171,9 +169,14 @@ impl Session<'_> {
                 samples: order.step_size(at.stage_step),
                 weight: self.step_weight(&order, at.stage_step),
                 rates: rates.at(at.stage_step, self.state.tracker.reductions()),
-                suspend: self.outbox.suspension_asked(),
             };
-            let report = self.replica.train_step(&plan, batches)?;
+            let votes = || Votes {
+                suspend: self.outbox.suspension_asked(),
+                save: self.saver.is_due(at.step.next()),
+                busy: self.saver.is_busy(),
+            };
+            let report = self.replica.train_step(&plan, batches, votes)?;
+            self.saver.after_step(&report)?;
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
@@ -185,8 +188,11 @@ impl Session<'_> {
                 return Ok(Some(end));
             }
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
-            self.save_if_due(report.suspend)?;
-            if report.suspend {
+            let Votes { suspend, save, busy } = report.votes;
+            if suspend || (save && !busy) {
+                pace.stall(self.save(Vec::new())?);
+            }
+            if suspend {
                 return Ok(None);
             }
         }
@@ -202,7 +208,7 @@ impl Session<'_> {
         if let Some(best) = &mut self.state.best {
             // The best weights are those of every group that is ever trained after them, so also of those that thaw only now (TRAIN-4).
             let new: Vec<usize> = indices(stage).into_iter().filter(|group| !best.groups.contains_key(group)).collect();
-            best.groups.extend(self.replica.snapshot(&new));
+            best.groups.extend(self.replica.snapshot(&new, None));
         }
         self.replica.set_trainable(indices(stage))?;
         self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
@@ -245,7 +251,9 @@ impl Session<'_> {
     }
 
     fn keep_best(&mut self) {
-        let groups = self.replica.snapshot_evaluated(&self.job.ever_trained(self.state.position.stage));
+        let groups = self.job.ever_trained(self.state.position.stage);
+        let known = self.state.best.as_ref().map(|best| &best.groups);
+        let groups = self.replica.snapshot_evaluated(&groups, known);
         self.state.best = Some(Best { groups });
     }
 
@@ -299,15 +307,6 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn save_if_due(&mut self, must: bool) -> Result<(), Error> {
-        let step = self.state.position.step.0;
-        let every = self.job.spec.checkpoint.save_steps.unwrap_or(UNMEASURED_SAVE_STEPS);
-        if must || step.is_multiple_of(u64::from(every)) {
-            self.save(must, Vec::new())?;
-        }
-        Ok(())
-    }
-
     /// Moves to the boundary after the stage, and saves it with the stage's result.
     fn end_stage(&mut self, index: StageIndex, end: StageEnd) -> Result<(), Error> {
         let digest = self.replica.digest(self.state.position.step)?;
@@ -335,7 +334,7 @@ impl Session<'_> {
         self.state.stage_seconds = 0.0;
         self.state.position.stage = index.next();
         self.state.position.stage_step = 0;
-        self.save(true, vec![Outbox::stage_ended(&result)])
+        self.save(vec![Outbox::stage_ended(&result)]).map(drop)
     }
 
     /// What the best weights of the first of several stages score on the test part. Leaves the replica as it was.
@@ -345,18 +344,15 @@ impl Session<'_> {
         if self.job.dataset.index().size(Part::Test) == 0 {
             return Ok(None);
         }
-        let present = self.replica.snapshot(&self.job.ever_trained(index));
+        let present = self.replica.snapshot(&self.job.ever_trained(index), Some(&best.groups));
         self.replica.restore(&best.groups)?;
         let test = self.evaluate(Part::Test)?;
         self.replica.restore(&present)?;
         Ok(Some(test))
     }
 
-    fn save(&mut self, must: bool, then: Vec<super::outbox::Event>) -> Result<(), Error> {
-        if let Some(saver) = &mut self.saver {
-            saver.save(self.job, self.generation, &self.replica, &self.state, must, then)?;
-        }
-        Ok(())
+    fn save(&mut self, then: Vec<super::outbox::Event>) -> Result<Duration, Error> {
+        Ok(self.saver.save(self.job, &mut self.replica, &self.state, then)?)
     }
 
     /// Tests the best weights and, on rank 0, waits until the last checkpoint is committed and writes the model.
@@ -367,8 +363,8 @@ impl Session<'_> {
         let has_test = self.job.dataset.index().size(Part::Test) > 0;
         let test = if has_test { Some(self.evaluate(Part::Test)?) } else { None };
         let weights = save::weights_blake3(&self.replica)?;
-        if let Some(saver) = &mut self.saver {
-            saver.wait_for_commit(self.outbox)?;
+        self.saver.finish()?;
+        if self.replica.rank() == 0 {
             save::write_model(self.job, &self.replica)?;
         }
         let result = RunResult {
@@ -392,15 +388,15 @@ pub(crate) struct Pace {
     since: Instant,
     steps: u32,
     samples: u64,
-    sums: [f64; 7],
+    sums: [f64; 8],
     all_reduced_bytes: u64,
     prefix: prefix::Counts,
 }
 
 pub(crate) struct PaceReport {
     pub(crate) samples_per_second: f64,
-    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix, all but the wait.
-    pub(crate) step_seconds: [f64; 7],
+    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix, all but the wait, checkpoint.
+    pub(crate) step_seconds: [f64; 8],
     /// Per step.
     pub(crate) all_reduced_bytes: u64,
     pub(crate) prefix: prefix::Counts,
@@ -412,7 +408,7 @@ impl Pace {
             since: Instant::now(),
             steps: 0,
             samples: 0,
-            sums: [0.0; 7],
+            sums: [0.0; 8],
             all_reduced_bytes: 0,
             prefix: prefix::Counts::default(),
         }
@@ -427,6 +423,7 @@ impl Pace {
             report.optimizer,
             prefix.time.as_secs_f64(),
             prefix.time.as_secs_f64() + report.seconds,
+            report.checkpoint,
         ];
         for (sum, part) in self.sums.iter_mut().zip(parts) {
             *sum += part;
@@ -435,6 +432,11 @@ impl Pace {
         self.samples += u64::from(samples);
         self.all_reduced_bytes += report.all_reduced_bytes;
         self.prefix.add(prefix);
+    }
+
+    /// Between two steps.
+    fn stall(&mut self, time: Duration) {
+        self.sums[7] += time.as_secs_f64();
     }
 
     fn take(&mut self) -> PaceReport {

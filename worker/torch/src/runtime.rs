@@ -152,6 +152,16 @@ fn memory<Element>(tensor: &Tensor) -> *mut [Element] {
     std::ptr::slice_from_raw_parts_mut(start, elements)
 }
 
+/// Lends the memory of a contiguous CPU tensor as bytes.
+pub(crate) fn with_bytes<R>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> R) -> R {
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "memory is lent of contiguous CPU tensors");
+    let elements: *mut [u8] = memory(tensor);
+    let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let memory = std::ptr::slice_from_raw_parts(elements.cast::<u8>(), bytes);
+    // SAFETY: as for a slice of elements; every byte of a tensor's storage may be read.
+    body(unsafe { &*memory })
+}
+
 macro_rules! slices {
     ($read:ident, $read_all:ident, $write:ident, $element:ty, $kind:expr) => {
         #[doc = concat!("Lends the memory of a contiguous CPU tensor of `", stringify!($element), "`.")]

@@ -128,7 +128,23 @@ impl GroupParameters {
         self.parameters.iter().map(|parameter| parameter.elements).sum()
     }
 
-    /// A buffer like `flat` (weights, a gradient, moments) with every parameter row-major: the form that is saved, whatever the memory
+    /// How its parameters lie in `flat`; apart from the tensors, so that another thread can read a copy of `flat` by it.
+    #[must_use]
+    pub fn layout(&self) -> FlatLayout {
+        let moved = self.parameters.iter().filter(|parameter| parameter.channels_last);
+        FlatLayout { channels_last: moved.cloned().collect() }
+    }
+}
+
+/// How the parameters of a group lie in its flat buffer.
+#[derive(Debug, Clone)]
+pub struct FlatLayout {
+    /// Those that are not row-major.
+    channels_last: Vec<FlatParameter>,
+}
+
+impl FlatLayout {
+    /// A buffer like the group's (weights, a gradient, moments) with every parameter row-major: the form that is saved, whatever the memory
     /// format. Shares memory where nothing lies otherwise.
     ///
     /// # Errors
@@ -140,7 +156,7 @@ impl GroupParameters {
         })
     }
 
-    /// The inverse of [`GroupParameters::to_row_major`].
+    /// The inverse of [`FlatLayout::to_row_major`].
     ///
     /// # Errors
     /// With libtorch's text.
@@ -156,12 +172,12 @@ impl GroupParameters {
         flat: &Tensor,
         copy: impl Fn(&FlatParameter, &Tensor, &Tensor) -> Result<(), Error>,
     ) -> Result<Tensor, Error> {
-        if !self.parameters.iter().any(|parameter| parameter.channels_last) {
+        if self.channels_last.is_empty() {
             return Ok(flat.shallow_clone());
         }
         let _mode = crate::autograd::GradMode::set(false);
         let reordered = flat.copy();
-        for parameter in self.parameters.iter().filter(|parameter| parameter.channels_last) {
+        for parameter in &self.channels_last {
             copy(parameter, flat, &reordered)?;
         }
         Ok(reordered)

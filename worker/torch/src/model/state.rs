@@ -8,6 +8,7 @@ use thaw_graph::ir::DType;
 use super::{Error, SegmentedModel, load, tensor_error};
 use crate::autograd::GradMode;
 use crate::executor::dtype_of;
+use crate::runtime;
 
 /// A named tensor as raw little-endian bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,17 @@ impl StateTensor {
         }
         let dtype = dtype_of(tensor.kind()).expect("weights have one of the graph's element types");
         Ok(Self { name: name.to_owned(), dtype, shape: tensor.size(), bytes })
+    }
+
+    /// A tensor's elements, row-major and little-endian: its own memory where it has them there.
+    ///
+    /// # Errors
+    /// With libtorch's text.
+    pub fn with_bytes<R>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> R) -> Result<R, Error> {
+        if tensor.device() == Device::Cpu && tensor.is_contiguous() {
+            return Ok(runtime::with_bytes(tensor, body));
+        }
+        Ok(body(&Self::of("", tensor)?.bytes))
     }
 
     /// The tensor, on the CPU.
