@@ -147,14 +147,11 @@ pub struct PrefixCache {
     pub disk_mib: Option<u32>,
     /// Samples that a prefix is computed for at a time; `None`: by the size of a sample.
     pub chunk_size: Option<u32>,
-    /// Augmented views kept per sample.
-    #[serde(default = "one")]
-    pub views: u32,
 }
 
 impl Default for PrefixCache {
     fn default() -> Self {
-        Self { mode: PrefixCacheMode::Auto, memory_mib: None, disk_mib: None, chunk_size: None, views: 1 }
+        Self { mode: PrefixCacheMode::Auto, memory_mib: None, disk_mib: None, chunk_size: None }
     }
 }
 

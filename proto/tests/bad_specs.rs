@@ -201,10 +201,6 @@ fn policies() {
              batch_norm.minimum_batch: must be in 2-65536, not 1; leave it out for 16 (line 6)",
         ),
         (
-            "prefix_cache: {views: 2}",
-            "prefix_cache.views: must be 1 for text (csv, jsonl): texts are not augmented; leave it out (line 5)",
-        ),
-        (
             "checkpoint: {max_overhead: 0}",
             "checkpoint.max_overhead: must be in (0, 1], not 0; leave it out for 0.03 (line 5)",
         ),

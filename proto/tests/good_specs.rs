@@ -75,10 +75,7 @@ fn policies_and_their_defaults() {
     let base =
         "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\ndata: {train: {path: ../d, format: image_folder}}\n";
     let plain = check(base);
-    assert_eq!(
-        (plain.gradient_accumulation_steps, plain.label_smoothing_factor, plain.prefix_cache.views),
-        (1, 0.0, 1)
-    );
+    assert_eq!((plain.gradient_accumulation_steps, plain.label_smoothing_factor), (1, 0.0));
     assert_eq!((plain.class_weights, plain.l2_sp, plain.ema), (ClassWeights::Equal, None, None));
     assert_eq!((plain.checkpoint.save_steps, plain.checkpoint.max_overhead), (None, 0.03));
     assert_eq!(
@@ -88,7 +85,7 @@ fn policies_and_their_defaults() {
     let full = check(&format!(
         "{base}gradient_accumulation_steps: 4\nlabel_smoothing_factor: 0.1\nclass_weights: [1, 2.5]\nl2_sp: {{alpha: 0.2}}\n\
          ema: {{decay: 0.99, evaluate: false}}\nlearning_rates: {{head: 1e-2, '/layer[12]/': 1e-4}}\n\
-         activation_checkpointing: true\nprefix_cache: {{views: 4}}\nlr_scheduler: {{type: reduce_on_plateau, warmup_ratio: 0.1, patience: 3}}\n\
+         activation_checkpointing: true\nlr_scheduler: {{type: reduce_on_plateau, warmup_ratio: 0.1, patience: 3}}\n\
          batch_norm: {{frozen_groups: recompute, thawed_groups: frozen_statistics, minimum_batch: 8}}\n"
     ));
     assert_eq!(full.class_weights, ClassWeights::Given(vec![1.0, 2.5]));
@@ -98,10 +95,7 @@ fn policies_and_their_defaults() {
     );
     assert_eq!(full.lr_scheduler.plateau, Some(Plateau { factor: 0.1, patience: 3 }));
     assert_eq!((full.frozen_batch_norm, full.thawed_batch_norm.minimum_batch), (BatchNormPolicy::Recompute, 8));
-    assert_eq!(
-        (full.gradient_accumulation_steps, full.prefix_cache.views, full.activation_checkpointing),
-        (4, 4, true)
-    );
+    assert_eq!((full.gradient_accumulation_steps, full.activation_checkpointing), (4, true));
     assert_eq!(check(&format!("{base}class_weights: balanced")).class_weights, ClassWeights::Balanced);
     assert_eq!(check(&format!("{base}class_weights: {{weights: [1]}}")).class_weights, ClassWeights::Given(vec![1.0]));
     let raw = pb::RunSpec::from(&full);

@@ -56,7 +56,7 @@ prop_compose! {
         flags in (any::<bool>(), any::<bool>()), steps in option::of(any::<u32>()), smoothing in option::of(not_nan()),
         weights in option::of(prop::collection::vec(not_nan(), 0..4)), pull in option::of((option::of(not_nan()), option::of(not_nan()))),
         ema in option::of((not_nan(), option::of(any::<bool>()))), learning_rates in rates(), memory_format in 0..4,
-        views in option::of(any::<u32>()), norm in option::of((0..3, 0..4, option::of(any::<u32>()))),
+        chunk_size in option::of(any::<u32>()), norm in option::of((0..3, 0..4, option::of(any::<u32>()))),
         scheduler in option::of((0..9, option::of(any::<u32>()), option::of(not_nan()), option::of(not_nan()), option::of(any::<u32>()))),
         overhead in option::of(not_nan()),
     ) -> pb::RunSpec {
@@ -69,7 +69,7 @@ prop_compose! {
             ema: ema.map(|(decay, evaluate)| pb::Ema { decay, evaluate }),
             learning_rates,
             memory_format,
-            prefix_cache: Some(pb::PrefixCache { views, ..Default::default() }),
+            prefix_cache: Some(pb::PrefixCache { chunk_size, ..Default::default() }),
             batch_norm: norm.map(|(frozen_groups, thawed_groups, minimum_batch)| pb::BatchNorm { frozen_groups, thawed_groups, minimum_batch }),
             lr_scheduler: scheduler.map(|(kind, warmup_steps, warmup_ratio, factor, patience)| {
                 pb::LrScheduler { r#type: kind, warmup_steps, warmup_ratio, factor, patience }

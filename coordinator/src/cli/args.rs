@@ -22,6 +22,11 @@ pub(crate) enum Verb {
         after_help = "Example:\n  thaw train spec.yaml --workers 2\n\nThe same through a coordinator:\n  thaw up --workers 2 &\n  thaw submit spec.yaml\n\nWith grpcurl:\n  grpcurl -plaintext -d @ 127.0.0.1:7070 thaw.v1.RunService/CreateRun <<< '{\"spec\": {...}}'"
     )]
     Train(TrainOptions),
+    /// Find a learning rate: train one stage of a spec on this machine with a rate that rises until the loss does.
+    #[command(
+        after_help = "Example:\n  thaw lr-find spec.yaml --workers 2\n\nIt is a run of at most 100 updates; a loss that has left its valley ends it early.\n\nWith grpcurl, a stage with lr_scheduler {type: RANGE_TEST} does the same:\n  grpcurl -plaintext -d '{\"spec\": {...}}' 127.0.0.1:7070 thaw.v1.RunService/CreateRun"
+    )]
+    LrFind(LrFindOptions),
     /// Start a coordinator with an embedded store and workers, on this machine.
     #[command(
         after_help = "Example:\n  thaw up --workers 2\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 list"
@@ -131,6 +136,7 @@ impl Verb {
         match self {
             Self::Serve(_) | Self::Up(_) => "info",
             Self::Train(_)
+            | Self::LrFind(_)
             | Self::Plan(_)
             | Self::Submit { .. }
             | Self::Get { .. }
@@ -155,6 +161,23 @@ pub(crate) struct TrainOptions {
     /// Address the coordinator listens on while it trains. Port 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct LrFindOptions {
+    /// The run spec, YAML or JSON.
+    pub(crate) spec: PathBuf,
+    /// The stage of its plan to test. Default: the first.
+    #[arg(long)]
+    pub(crate) stage: Option<String>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterOptions,
+    /// Address the coordinator listens on meanwhile. Port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
+    /// A plot, or every point as JSON.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
 }

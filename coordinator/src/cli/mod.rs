@@ -3,6 +3,7 @@
 mod args;
 mod client;
 mod embedded;
+mod lr_find;
 mod progress;
 mod show;
 mod train;
@@ -93,6 +94,7 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Serve(options) => embedded::serve(options).await,
         Verb::Up(options) => embedded::up(options).await,
         Verb::Train(options) => train::train(options).await,
+        Verb::LrFind(options) => lr_find::lr_find(options).await,
         Verb::Plan(options) => train::plan(options).await,
         Verb::Submit { spec, output } => {
             let run = client::submit(&mut client::runs(&server).await?, train::read_spec(&spec)?.0).await?;

@@ -346,18 +346,12 @@ fn ema(at: &mut Checker, raw: &pb::Ema) -> Ema {
 fn prefix_cache(at: &mut Checker, spec: &pb::RunSpec) -> PrefixCache {
     const MOST_MIB: u32 = 1 << 24;
     let raw = spec.prefix_cache.unwrap_or_default();
-    let format = spec.data.as_ref().and_then(|data| data.train.as_ref()).map(|train| train.format);
-    let are_texts = [pb::DataFormat::Csv, pb::DataFormat::Jsonl].iter().any(|text| format == Some(*text as i32));
-    if are_texts && raw.views.is_some_and(|views| views != 1) {
-        at.refuse("views", "must be 1 for text (csv, jsonl): texts are not augmented; leave it out");
-    }
     let free = "a quarter of what is free";
     PrefixCache {
         mode: at.choice("mode", raw.mode).unwrap_or(PrefixCacheMode::Auto),
         memory_mib: at.whole_or_none("memory_mib", raw.memory_mib, 0..=MOST_MIB, free),
         disk_mib: at.whole_or_none("disk_mib", raw.disk_mib, 0..=MOST_MIB, free),
         chunk_size: at.whole_or_none("chunk_size", raw.chunk_size, 1..=4096, "a size that suits the samples"),
-        views: at.whole("views", raw.views, 1..=64, 1),
     }
 }
 

@@ -70,7 +70,6 @@ impl From<&PrefixCache> for pb::PrefixCache {
             memory_mib: cache.memory_mib,
             disk_mib: cache.disk_mib,
             chunk_size: cache.chunk_size,
-            views: Some(cache.views),
         }
     }
 }
