@@ -58,6 +58,9 @@ pub(crate) fn graph() -> GraphFacts {
         forward_flops,
         embedding,
         boundary_bytes_per_sample: 512,
+        saved_bytes_per_sample: 1000,
+        alive_bytes_per_sample: 600,
+        largest_bytes_per_sample: 300,
     };
     let mut groups = vec![group("embeddings", 5000, 10, true)];
     groups.extend((0..6).map(|layer| group(&format!("encoder.layer.{layer}"), 1000, 4000, false)));

@@ -7,7 +7,7 @@ use super::{Planned, SpecPlanner};
 use crate::folder::local_path;
 use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts};
 use thaw_data::{Dataset, Index, Part, fit, index};
-use thaw_graph::{Archive, Summary};
+use thaw_graph::{Activations, Archive, Summary};
 use thaw_proto::spec::RunSpec;
 use thaw_proto::violation::Violations;
 use thaw_runtime::chain;
@@ -30,9 +30,9 @@ impl SpecPlanner for FilesPlanner {
                 return Err(all);
             }
         };
-        let (archive, summary) = summarize(spec, &archive, index.classes().len())?;
+        let (archive, summary, activations) = summarize(spec, &archive, index.classes().len())?;
         let fits = check_fit(spec, &archive, &summary, &index);
-        let planned = thaw_core::planner::plan(spec, &graph_facts(&summary), &data_facts(&index));
+        let planned = thaw_core::planner::plan(spec, &graph_facts(&summary, &activations), &data_facts(&index));
         let mut plan = match (fits, planned) {
             (Ok(()), Ok(plan)) => plan,
             (fits, planned) => {
@@ -59,7 +59,11 @@ fn open_archive(spec: &RunSpec) -> Result<Archive, Violations> {
 }
 
 /// The archive with the run's head, and what the planner needs of it.
-fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archive, Summary), Violations> {
+fn summarize(
+    spec: &RunSpec,
+    archive: &Archive,
+    classes: usize,
+) -> Result<(Archive, Summary, Vec<Activations>), Violations> {
     let wanted = fit::head(spec, classes);
     let archive = archive.with_head(&wanted).map_err(|error| Violations::one("backbone.head", chain(&error)))?;
     let rules = fit::group_rules(spec);
@@ -67,7 +71,10 @@ fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archi
     let field = if rules.is_empty() { "backbone.graph" } else { "backbone.layer_groups" };
     let segmented = thaw_graph::segment(&graph, &rules).map_err(|error| Violations::one(field, chain(&error)))?;
     let fingerprint = archive.fingerprint().map_err(|error| graph_mistake(chain(&error)))?;
-    Ok((archive, thaw_graph::summary(&segmented, fingerprint)))
+    let summary = thaw_graph::summary(&segmented, fingerprint);
+    let longest = u64::from(fit::data(spec, &summary).max_length);
+    let activations = thaw_graph::activations(&segmented, Some(longest));
+    Ok((archive, summary, activations))
 }
 
 /// Opens the data as a trainer will, and loads one sample.
@@ -158,10 +165,10 @@ fn data_facts(index: &Index) -> DataFacts {
     DataFacts { classes: index.classes().to_vec(), summary: index.summary(), shard_sizes: index.shard_sizes() }
 }
 
-fn graph_facts(summary: &Summary) -> GraphFacts {
+fn graph_facts(summary: &Summary, activations: &[Activations]) -> GraphFacts {
     // The planner wants what crosses the cut below a group: what leaves the one before it.
     let below = std::iter::once(0).chain(summary.groups.iter().map(|group| group.boundary_bytes_per_sample));
-    let group = |(group, below): (&thaw_graph::GroupSummary, u64)| GroupFacts {
+    let group = |((group, below), held): ((&thaw_graph::GroupSummary, u64), &Activations)| GroupFacts {
         name: group.name.clone(),
         parameters: group.parameters,
         decay_parameters: group.decay_parameters,
@@ -170,9 +177,12 @@ fn graph_facts(summary: &Summary) -> GraphFacts {
         forward_flops: group.forward_flops / 2,
         embedding: group.embedding,
         boundary_bytes_per_sample: below,
+        saved_bytes_per_sample: held.saved,
+        alive_bytes_per_sample: held.alive,
+        largest_bytes_per_sample: held.largest,
     };
     GraphFacts {
-        groups: summary.groups.iter().zip(below).map(group).collect(),
+        groups: summary.groups.iter().zip(below).zip(activations).map(group).collect(),
         feature_size: u32::try_from(summary.feature_size).unwrap_or(u32::MAX),
         convolutional: summary.convolutional,
     }

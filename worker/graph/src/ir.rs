@@ -304,13 +304,18 @@ impl Graph {
     pub fn hinted_shape(&self, id: ValueId) -> Option<Vec<i64>> {
         let hints: BTreeMap<String, i64> =
             self.symbols.iter().map(|(name, symbol)| (name.clone(), symbol.hint)).collect();
+        self.shape_at(id, &hints)
+    }
+
+    /// The sizes of a tensor at the symbols' values; `None` where it is no tensor, or a symbol is missing.
+    pub(crate) fn shape_at(&self, id: ValueId, symbols: &BTreeMap<String, i64>) -> Option<Vec<i64>> {
         let tensor = self.value(id).tensor.as_ref()?;
         tensor
             .shape
             .iter()
             .map(|dim| match dim {
                 Dim::Known(size) => Some(*size),
-                Dim::Symbolic(expression) => expression.eval(&hints).ok(),
+                Dim::Symbolic(expression) => expression.eval(symbols).ok(),
             })
             .collect()
     }

@@ -3,7 +3,7 @@
 use thaw_proto::spec;
 use thaw_torch::model::GroupParameters;
 use thaw_torch::optim::{AdamWSettings, AdamWState, Error, Optimizers, SgdSettings, SgdState};
-use thaw_torch::tch::{Kind, Tensor};
+use thaw_torch::tch::{Kind, TchError, Tensor};
 
 /// The update rule with its settings; the rate comes with each step.
 #[derive(Debug)]
@@ -131,6 +131,27 @@ impl OptimizerState {
             RuleState::AdamW(state) => state.step.double_value(&[]) as u64,
             RuleState::Sgd(state) => state.steps,
         }
+    }
+
+    /// Takes over another group state's values, into its own memory where it has it.
+    pub(crate) fn copy_from(&mut self, other: &Self) -> Result<(), TchError> {
+        let fits = |(mine, other): (&(_, &Tensor), &(_, &Tensor))| mine.1.size() == other.1.size();
+        let (mine, theirs) = (self.tensors(), other.tensors());
+        if mine.len() != theirs.len() || !mine.iter().zip(&theirs).all(fits) {
+            *self = other.map(Tensor::copy);
+            return Ok(());
+        }
+        for ((_, mine), (_, theirs)) in mine.into_iter().zip(theirs) {
+            mine.shallow_clone().f_copy_(theirs)?;
+        }
+        match (&mut self.rule, &other.rule) {
+            (RuleState::AdamW(mine), RuleState::AdamW(theirs)) => mine.step = theirs.step.copy(),
+            (RuleState::Sgd(mine), RuleState::Sgd(theirs)) => mine.steps = theirs.steps,
+            (RuleState::AdamW(_), RuleState::Sgd(_)) | (RuleState::Sgd(_), RuleState::AdamW(_)) => {
+                unreachable!("a run has one optimizer")
+            }
+        }
+        Ok(())
     }
 
     /// The state with `copy` of each of its tensors.

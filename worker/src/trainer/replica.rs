@@ -561,10 +561,13 @@ impl Replica {
                     .f_copy_(saved)
                     .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?;
             }
-            match &snapshot.optimizer {
-                Some(state) => self.states.insert(group, state.map(Tensor::copy)),
-                None => self.states.remove(&group),
-            };
+            match (&snapshot.optimizer, self.states.get_mut(&group)) {
+                (Some(saved), Some(state)) => state
+                    .copy_from(saved)
+                    .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?,
+                (Some(saved), None) => drop(self.states.insert(group, saved.map(Tensor::copy))),
+                (None, _) => drop(self.states.remove(&group)),
+            }
             self.stamps[group] = snapshot.stamp;
         }
         Ok(())

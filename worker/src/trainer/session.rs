@@ -22,6 +22,7 @@ use thaw_proto::ids::{Generation, StageIndex};
 use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
 use thaw_proto::spec::{ClassWeights, OnEnter};
+use thaw_torch::runtime;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -142,6 +143,7 @@ impl Session<'_> {
     fn stage(&mut self, stage: &PlannedStage) -> Result<Option<StageEnd>, Error> {
         let started = Instant::now();
         let before = self.state.stage_seconds;
+        let _since_here = runtime::memory_use(true);
         if self.state.position.stage_step == 0 {
             self.enter(stage)?;
         } else {
@@ -252,8 +254,10 @@ impl Session<'_> {
 
     fn keep_best(&mut self) {
         let groups = self.job.ever_trained(self.state.position.stage);
-        let known = self.state.best.as_ref().map(|best| &best.groups);
-        let groups = self.replica.snapshot_evaluated(&groups, known);
+        // What has changed since is let go first, so that there are never two copies of it.
+        let mut known = self.state.best.take().map(|best| best.groups).unwrap_or_default();
+        known.retain(|group, known| known.stamp == self.replica.stamp(*group));
+        let groups = self.replica.snapshot_evaluated(&groups, Some(&known));
         self.state.best = Some(Best { groups });
     }
 
@@ -334,6 +338,7 @@ impl Session<'_> {
         self.state.stage_seconds = 0.0;
         self.state.position.stage = index.next();
         self.state.position.stage_step = 0;
+        self.restore_best_where_nothing_else_counts()?;
         self.save(vec![Outbox::stage_ended(&result)]).map(drop)
     }
 
@@ -353,6 +358,16 @@ impl Session<'_> {
 
     fn save(&mut self, then: Vec<super::outbox::Event>) -> Result<Duration, Error> {
         Ok(self.saver.save(self.job, &mut self.replica, &self.state, then)?)
+    }
+
+    /// Restores the best weights unless the next stage goes on from the last ones: what nobody will read need not be saved.
+    fn restore_best_where_nothing_else_counts(&mut self) -> Result<(), Error> {
+        let next = self.job.plan.stages.get(self.state.position.stage.0 as usize);
+        let keeps_last = next.is_some_and(|next| next.on_enter == OnEnter::Keep);
+        match &self.state.best {
+            Some(best) if !keeps_last => Ok(self.replica.restore(&best.groups)?),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Tests the best weights and, on rank 0, waits until the last checkpoint is committed and writes the model.

@@ -52,6 +52,12 @@ pub struct GroupFacts {
     pub embedding: bool,
     /// Bytes of one sample's values that cross the cut below this group; 0 where unknown.
     pub boundary_bytes_per_sample: u64,
+    /// Bytes of one sample's values that its backward pass reads.
+    pub saved_bytes_per_sample: u64,
+    /// The most bytes of one sample's values that are alive at one time while it only computes its outputs.
+    pub alive_bytes_per_sample: u64,
+    /// Bytes of one sample's largest value.
+    pub largest_bytes_per_sample: u64,
 }
 
 /// What the planner needs to know of the data.
@@ -89,12 +95,10 @@ pub fn plan(spec: &RunSpec, graph: &GraphFacts, data: &DataFacts) -> Result<Plan
     }
 
     let steps_per_epoch = sampler::steps_per_epoch(spec.global_batch_size, &data.shard_sizes);
-    let DataSummary { train_samples, eval_samples, test_samples, .. } = data.summary;
-    let samples = train_samples + eval_samples + test_samples;
     let mut thawed = vec![false; graph.groups.len()];
     let mut stages = Vec::with_capacity(drafts.len());
     for (index, draft) in drafts.iter().enumerate() {
-        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, samples, &mut thawed));
+        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, &data.summary, &mut thawed));
     }
     data_notes(spec, data, &mut notes);
     Ok(Plan {
@@ -210,7 +214,7 @@ fn stage(
     draft: &Draft,
     first: bool,
     steps_per_epoch: u32,
-    samples: u64,
+    data: &DataSummary,
     thawed: &mut [bool],
 ) -> PlannedStage {
     let mut thawed_groups = Vec::new();
@@ -240,9 +244,15 @@ fn stage(
         max_steps,
         trainable_parameters: cost::trainable_parameters(graph, &draft.groups),
         all_reduce_bytes: cost::all_reduce_bytes(spec, graph, &draft.groups),
-        memory_bytes: cost::memory_bytes(spec, graph, &draft.groups),
+        memory_bytes: cost::memory_bytes(spec, graph, &draft.groups, thawed, data.eval_samples),
         boundary_bytes_per_sample: cost::boundary_bytes_per_sample(graph, &draft.groups),
-        cost: cost::of_stage(spec, graph, &draft.groups, thawed, samples),
+        cost: cost::of_stage(
+            spec,
+            graph,
+            &draft.groups,
+            thawed,
+            data.train_samples + data.eval_samples + data.test_samples,
+        ),
         thawed_groups,
         until,
         plateau: draft.scheduler.plateau,

@@ -196,11 +196,16 @@ fn costs_follow_format_and_optimizer() {
     let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
     let single = stage(json!({}));
     assert_eq!((single.trainable_parameters, single.all_reduce_bytes), (1036, 4144));
-    assert_eq!(single.memory_bytes, 4 * 11_036 + 3 * 4144);
+    // Eight samples: what three groups keep, the boundary, and two gradients of the largest value.
+    let activations = 8 * (3 * 1000 + 512 + 2 * 300);
+    // Gradients, their sums, two moments; the best weights with their moments.
+    assert_eq!(single.memory_bytes, 4 * 11_036 + (4 + 3) * 4144 + activations);
+    let checkpointed = stage(json!({"activation_checkpointing": true}));
+    assert_eq!(single.memory_bytes - checkpointed.memory_bytes, 8 * (2 * 1000 - 3 * 512));
     assert_eq!(stage(json!({"precision": "fp64"})).all_reduce_bytes, 8288);
-    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 3 * 4144 + 2 * 11_036);
+    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 7 * 4144 + 2 * 11_036 + activations / 2);
     let sgd = stage(json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}));
-    assert_eq!(sgd.memory_bytes, 4 * 11_036 + 4144);
+    assert_eq!(sgd.memory_bytes, 4 * 11_036 + (2 + 1) * 4144 + activations);
 }
 
 #[test]
