@@ -19,4 +19,5 @@ mod lines;
 pub mod report;
 pub mod server;
 pub mod store;
+pub mod verify;
 pub mod views;

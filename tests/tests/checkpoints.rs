@@ -12,7 +12,7 @@ use thaw_tests::sandbox::{Sandbox, text_spec};
 
 /// The head, then a stage that never pays: its best weights stay the head's.
 const HARMED: &str = "strategy: custom\nstop_when_no_gain: false\nuntil: {max_epochs: 2}\nlearning_rate: 5e-3\n\
-stages:\n  - {name: head, thaw: [head]}\n  - {name: top, thaw: [head, '/2$/'], learning_rate: 3}\n";
+stages:\n  - {name: head, thaw: [head]}\n  - {name: top, thaw: [head, '/2$/'], learning_rate: 3, until: {max_steps: 200}}\n";
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
@@ -81,7 +81,8 @@ fn a_run_that_resumes_in_a_harmful_stage_still_ends_with_the_best_weights() {
 
     let disturbed = Sandbox::new();
     let reached = disturbed.path().join("reached");
-    let hold = format!("forward@{}={}", first + 7, reached.display());
+    // Late enough that a save has found the last one written.
+    let hold = format!("forward@{}={}", first + 150, reached.display());
     let training = Process::start(disturbed.train_command(&disturbed.spec(&spec), 2, &["--hold", &hold]).arg("-ojson"));
     process::file(&reached, Duration::from_secs(60));
     let of_second =
@@ -95,6 +96,73 @@ fn a_run_that_resumes_in_a_harmful_stage_still_ends_with_the_best_weights() {
     let summary: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!(summary["world_sizes"], serde_json::json!([2, 2]), "the gang was not formed anew exactly once");
     assert_eq!(summary["weights_blake3"], expected["weights_blake3"]);
+}
+
+/// `thaw verify` of the only run: exit code, document, stderr.
+fn verified(sandbox: &Sandbox, more: &[&str]) -> (Option<i32>, Value, String) {
+    let run = sandbox.run_folder();
+    let mut command = sandbox.thaw();
+    command
+        .arg("verify")
+        .arg(run.file_name().unwrap())
+        .args(["-ojson", "--data-dir"])
+        .arg(sandbox.data_dir())
+        .args(more);
+    let ended = Process::start(&mut command).wait(Duration::from_secs(60));
+    (ended.status.code(), serde_json::from_str(&ended.stdout).unwrap_or_default(), ended.stderr)
+}
+
+#[test]
+fn a_runs_record_is_checked_again_beside_its_plan() {
+    let sandbox = Sandbox::new();
+    let spec = "until: {max_epochs: 2}\nthaw_units: 2\nstop_when_no_gain: false\ncheckpoint: {save_steps: 3}\n\
+                logging_steps: 1\nverification: {trace: true}\n";
+    let summary = sandbox.train_summary(&sandbox.spec(&text_spec(spec)), 2, &[]);
+    assert_eq!(summary["state"], "SUCCEEDED");
+    let (code, found, errors) = verified(&sandbox, &[]);
+    assert_eq!(code, Some(0), "{errors}");
+    let details: Vec<&str> =
+        found["checks"].as_array().unwrap().iter().map(|check| check["detail"].as_str().unwrap()).collect();
+    assert!(
+        details.contains(&"6 whole epochs of the trace") && details.contains(&"3 stages have ended"),
+        "{details:?}"
+    );
+    for stage in found["stages"].as_array().unwrap() {
+        for what in ["gradient_bytes", "optimizer_bytes", "checkpoint_bytes", "memory_bytes", "step_seconds"] {
+            let [planned, actual] = ["planned", "actual"].map(|key| stage[what][key].as_f64());
+            assert!(planned > Some(0.0) && actual > Some(0.0), "{what} of {stage}");
+        }
+    }
+
+    // A frozen group that changed, a sample used twice, a blob that is another.
+    let run = sandbox.run_folder();
+    let steps = run.join("trace/steps.jsonl");
+    let mut lines: Vec<Value> =
+        fs::read_to_string(&steps).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines[0]["shards"][0]["samples"] = lines[1]["shards"][0]["samples"].clone();
+    fs::write(&steps, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let (code, _, errors) = verified(&sandbox, &[]);
+    assert!(code == Some(1) && errors.contains("stage 0, epoch 0 used 4 samples twice"), "{errors}");
+
+    let mut paths = files(&run.join("manifests"));
+    paths.sort();
+    let mut first: Value = serde_json::from_slice(&fs::read(&paths[0]).unwrap()).unwrap();
+    let head =
+        first["groups"].as_array().unwrap().iter().find(|group| group["weights"].is_object()).unwrap()["weights"]
+            .clone();
+    first["groups"][0]["weights"] = head.clone();
+    fs::write(&paths[0], first.to_string()).unwrap();
+    let (code, _, errors) = verified(&sandbox, &[]);
+    assert!(code == Some(1) && errors.contains("and no stage in between trains it"), "{errors}");
+
+    let hash = head["blake3"].as_str().unwrap();
+    let blob = run.join("blobs").join(&hash[..2]).join(hash);
+    fs::write(&blob, b"other").unwrap();
+    let (code, _, errors) = verified(&sandbox, &[]);
+    assert!(code == Some(1) && errors.contains(&format!("{hash} has 5 bytes that hash to")), "{errors}");
+    fs::remove_file(run.join("plan.json")).unwrap();
+    let (code, _, errors) = verified(&sandbox, &[]);
+    assert!(code == Some(2) && errors.contains("plan.json cannot be read"), "{errors}");
 }
 
 #[test]

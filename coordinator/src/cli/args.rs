@@ -27,6 +27,11 @@ pub(crate) enum Verb {
         after_help = "Example:\n  thaw lr-find spec.yaml --workers 2\n\nIt is a run of at most 100 updates; a loss that has left its valley ends it early.\n\nWith grpcurl, a stage with lr_scheduler {type: RANGE_TEST} does the same:\n  grpcurl -plaintext -d '{\"spec\": {...}}' 127.0.0.1:7070 thaw.v1.RunService/CreateRun"
     )]
     LrFind(LrFindOptions),
+    /// Check what a run left in its folder, and set its plan beside what was measured.
+    #[command(
+        after_help = "Example:\n  thaw verify debian-sections-f9d98544\n  thaw verify /shared/thaw/runs/debian-sections-f9d98544\n\nIt reads files alone; what they belong to is in the run:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/GetRun"
+    )]
+    Verify(VerifyOptions),
     /// Start a coordinator with an embedded store and workers, on this machine.
     #[command(
         after_help = "Example:\n  thaw up --workers 2\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 list"
@@ -137,6 +142,7 @@ impl Verb {
             Self::Serve(_) | Self::Up(_) => "info",
             Self::Train(_)
             | Self::LrFind(_)
+            | Self::Verify(_)
             | Self::Plan(_)
             | Self::Submit { .. }
             | Self::Get { .. }
@@ -178,6 +184,17 @@ pub(crate) struct LrFindOptions {
     #[arg(long, default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
     /// A plot, or every point as JSON.
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VerifyOptions {
+    /// The run's id, or its folder.
+    pub(crate) run: String,
+    /// The folder that has the run.
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
 }

@@ -7,6 +7,7 @@ mod lr_find;
 mod progress;
 mod show;
 mod train;
+mod verify;
 
 pub(crate) use args::Args;
 use args::{Format, Verb};
@@ -94,6 +95,7 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Serve(options) => embedded::serve(options).await,
         Verb::Up(options) => embedded::up(options).await,
         Verb::Train(options) => train::train(options).await,
+        Verb::Verify(options) => verify::verify(options).await,
         Verb::LrFind(options) => lr_find::lr_find(options).await,
         Verb::Plan(options) => train::plan(options).await,
         Verb::Submit { spec, output } => {

@@ -6,6 +6,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use thaw_coordinator::verify::Verified;
 use thaw_proto::pb;
 
 pub(super) fn run(run: &pb::Run, output: Format) -> Result<ExitCode, Failure> {
@@ -66,6 +67,36 @@ pub(super) fn checkpoints(list: &pb::ListCheckpointsResponse, output: Format) ->
         table.to_string()
     });
     Ok(ExitCode::SUCCESS)
+}
+
+/// The checks, and each stage's plan beside what was measured.
+pub(super) fn verified(found: &Verified) -> String {
+    let mut checks = table(&["", "check", "what was looked at"]);
+    for check in &found.checks {
+        checks.add_row([if check.holds { "holds" } else { "FAILS" }, check.name, check.detail.as_str()]);
+    }
+    let mut stages = table(&["stage", "what", "planned", "measured", "measured / planned"]);
+    for stage in &found.stages {
+        let sizes = [
+            ("gradients", stage.gradient_bytes),
+            ("optimizer", stage.optimizer_bytes),
+            ("checkpoint", stage.checkpoint_bytes),
+            ("memory", stage.memory_bytes),
+        ];
+        let as_bytes = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| bytes(value as u64));
+        let rows = sizes.map(|(what, pair)| (what, as_bytes(pair.planned), as_bytes(pair.actual), pair.ratio()));
+        let seconds =
+            |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{:.2} ms", 1000.0 * value));
+        let time = stage.step_seconds;
+        let step = ("step", seconds(time.planned), seconds(time.actual), time.ratio());
+        for (index, (what, planned, actual, ratio)) in rows.into_iter().chain([step]).enumerate() {
+            let name = if index == 0 { stage.name.as_str() } else { "" };
+            let ratio = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}"));
+            stages.add_row([name, what, &planned, &actual, &ratio]);
+        }
+    }
+    align_right(&mut stages, &[2, 3, 4]);
+    format!("{checks}\n{stages}")
 }
 
 fn run_table(run: &pb::Run) -> String {

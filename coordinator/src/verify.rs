@@ -1,0 +1,400 @@
+//! What a run left in its folder, checked again: nothing is taken from what the run said about itself.
+//!
+//! VERIFY-1: every blob that a manifest names is there and hashes to its name.
+//! VERIFY-2: between two manifests only groups that a stage in between trains have changed.
+//! VERIFY-3: where a trace was written, each epoch used every training sample exactly once.
+//! VERIFY-4: every stage that ended has the digest that its trainers agreed on, and as many updates as its manifests say.
+//!
+//! Beside it stands what the plan said of each stage, and what was measured.
+
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+use thaw_core::manifest::{BlobRef, GroupState, Manifest, blob_name};
+use thaw_proto::pb;
+use thaw_proto::plan::Plan;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{} is no run's folder: {what}; give a run's id with its --data-dir, or its folder", path.display())]
+    NotARun { path: PathBuf, what: String },
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+}
+
+/// What was found. Field names are a contract.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verified {
+    pub checks: Vec<Check>,
+    pub stages: Vec<StageFacts>,
+}
+
+/// One law, and whether it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    pub name: &'static str,
+    pub holds: bool,
+    /// What was looked at, or the first thing that is wrong.
+    pub detail: String,
+}
+
+/// A stage as planned and as measured. `null` for what was not measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageFacts {
+    pub name: String,
+    /// Bytes summed over trainers in a step.
+    pub gradient_bytes: Pair,
+    pub optimizer_bytes: Pair,
+    pub checkpoint_bytes: Pair,
+    /// The plan's operations at the rate, and with the fixed cost, that fit this run's stages best.
+    pub step_seconds: Pair,
+    /// Of a trainer's tensors.
+    pub memory_bytes: Pair,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Pair {
+    pub planned: Option<f64>,
+    pub actual: Option<f64>,
+}
+
+impl Pair {
+    /// Of the actual to the planned value.
+    #[must_use]
+    pub fn ratio(&self) -> Option<f64> {
+        let (planned, actual) = (self.planned?, self.actual?);
+        (planned > 0.0).then(|| actual / planned)
+    }
+}
+
+impl Verified {
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.checks.iter().all(|check| check.holds)
+    }
+}
+
+/// Checks the run in `folder`; `progress` hears of every blob that is read: how many are done, of how many.
+///
+/// # Errors
+/// [`Error`] where there is no run, or its files cannot be read. A law that does not hold is no error but a [`Check`].
+pub fn verify(folder: &Path, progress: impl FnMut(usize, usize)) -> Result<Verified, Error> {
+    let plan = plan(folder)?;
+    let manifests = manifests(folder)?;
+    let lines = metrics(folder)?;
+    let checks = vec![
+        blobs(folder, &manifests, progress)?,
+        frozen(&plan, &manifests),
+        samples(folder, &plan)?,
+        stages(&manifests),
+    ];
+    Ok(Verified { checks, stages: facts(&plan, &manifests, &lines) })
+}
+
+fn plan(folder: &Path) -> Result<Plan, Error> {
+    let path = folder.join("plan.json");
+    let not = |what: String| Error::NotARun { path: folder.to_owned(), what };
+    let text = fs::read_to_string(&path).map_err(|error| not(format!("plan.json cannot be read ({error})")))?;
+    let plan: pb::Plan = thaw_proto::text::parse(&text).map_err(|error| not(format!("plan.json: {error}")))?;
+    Plan::try_from(&plan).map_err(|error| not(format!("plan.json: {error}")))
+}
+
+/// Oldest first: generations and steps are in their names, with leading zeros.
+fn manifests(folder: &Path) -> Result<Vec<Manifest>, Error> {
+    let path = folder.join("manifests");
+    let read = |source| Error::Read { path: path.clone(), source };
+    let entries = match fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(read(error)),
+    };
+    let mut paths =
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>().map_err(read)?;
+    paths.sort();
+    let mut manifests = Vec::with_capacity(paths.len());
+    for path in paths {
+        let bytes = fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        manifests.push(Manifest::from_json(&bytes).map_err(|error| Error::NotARun {
+            path: folder.to_owned(),
+            what: format!("{}: {error}", path.display()),
+        })?);
+    }
+    Ok(manifests)
+}
+
+fn check(name: &'static str, wrong: Option<String>, looked_at: String) -> Check {
+    Check { name, holds: wrong.is_none(), detail: wrong.unwrap_or(looked_at) }
+}
+
+/// VERIFY-1
+fn blobs(folder: &Path, manifests: &[Manifest], mut progress: impl FnMut(usize, usize)) -> Result<Check, Error> {
+    let named: BTreeSet<&BlobRef> = manifests.iter().flat_map(Manifest::blobs).collect();
+    let (mut wrong, mut bytes) = (None, 0);
+    for (done, blob) in named.iter().enumerate() {
+        progress(done, named.len());
+        let path = folder.join(blob_name(&blob.blake3));
+        let problem = match hash(&path) {
+            Ok((hash, length)) if hash == blob.blake3 && length == blob.bytes => None,
+            Ok((hash, length)) => Some(format!("{} has {length} bytes that hash to {hash}", path.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(format!("{} is missing", path.display())),
+            Err(source) => return Err(Error::Read { path, source }),
+        };
+        bytes += blob.bytes;
+        wrong = wrong.or(problem);
+    }
+    progress(named.len(), named.len());
+    let looked_at = format!("{} blobs of {} checkpoints, {bytes} bytes", named.len(), manifests.len());
+    Ok(check("blobs hash to their names", wrong, looked_at))
+}
+
+fn hash(path: &Path) -> io::Result<(String, u64)> {
+    let (mut file, mut hasher, mut length) = (fs::File::open(path)?, blake3::Hasher::new(), 0);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok((hasher.finalize().to_hex().to_string(), length));
+        }
+        hasher.update(&buffer[..read]);
+        length += read as u64;
+    }
+}
+
+/// VERIFY-2. A stage's end may hold the best weights of an earlier step, so that all stages from one manifest's to the next's count.
+fn frozen(plan: &Plan, manifests: &[Manifest]) -> Check {
+    let (mut compared, mut wrong) = (0_usize, None);
+    for pair in manifests.windows(2) {
+        let of = |manifest: &Manifest| manifest.position.stage.0 as usize;
+        let (from, to) = (of(&pair[0]), of(&pair[1]));
+        let between = plan.stages.iter().take(to + 1).skip(from.min(to).saturating_sub(1));
+        let trained: BTreeSet<usize> =
+            between.flat_map(|stage| &stage.trainable_groups).map(|group| group.0 as usize).collect();
+        for (index, (before, after)) in pair[0].groups.iter().zip(&pair[1].groups).enumerate() {
+            if trained.contains(&index) {
+                continue;
+            }
+            compared += 1;
+            if before.weights != after.weights && wrong.is_none() {
+                wrong = Some(format!(
+                    "{} differs between steps {} and {}, and no stage in between trains it",
+                    before.name, pair[0].position.step, pair[1].position.step
+                ));
+            }
+        }
+    }
+    check("frozen groups never change", wrong, format!("{compared} pairs of a group's states"))
+}
+
+#[derive(Deserialize)]
+struct TraceLine {
+    stage: u32,
+    stage_step: u32,
+    shards: Vec<TraceShard>,
+}
+
+#[derive(Deserialize)]
+struct TraceShard {
+    samples: Vec<u32>,
+}
+
+/// VERIFY-3
+fn samples(folder: &Path, plan: &Plan) -> Result<Check, Error> {
+    const NAME: &str = "every sample once an epoch";
+    let path = folder.join("trace/steps.jsonl");
+    let file = match fs::File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(check(NAME, None, "no trace was written (verification.trace)".to_owned()));
+        }
+        Err(source) => return Err(Error::Read { path, source }),
+    };
+    // A step that was done again after a loss is the one that counts.
+    let mut steps: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(|source| Error::Read { path: path.clone(), source })?;
+        // The last line may have been cut short by a loss.
+        let Ok(line) = serde_json::from_str::<TraceLine>(&line) else { continue };
+        let samples = line.shards.into_iter().flat_map(|shard| shard.samples).collect();
+        steps.insert((line.stage, line.stage_step), samples);
+    }
+    let per_epoch = plan.steps_per_epoch.max(1);
+    let mut epochs: BTreeMap<(u32, u32), (u32, Vec<u32>)> = BTreeMap::new();
+    for ((stage, stage_step), samples) in steps {
+        let (count, all) = epochs.entry((stage, stage_step / per_epoch)).or_default();
+        *count += 1;
+        all.extend(samples);
+    }
+    let (mut wrong, mut whole) = (None, 0);
+    for ((stage, epoch), (count, mut samples)) in epochs {
+        let used = samples.len();
+        samples.sort_unstable();
+        samples.dedup();
+        let expected = usize::try_from(plan.data.train_samples).unwrap_or(usize::MAX);
+        let complete = count == per_epoch;
+        whole += usize::from(complete);
+        if samples.len() != used {
+            wrong = wrong.or(Some(format!("stage {stage}, epoch {epoch} used {} samples twice", used - samples.len())));
+        } else if complete && used != expected {
+            wrong = wrong.or(Some(format!("stage {stage}, epoch {epoch} used {used} of {expected} samples")));
+        }
+    }
+    Ok(check(NAME, wrong, format!("{whole} whole epochs of the trace")))
+}
+
+/// VERIFY-4
+fn stages(manifests: &[Manifest]) -> Check {
+    const NAME: &str = "trainers agreed at every stage's end";
+    let Some(last) = manifests.last() else {
+        return check(NAME, None, "no checkpoint was written".to_owned());
+    };
+    let is_digest = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let wrong = last.stage_results.iter().zip(&last.ended_stage_steps).find_map(|(result, steps)| {
+        if !is_digest(&result.replica_digest) {
+            return Some(format!("stage {} has no digest", result.stage));
+        }
+        (result.steps != *steps)
+            .then(|| format!("stage {} made {} updates, its manifest says {steps}", result.stage, result.steps))
+    });
+    check(NAME, wrong, format!("{} stages have ended", last.stage_results.len()))
+}
+
+/// The part of a line of metrics that is compared.
+#[derive(Deserialize)]
+struct MetricsLine {
+    kind: String,
+    #[serde(default)]
+    stage: u32,
+    #[serde(default)]
+    stage_step: u32,
+    #[serde(default)]
+    step_time: Option<StepTime>,
+    #[serde(default)]
+    all_reduced_bytes: u64,
+    #[serde(default)]
+    peak_memory_bytes: u64,
+}
+
+#[derive(Deserialize)]
+struct StepTime {
+    whole: f64,
+}
+
+fn metrics(folder: &Path) -> Result<Vec<MetricsLine>, Error> {
+    let path = folder.join("metrics.jsonl");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(source) => return Err(Error::Read { path, source }),
+    };
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<MetricsLine>(line).ok());
+    Ok(lines.filter(|line| line.kind == "progress").collect())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "bytes and operations are compared by their ratio")]
+fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<StageFacts> {
+    let of_stage = |index: usize| lines.iter().filter(move |line| line.stage as usize == index);
+    // The first epoch fills the cache and warms up; a stage of one epoch has no other.
+    let seconds = |index: usize| {
+        let later = of_stage(index).filter(|line| line.stage_step > plan.steps_per_epoch);
+        let times = |lines: &mut dyn Iterator<Item = &MetricsLine>| {
+            lines.filter_map(|line| line.step_time.as_ref().map(|time| time.whole)).collect::<Vec<f64>>()
+        };
+        let found = times(&mut later.into_iter());
+        median(if found.is_empty() { times(&mut of_stage(index).skip(1)) } else { found })
+    };
+    let measured: Vec<Option<f64>> = (0..plan.stages.len()).map(seconds).collect();
+    let operations = |index: usize| plan.stages[index].cost.step_flops as f64;
+    let points: Vec<(f64, f64)> =
+        measured.iter().enumerate().filter_map(|(index, seconds)| Some((operations(index), (*seconds)?))).collect();
+    let predicted = calibrate(&points);
+    let stage = |(index, stage): (usize, &thaw_proto::plan::PlannedStage)| {
+        let trained: BTreeSet<usize> = stage.trainable_groups.iter().map(|group| group.0 as usize).collect();
+        // At its end a stage's state may be an earlier one's: the best.
+        let manifest = manifests.iter().rfind(|manifest| {
+            let (at, best) =
+                (manifest.position, manifest.tracker.best.as_ref().map(|best| best.position.stage.0 as usize));
+            let within = at.stage.0 as usize == index && at.stage_step > 0;
+            within || (at.stage.0 as usize == index + 1 && at.stage_step == 0 && best == Some(index))
+        });
+        let pair = |planned: u64, actual: Option<u64>| Pair {
+            planned: (planned > 0).then_some(planned as f64),
+            actual: actual.filter(|actual| *actual > 0).map(|actual| actual as f64),
+        };
+        let optimizer = |group: &GroupState| group.optimizer.as_ref().map_or(0, |blob| blob.bytes);
+        let whole = |group: &GroupState| optimizer(group) + group.weights.as_ref().map_or(0, |blob| blob.bytes);
+        let of_trained = |manifest: &Manifest| {
+            manifest
+                .groups
+                .iter()
+                .enumerate()
+                .filter(|(index, _)| trained.contains(index))
+                .map(|(_, group)| optimizer(group))
+                .sum()
+        };
+        StageFacts {
+            name: stage.name.clone(),
+            gradient_bytes: pair(stage.cost.gradient_bytes, of_stage(index).map(|line| line.all_reduced_bytes).max()),
+            optimizer_bytes: pair(stage.cost.optimizer_bytes, manifest.map(of_trained)),
+            checkpoint_bytes: pair(
+                stage.cost.checkpoint_bytes,
+                manifest.map(|manifest| manifest.groups.iter().map(whole).sum()),
+            ),
+            step_seconds: Pair {
+                planned: predicted.map(|(fixed, rate)| fixed + operations(index) * rate),
+                actual: measured[index],
+            },
+            memory_bytes: pair(stage.memory_bytes, of_stage(index).map(|line| line.peak_memory_bytes).max()),
+        }
+    };
+    plan.stages.iter().enumerate().map(stage).collect()
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// The fixed seconds and the seconds per operation that fit best, each stage's error as a share of its time; `None` for fewer than two stages.
+fn calibrate(points: &[(f64, f64)]) -> Option<(f64, f64)> {
+    let points: Vec<_> = points.iter().filter(|(operations, seconds)| *operations > 0.0 && *seconds > 0.0).collect();
+    if points.len() < 2 {
+        return None;
+    }
+    // Minimises the sum of (fixed / t + rate * x / t - 1)^2.
+    let (mut aa, mut ab, mut bb, mut a, mut b) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    for (operations, seconds) in points {
+        let (one, per) = (1.0 / seconds, operations / seconds);
+        aa += one * one;
+        ab += one * per;
+        bb += per * per;
+        a += one;
+        b += per;
+    }
+    let determinant = aa * bb - ab * ab;
+    let (fixed, rate) = ((a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant);
+    let sound = fixed.is_finite() && fixed >= 0.0 && rate.is_finite() && rate >= 0.0;
+    Some(if sound { (fixed, rate) } else { (0.0, b / bb) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fixed_cost_and_a_rate_are_found() {
+        let (fixed, rate) = calibrate(&[(1.0, 3.0), (10.0, 12.0), (100.0, 102.0)]).unwrap();
+        assert!((fixed - 2.0).abs() < 1e-9 && (rate - 1.0).abs() < 1e-9, "{fixed} {rate}");
+        assert_eq!(calibrate(&[(1.0, 3.0)]), None);
+        let (fixed, rate) = calibrate(&[(10.0, 1.0), (20.0, 3.0)]).unwrap();
+        assert!(fixed == 0.0 && rate > 0.0, "no time is negative: {fixed} {rate}");
+    }
+
+    #[test]
+    fn a_folder_without_a_plan_is_no_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = verify(folder.path(), |_, _| ()).unwrap_err();
+        assert!(error.to_string().contains("plan.json cannot be read"), "{error}");
+    }
+}
