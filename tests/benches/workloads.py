@@ -170,4 +170,6 @@ RESNET50 = Workload("resnet50", 32, 2, 2, make_resnet50, IMAGES, "resnet50", con
 VIT_SMALL = Workload("vit_small", 16, 3, 3, make_vit_small, IMAGES, "vit_small")
 BERT_BASE = Workload("bert_base", 8, 3, 3, make_bert_base, TEXTS, "bert_base")
 MINILM_DEMO = Workload("minilm", 32, 20, 10, make_minilm, MINILM, "minilm")
+# An epoch of several chunks of a frozen prefix, which are filled up with repeated samples where an epoch ends.
+VIT_SMALL_LONG = Workload("vit_small", 16, 8, 1, make_vit_small, IMAGES, "vit_small")
 ALL = (RESNET50, VIT_SMALL, BERT_BASE, MINILM_DEMO)

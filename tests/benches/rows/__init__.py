@@ -1,9 +1,12 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import collective, divergence, steps, transfer
+from benches.rows import bf16, cache, collective, divergence, interpreter, steps, transfer
 
 MEASUREMENTS = (
     *steps.MEASUREMENTS,
+    *bf16.MEASUREMENTS,
+    *interpreter.MEASUREMENTS,
+    *cache.MEASUREMENTS,
     *collective.MEASUREMENTS,
     *transfer.MEASUREMENTS,
     *divergence.MEASUREMENTS,
