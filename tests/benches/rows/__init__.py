@@ -1,12 +1,13 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import bf16, cache, collective, divergence, interpreter, steps, transfer
+from benches.rows import bf16, cache, collective, divergence, gradual, interpreter, steps, transfer
 
 MEASUREMENTS = (
     *steps.MEASUREMENTS,
     *bf16.MEASUREMENTS,
     *interpreter.MEASUREMENTS,
     *cache.MEASUREMENTS,
+    *gradual.MEASUREMENTS,
     *collective.MEASUREMENTS,
     *transfer.MEASUREMENTS,
     *divergence.MEASUREMENTS,
