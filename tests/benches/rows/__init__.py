@@ -1,6 +1,6 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import bf16, cache, collective, divergence, gradual, interpreter, steps, transfer
+from benches.rows import bf16, cache, collective, divergence, gradual, interpreter, plan, rollback, steps, transfer
 
 MEASUREMENTS = (
     *steps.MEASUREMENTS,
@@ -8,6 +8,8 @@ MEASUREMENTS = (
     *interpreter.MEASUREMENTS,
     *cache.MEASUREMENTS,
     *gradual.MEASUREMENTS,
+    *plan.MEASUREMENTS,
+    *rollback.MEASUREMENTS,
     *collective.MEASUREMENTS,
     *transfer.MEASUREMENTS,
     *divergence.MEASUREMENTS,
