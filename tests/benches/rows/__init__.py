@@ -1,6 +1,6 @@
 """All measurements, in the order in which they run."""
 
-from benches.rows import bf16, cache, collective, divergence, gradual, interpreter, plan, rollback, steps, transfer
+from benches.rows import bf16, cache, checkpoint, collective, divergence, gradual, interpreter, plan, rollback, steps, transfer
 
 MEASUREMENTS = (
     *steps.MEASUREMENTS,
@@ -9,6 +9,7 @@ MEASUREMENTS = (
     *cache.MEASUREMENTS,
     *gradual.MEASUREMENTS,
     *plan.MEASUREMENTS,
+    *checkpoint.MEASUREMENTS,
     *rollback.MEASUREMENTS,
     *collective.MEASUREMENTS,
     *transfer.MEASUREMENTS,
