@@ -1,12 +1,12 @@
 """What checkpoints cost training, how many bytes they write, and how long a full one takes beside PyTorch's.
 
-Cost: the demo's model, fully thawed, in short runs that save every few steps and in runs that never do, in turn; from an epoch's first
-step to its last, by when the coordinator heard of them. That gives the cost of a save. How often to save is the engine's own choice in a
-longer run with default settings, from which the stalls come too.
+Cost: the demo's model, fully thawed, in short runs that save every few steps and in runs that never do, in turn; from an
+epoch's first step to its last, by when the coordinator heard of them. That gives the cost of a save. How often to save is
+the engine's own choice in a longer run with default settings, from which the stalls come too.
 
-A full save: BERT-base and its moments after the last step of a run, when nothing trains any more: from the end of the evaluation to the
-manifest on the disk. That includes the digest over all of it, which every stage end makes. PyTorch saves as much state from as many
-processes, and syncs its files too.
+A full save: BERT-base and its moments after the last step of a run, when nothing trains any more: from the end of the
+evaluation to the manifest on the disk. That includes the digest over all of it, which every stage end makes. PyTorch saves
+as much state from as many processes, and syncs its files too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benches.peers.gang import Gang
 from benches.workloads import BERT_BASE, CLASSES, MINILM_DEMO
 
 ROWS = {
-    "stall": Row("checkpoint_stall", "standing still for a checkpoint, 99th percentile of the steps, in median steps", "s", "<0.01", "ours/peer"),
-    "overhead": Row("checkpoint_overhead", "time that checkpoints took from training, as a share of it", "s", "<=0.03", "ours/peer"),
-    "head_bytes": Row("checkpoint_head_bytes", "bytes a save writes at the head stage, over those of a full save", "B", "<0.01", "ours/peer"),
+    "stall": Row("checkpoint_stall", "a step's wait for checkpoints at p99, in median steps", "s", "<0.01", "ours/peer"),
+    "overhead": Row("checkpoint_overhead", "time that checkpoints took, of all time in steps", "s", "<=0.03", "ours/peer"),
+    "head_bytes": Row("checkpoint_head_bytes", "written at the head stage, of a full save", "B", "<0.01", "ours/peer"),
 }
 SAVES = {
     "torch_save": Row("checkpoint_save.torch_save", "a full save of BERT-base and its moments, against torch.save", "s", ">=1"),
@@ -63,7 +63,8 @@ class Cost:
                 never = thaw.train(spec(epoch, save_steps=NEVER), folder / "never", DEADLINE)
                 self.never.append(between(never.stage(1, until=epoch)))
             say("a run that chooses by itself when to save")
-            long = thaw.train(spec(LONG_QUICK if self.settings.quick else LONG, save_total_limit=100), folder / "long", DEADLINE)
+            steps = LONG_QUICK if self.settings.quick else LONG
+            long = thaw.train(spec(steps, save_total_limit=100), folder / "long", DEADLINE)
             yield self.stall(long)
             yield self.overhead(long, saves)
             yield ROWS["head_bytes"].result(*bytes_, 1, n_is="saves")
@@ -92,7 +93,8 @@ def between(steps: list[thaw.Step]) -> float:
 
 def within(run: thaw.Run) -> list[thaw.Manifest]:
     """Of the second stage, without its end."""
-    return [one for one in run.manifests() if one.document["position"]["stage"] == 1 and one.document["position"]["stage_step"] > 0]
+    positions = ((one, one.document["position"]) for one in run.manifests())
+    return [one for one, position in positions if position["stage"] == 1 and position["stage_step"] > 0]
 
 
 def saves_within(run: thaw.Run) -> int:

@@ -1,8 +1,10 @@
-"""Whole gradual runs on the demo's model: the head, its last quarter, its last half, all of it, beside DDP and finetuning-scheduler.
+"""Whole gradual runs on the demo's model, its head, last quarter, last half and all of it in turn, beside DDP and
+finetuning-scheduler.
 
-DDP follows the run's samples and rates through the same stages. Of all three the time in steps counts, from a ready batch to updated
-weights; of the peers also that of a stage change. The bound is DDP's time times the share of its floating-point operations that are left
-when the frozen prefix is computed once for each sample.
+DDP follows the run's samples and rates through the same stages. Of all three the time in steps counts, from a ready batch to
+updated weights; of DDP also that of a stage change. finetuning-scheduler has less to do: it never sums gradients of what thaws
+after the start. The bound is DDP's time times the share of its floating-point operations that are left when the frozen prefix
+is computed once for each sample.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ROWS = {
     "all": Row("gradual_run", "steps of a whole run in four stages, against DDP's; goal 1.1 of the bound", "s", ratio="ours/peer"),
     "half": Row("gradual_run.half_deepest", "the same without the deepest stage", "s", ratio="ours/peer"),
     "scheduler": Row("gradual_run.finetuning_scheduler", "the same run, against finetuning-scheduler 2.14.1's", "s", ratio="ours/peer"),
-    "accuracy": Row("gradual_run.accuracy", "test accuracy, mean over seeds, against DDP's; goal: equal but for chance", "share", ratio="ours/peer"),
+    "accuracy": Row("gradual_run.accuracy", "mean test accuracy, against DDP's; goal: equal but for chance", "share", ratio="ours/peer"),
 }
 RATES = {"head": 1e-3, "quarter": 3e-4, "half": 1e-4, "all": 1e-4}
 DEADLINE = 900.0

@@ -1,8 +1,9 @@
 """Going back to the best weights and their optimizer state, as a stage does on entering it, on BERT-base.
 
-The first stage makes the best weights; each later one takes a step that ruins them, and goes back on entering. Times are the engine's own,
-from the trace. The peer is one second; beside it, what PyTorch needs for as much state from a file that was just written, as
-finetuning-scheduler does it, and from a copy in memory.
+The first stage makes the best weights; each later one takes a step that ruins them, and goes back on entering. Times are the
+engine's own, from the trace; a save of what is left is under way then, as at every stage's end. The peer is one second; beside
+it, what PyTorch needs for as much state from a file that was just written, as finetuning-scheduler does it, and from a copy in
+memory, one process alone.
 """
 
 from __future__ import annotations
