@@ -32,7 +32,7 @@ HEAD, HALF = workloads.STAGES.index("head"), workloads.STAGES.index("half")
 
 def spec(settings: Settings) -> dict:
     def until(depth: Depth) -> dict:
-        deepest = {"max_steps": 3 if settings.quick else 1 + WORKLOAD.full_steps}
+        deepest = {"max_steps": 6 if settings.quick else 1 + WORKLOAD.full_steps}
         return deepest if depth.name == "all" else {"max_epochs": 2}
 
     stages = workloads.stages(WORKLOAD.depths(), until)
