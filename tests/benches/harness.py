@@ -60,11 +60,11 @@ class Result:
     more: dict = field(default_factory=dict)
 
     def met(self) -> bool | None:
-        found = re.fullmatch(r"(>=|<=|=)([-0-9.e]+)", self.goal)
+        found = re.fullmatch(r"(>=|<=|<|=)([-0-9.e]+)", self.goal)
         if not found:
             return None
         bound = float(found[2])
-        return {">=": self.ratio >= bound, "<=": self.ratio <= bound, "=": self.ratio == bound}[found[1]]
+        return {">=": self.ratio >= bound, "<=": self.ratio <= bound, "<": self.ratio < bound, "=": self.ratio == bound}[found[1]]
 
     def line(self) -> str:
         numbers = f"ours={number(self.ours)} peer={number(self.peer)} ratio={number(self.ratio)} goal={self.goal or '-'} n={self.n}"
@@ -201,6 +201,6 @@ def table(results: list[Result | Skipped]) -> str:
             continue
         mark = {True: "", False: " (missed)", None: ""}[one.met()]
         values = [f"{number(value)} {one.row.unit}" for value in (one.ours, one.peer)]
-        goal = one.goal.replace(">=", "≥ ").replace("<=", "≤ ")
+        goal = one.goal.replace(">=", "≥ ").replace("<=", "≤ ").replace("<", "< ")
         lines.append(f"| {one.row.name} | {one.row.what} | {values[0]} | {values[1]} | {one.ratio:.3g}{mark} | {goal} | {one.n} |")
     return "\n".join(lines)

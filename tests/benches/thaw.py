@@ -15,6 +15,10 @@ from benches import harness
 from benches.harness import ROOT, Broken
 
 THAW = ROOT / "target/debug/thaw"
+# Seconds between two looks at a trainer's memory.
+LOOK = 0.2
+# When it was looked at, and the largest resident set of a trainer since the last look.
+Memory = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Step:
     prefix_computed: int
     prefix_cached: int
     all_reduced_bytes: int
+    # Training stood still for a checkpoint, within `whole` or just before the step.
+    checkpoint: float
     # When the coordinator heard of it.
     heard: float
 
@@ -54,13 +60,46 @@ class Run:
     summary: dict
     steps: list[Step]
     evaluations: list[Evaluation]
-    # Largest resident set of a trainer, bytes.
-    peak_memory: int
+    memory: Memory
+
+    @property
+    def peak_memory(self) -> int:
+        """Largest resident set of a trainer, bytes."""
+        return max((peak for _, peak in self.memory), default=0)
 
     def stage(self, index: int, first: int = 0, until: int | None = None) -> list[Step]:
         """Steps of a stage, numbered from its start."""
         last = float("inf") if until is None else until
         return [step for step in self.steps if step.stage == index and first <= step.stage_step < last]
+
+    def stage_memory(self, index: int) -> int:
+        """Largest resident set of a trainer while the stage's steps ran, bytes."""
+        steps = self.stage(index)
+        began, ended = steps[0].heard - steps[0].whole, steps[-1].heard + LOOK
+        return max((peak for looked, peak in self.memory if began <= looked <= ended), default=0)
+
+    def manifests(self) -> list[Manifest]:
+        """Of the checkpoints that are kept, in order."""
+        return [Manifest(path, json.loads(path.read_text())) for path in sorted((self.folder / "manifests").glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    path: Path
+    document: dict
+
+    @property
+    def step(self) -> int:
+        return self.document["position"]["step"]
+
+    def written(self) -> float:
+        """When it was whole."""
+        return self.path.stat().st_mtime
+
+    def blobs(self, part: str = "groups") -> dict[str, int]:
+        """Bytes by name: of the state itself, or of `best_groups`."""
+        both = [group[kind] for group in self.document[part] or [] for kind in ("weights", "optimizer")]
+        return {blob["blake3"]: blob["bytes"] for blob in both if blob}
 
 
 def train(spec: dict, folder: Path, deadline: float, workers: int = 2, cache: Path | None = None) -> Run:
@@ -93,13 +132,13 @@ def train(spec: dict, folder: Path, deadline: float, workers: int = 2, cache: Pa
             raise Broken(f"thaw train of {spec['name']} had not ended after {deadline:.0f} s") from error
         raise
     finally:
-        peak = watch.stop()
+        memory = watch.stop()
         if cache == folder / "prefix-cache":
             forget(cache)
     if process.returncode != 0:
         raise Broken(f"thaw train of {spec['name']} ended with {process.returncode}: {err.strip()[-1500:]}")
     (run,) = (data / "runs").iterdir()
-    return read(run, json.loads(out), peak)
+    return read(run, json.loads(out), memory)
 
 
 def memory_folder(cache: Path) -> Path:
@@ -112,7 +151,7 @@ def forget(cache: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def read(run: Path, summary: dict, peak_memory: int) -> Run:
+def read(run: Path, summary: dict, memory: Memory) -> Run:
     steps, evaluations = [], []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         one = json.loads(line)
@@ -133,10 +172,11 @@ def read(run: Path, summary: dict, peak_memory: int) -> Run:
                 one["prefix_computed"],
                 one["prefix_cached"],
                 one["all_reduced_bytes"],
+                times["checkpoint"],
                 heard,
             )
         )
-    return Run(run, summary, steps, evaluations, peak_memory)
+    return Run(run, summary, steps, evaluations, memory)
 
 
 def plan(spec: dict, folder: Path) -> dict:
@@ -148,25 +188,26 @@ def plan(spec: dict, folder: Path) -> dict:
 
 
 class MemoryWatch:
-    """The largest resident set of any trainer below a process."""
+    """The largest resident sets of the trainers below a process."""
 
     def __init__(self, parent: int):
-        self.parent, self.peak, self.ended = parent, 0, threading.Event()
+        self.parent, self.found, self.ended = parent, [], threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def watch(self) -> None:
         trainers: set[int] = set()
         looked = 0.0
-        while not self.ended.wait(0.2):
+        while not self.ended.wait(LOOK):
             if time.monotonic() - looked > 2:
                 trainers, looked = trainers_of(self.parent), time.monotonic()
-            self.peak = max([self.peak, *map(high_water, trainers)])
+            if trainers:
+                self.found.append((time.time(), max(map(high_water, trainers))))
 
-    def stop(self) -> int:
+    def stop(self) -> Memory:
         self.ended.set()
         self.thread.join()
-        return self.peak
+        return self.found
 
 
 def trainers_of(session: int) -> set[int]:
@@ -184,9 +225,11 @@ def trainers_of(session: int) -> set[int]:
 
 
 def high_water(process: int) -> int:
+    """The largest resident set since this was last asked."""
     try:
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
+                Path(f"/proc/{process}/clear_refs").write_text("5")
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -89,9 +89,12 @@ class Depth:
         return (1 + 2 * self.share) / (3 * self.share) if self.share else float("inf")
 
 
-def stages(depths: list[Depth], until: Callable[[Depth], dict], on_enter: str = "keep") -> list[dict]:
-    """The stages of a custom spec."""
-    return [{"name": one.name, "thaw": one.groups, "until": until(one), "on_enter": on_enter} for one in depths]
+def stages(depths: list[Depth], until: Callable[[Depth], dict], rates: dict[str, float] | None = None) -> list[dict]:
+    """The stages of a custom spec, each going on from what the last one ended with; `rates` by depth, else the run's."""
+    found = [{"name": one.name, "thaw": one.groups, "until": until(one), "on_enter": "keep"} for one in depths]
+    for stage in found if rates else []:
+        stage["learning_rate"] = rates[stage["name"]]
+    return found
 
 
 def sources() -> bytes:
@@ -142,11 +145,16 @@ def make_bert_base(workload: Workload, folder: Path) -> None:
     make("texts", folder / "eval.csv", CLASSES, CLASSES, 126)
 
 
-def make_minilm(workload: Workload, folder: Path) -> None:
+def make_minilm(workload: Workload, folder: Path, test: int | None = None) -> None:
     """The demo's model and descriptions; of each section as many as the epochs here need."""
     harness.command([ROOT / "deploy/demo/prepare.sh", folder], 600)
     (folder / "minilm.pt2").rename(folder / "model.pt2")
-    make("part_of_sections", folder / "packages.csv", folder, workload.global_batch * workload.steps_per_epoch)
+    train = workload.global_batch * workload.steps_per_epoch
+    make("part_of_sections", folder / "packages.csv", folder, train, test or train // 4)
+
+
+def make_minilm_tested(workload: Workload, folder: Path) -> None:
+    make_minilm(workload, folder, 1000)
 
 
 IMAGES = {
@@ -170,4 +178,8 @@ RESNET50 = Workload("resnet50", 32, 2, 2, make_resnet50, IMAGES, "resnet50", con
 VIT_SMALL = Workload("vit_small", 16, 3, 3, make_vit_small, IMAGES, "vit_small")
 BERT_BASE = Workload("bert_base", 8, 3, 3, make_bert_base, TEXTS, "bert_base")
 MINILM_DEMO = Workload("minilm", 32, 20, 10, make_minilm, MINILM, "minilm")
+# Accuracies are compared on its test part.
+MINILM_TESTED = Workload("minilm_tested", 32, 20, 10, make_minilm_tested, MINILM, "minilm")
+# An epoch of several chunks of a frozen prefix, which are filled up with repeated samples where an epoch ends.
+VIT_SMALL_LONG = Workload("vit_small", 16, 8, 1, make_vit_small, IMAGES, "vit_small")
 ALL = (RESNET50, VIT_SMALL, BERT_BASE, MINILM_DEMO)

@@ -4,7 +4,8 @@
     plan.json            the plan, snake_case: stages with their trainable groups
     trace/initial.pt2    the archive as the run starts from it, new head included
     trace/layout.json    {groups: [{name, elements, decay_elements, parameters: [{name, shape, offset, elements}], buffers}]}
-    trace/steps.jsonl    {step, stage, stage_step, shards: [{shard, samples, records, seed}], rates, loss, digest}
+    trace/steps.jsonl    {step, stage, stage_step, restored, restore_seconds, rates, loss, digest,
+                          shards: [{shard, samples, records, seed}]}
 """
 
 from __future__ import annotations

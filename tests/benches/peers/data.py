@@ -65,13 +65,13 @@ def bert(folder: str) -> None:
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
 
 
-def part_of_sections(source: str, folder: str, train: str) -> None:
-    """From the demo's descriptions: `train` to learn from, a quarter as many to evaluate on, the same to test on."""
+def part_of_sections(source: str, folder: str, train: str, test: str) -> None:
+    """From the demo's descriptions: `train` to learn from, a quarter as many to evaluate on, `test` to test on."""
     with open(source, newline="", encoding="utf-8") as file:
         rows = [(row["description"], row["section"]) for row in csv.DictReader(file)]
     random.Random(0).shuffle(rows)
     needed = int(train)
-    parts = {"train": needed, "eval": needed // 4, "test": needed // 4}
+    parts = {"train": needed, "eval": needed // 4, "test": int(test)}
     if len(rows) < sum(parts.values()):
         sys.exit(f"{source} has {len(rows)} descriptions; {sum(parts.values())} are needed")
     for name, count in parts.items():

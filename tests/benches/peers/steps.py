@@ -132,34 +132,35 @@ def some_steps(state: State, name: str, stage: int, count: int) -> list[tuple[fl
 
 
 def whole_run(state: State, folder: str, run: str, eager: str, channels_last: bool = False) -> dict:
-    """Follows a run step by step. Evaluates at each epoch's end, tests the weights with the least evaluation loss; neither is timed."""
+    """Follows a run step by step; seconds by stage, in steps and in entering it. Evaluates at each epoch's end, tests the weights with
+    the least evaluation loss; neither is timed."""
     trainer = Trainer(state.rank, Path(folder), Run(Path(run)), eager, channels_last)
     steps = trainer.run.steps()
     per_epoch = json.loads((trainer.run.folder / "plan.json").read_text())["steps_per_epoch"]
     data = {part: open_part(trainer.run, part) for part in ("eval", "test") if trainer.run.spec["data"].get(part)}
     for step in steps:
         trainer.batch(step.shards[trainer.rank].records)
-    evaluations, seconds, changes = [], 0.0, 0.0
+    evaluations, seconds = [], [0.0] * len(trainer.run.trainable)
     stage, stage_steps = None, 0
     best, best_loss = None, float("inf")
     for step in steps:
         if step.stage != stage:
             started = time.perf_counter()
             trainer.enter(step.stage)
-            changes += time.perf_counter() - started
+            seconds[step.stage] += time.perf_counter() - started
             stage, stage_steps = step.stage, 0
-        seconds += trainer.step(step)[0]
+        seconds[stage] += trainer.step(step)[0]
         stage_steps += 1
         if stage_steps % per_epoch == 0:
             loss, accuracy = trainer.evaluate(*data["eval"])
-            evaluations.append({"step": step.step + 1, "seconds": seconds + changes, "loss": loss, "accuracy": accuracy})
+            evaluations.append({"step": step.step + 1, "seconds": sum(seconds), "loss": loss, "accuracy": accuracy})
             if loss < best_loss:
                 best, best_loss = trainer.snapshot(), loss
     test = None
     if "test" in data:
         trainer.net.load_state_dict(best)
         test = trainer.evaluate(*data["test"])[1]
-    return {"seconds": seconds, "changes": changes, "evaluations": evaluations, "test": test}
+    return {"stages": seconds, "evaluations": evaluations, "test": test}
 
 
 def open_part(run: Run, part: str):

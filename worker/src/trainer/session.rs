@@ -204,8 +204,9 @@ impl Session<'_> {
     fn enter(&mut self, stage: &PlannedStage) -> Result<(), Error> {
         let mut restored = None;
         if let (OnEnter::RestoreBest, Some(best)) = (stage.on_enter, &self.state.best) {
+            let began = Instant::now();
             self.replica.restore(&best.groups)?;
-            restored = self.state.tracker.best.as_ref().map(|best| best.position.step);
+            restored = self.state.tracker.best.as_ref().map(|best| (best.position.step, began.elapsed()));
         }
         if let Some(best) = &mut self.state.best {
             // The best weights are those of every group that is ever trained after them, so also of those that thaw only now (TRAIN-4).

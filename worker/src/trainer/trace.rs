@@ -3,7 +3,7 @@
 //! ```text
 //! trace/initial.pt2   the archive as the run starts from it
 //! trace/layout.json   the flat buffer of every layer group
-//! trace/steps.jsonl   one line per step; a stage's first names the step its weights were put back to
+//! trace/steps.jsonl   one line per step; a stage's first names the step its weights were put back to, and the seconds that took
 //! trace/stage-<n>.safetensors   every parameter and buffer at the end of stage n
 //! ```
 
@@ -14,6 +14,7 @@ use super::save;
 use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::time::Duration;
 use thaw_core::sampler;
 use thaw_data::index::Part;
 use thaw_proto::ids::{StageIndex, Step};
@@ -22,7 +23,7 @@ use thaw_proto::run::Position;
 pub(crate) struct Trace {
     steps: File,
     /// For the next line.
-    restored: Option<Step>,
+    restored: Option<(Step, Duration)>,
 }
 
 /// What one line says.
@@ -50,8 +51,9 @@ impl Trace {
         Ok(Self { steps, restored: None })
     }
 
-    /// `restored`: the step whose best weights and optimizer state the stage starts from, where it does not go on from the last one.
-    pub(crate) fn enter(&mut self, restored: Option<Step>) {
+    /// `restored`: the step whose best weights and optimizer state the stage starts from, where it does not go on from the last one, and how
+    /// long it took to put them back.
+    pub(crate) fn enter(&mut self, restored: Option<(Step, Duration)>) {
         self.restored = restored;
     }
 
@@ -80,11 +82,13 @@ impl Trace {
                 })
             })
             .collect();
+        let restored = self.restored.take();
         let line = json!({
             "step": step.plan.step,
             "stage": step.position.stage,
             "stage_step": step.position.stage_step,
-            "restored": self.restored.take(),
+            "restored": restored.map(|(step, _)| step),
+            "restore_seconds": restored.map(|(_, took)| took.as_secs_f64()),
             "shards": shards,
             "rates": step.plan.rates,
             "loss": step.loss,

@@ -1,0 +1,95 @@
+"""What `thaw plan` says of each stage, against what a run of the demo's model through four stages did. The worst stage
+counts; all are printed as shares of what was planned.
+
+A step takes a fixed time, calibrated on the head, whose operations are next to none, and its operations' at the rate calibrated
+on the last half: that predicts the last quarter and the whole. Cached stages count from their second epoch on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benches import harness, thaw, workloads
+from benches.harness import Measurement, Result, Row, Settings, Skipped, median, say
+from benches.workloads import MINILM_DEMO as WORKLOAD
+from benches.workloads import Depth
+
+
+def row(name: str, what: str, unit: str, goal: str) -> Row:
+    return Row(f"plan_vs_actual.{name}", f"{what}, from the plan, worst of the stages", unit, goal, "ours/peer")
+
+
+ROWS = {
+    "gradient_bytes": row("gradient_bytes", "bytes of gradient that a trainer gave to be summed in a step", "B", "<=0.01"),
+    "optimizer_bytes": row("optimizer_bytes", "bytes of optimizer state in the stage's last checkpoint", "B", "<=0.01"),
+    "checkpoint_bytes": row("checkpoint_bytes", "bytes of the stage's last checkpoint", "B", "<=0.01"),
+    "step_time": row("step_time", "a step, after calibration on two other stages", "s", "<=0.15"),
+    "memory": row("memory", "a trainer's peak resident memory", "B", "<=0.1"),
+}
+HEAD, HALF = workloads.STAGES.index("head"), workloads.STAGES.index("half")
+
+
+def spec(settings: Settings) -> dict:
+    def until(depth: Depth) -> dict:
+        deepest = {"max_steps": 6 if settings.quick else 1 + WORKLOAD.full_steps}
+        return deepest if depth.name == "all" else {"max_epochs": 2}
+
+    stages = workloads.stages(WORKLOAD.depths(), until)
+    return WORKLOAD.spec(strategy="custom", stages=stages, prefix_cache={"mode": "required"})
+
+
+def measure(settings: Settings) -> Iterator[Result | Skipped]:
+    wanted = spec(settings)
+    stages = thaw.plan(wanted, WORKLOAD.folder())["stages"]
+    with harness.scratch("plan") as folder:
+        say("the demo's model in four stages, to compare with its plan")
+        run = thaw.train(wanted, Path(folder) / "run", 600)
+        actual = {name: [measured(run, stage) for stage in range(len(stages))] for name, measured in ACTUAL.items()}
+    in_bytes = ("gradient_bytes", "optimizer_bytes", "checkpoint_bytes")
+    planned = {key: [int(stage["cost"][key]) for stage in stages] for key in in_bytes}
+    planned["memory"] = [int(stage["memory_bytes"]) for stage in stages]
+    planned["step_time"] = calibrated(actual["step_time"], [int(stage["cost"]["step_flops"]) for stage in stages])
+    for name, row in ROWS.items():
+        yield compared(row, actual[name], planned[name])
+
+
+def calibrated(seconds: list[float], flops: list[int]) -> list[float]:
+    """What the head and the last half took is given; the others follow."""
+    per_flop = (seconds[HALF] - seconds[HEAD]) / (flops[HALF] - flops[HEAD])
+    return [seconds[HEAD] + per_flop * (one - flops[HEAD]) for one in flops]
+
+
+def step_time(run: thaw.Run, stage: int) -> float:
+    deepest = stage == len(workloads.STAGES) - 1
+    return median(step.whole for step in run.stage(stage, 1 if deepest else WORKLOAD.steps_per_epoch))
+
+
+def last_manifest(run: thaw.Run, stage: int) -> thaw.Manifest:
+    """Written when the stage had ended."""
+    position = {"stage": stage + 1, "stage_step": 0}
+    return next(one for one in run.manifests() if position.items() <= one.document["position"].items())
+
+
+def optimizer_bytes(run: thaw.Run, stage: int) -> int:
+    groups = last_manifest(run, stage).document["groups"]
+    return sum(group["optimizer"]["bytes"] for group in groups if group["optimizer"])
+
+
+ACTUAL = {
+    "gradient_bytes": lambda run, stage: run.stage(stage)[-1].all_reduced_bytes,
+    "optimizer_bytes": optimizer_bytes,
+    "checkpoint_bytes": lambda run, stage: sum(last_manifest(run, stage).blobs().values()),
+    "step_time": step_time,
+    "memory": lambda run, stage: run.stage_memory(stage),
+}
+
+
+def compared(row: Row, actual: list[float], planned: list[float]) -> Result:
+    apart = [abs(found / said - 1) for found, said in zip(actual, planned)]
+    worst = max(range(len(apart)), key=apart.__getitem__)
+    more = {name: f"{found / said:.4g}" for name, found, said in zip(workloads.STAGES, actual, planned)}
+    return row.result(actual[worst], planned[worst], len(apart), ratio=apart[worst], n_is="stages", **more)
+
+
+MEASUREMENTS = (Measurement(tuple(ROWS.values()), measure),)
