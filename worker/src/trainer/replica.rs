@@ -9,11 +9,10 @@ use super::hold::{Hold, HoldPoint};
 use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
 use super::prefix::Micro;
-use super::reduce::{Exchange, bytes_of};
+use super::reduce::{Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::shard_tree::ShardTree;
 use super::snapshot::{Copier, GroupSnapshot, Stamp};
-use crate::collective::Collective;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Instant;
@@ -40,6 +39,8 @@ pub(crate) enum Error {
     Runtime(#[from] runtime::Error),
     #[error("replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank 0")]
     Diverged { step: Step, ranks: Vec<usize> },
+    #[error("cannot bring numbers to or from the device")]
+    Device(#[source] thaw_torch::tch::TchError),
     #[error("cannot move the weights of layer group {group}")]
     Weights { group: String, source: thaw_torch::tch::TchError },
     #[error("cannot put back the weights of layer group {group}")]
@@ -166,15 +167,18 @@ impl Replica {
     pub(crate) fn new(
         mut model: SegmentedModel,
         settings: Settings,
-        collective: Box<dyn Collective>,
+        links: Links,
     ) -> Result<Self, Error> {
-        let (rank, world_size) = (collective.rank().0, collective.world_size());
+        let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
-        let exchange = Exchange::new(collective);
+        let exchange = Exchange::new(links);
         let optimizer = Optimizer::new(&settings.optimizer, settings.ema)?;
         let pull = settings.l2_sp.map(|l2_sp| Pull::new(l2_sp, &model));
         let class_weights = settings.class_weights.as_ref();
-        let class_weights = class_weights.map(|weights| Tensor::from_slice(weights).to_kind(model.master_kind()));
+        let on_device = |weights: &Vec<f64>| {
+            Tensor::from_slice(weights).f_to_device_(model.device(), model.master_kind(), false, false)
+        };
+        let class_weights = class_weights.map(on_device).transpose().map_err(Error::Device)?;
         model.set_loss(model::Loss { label_smoothing: settings.label_smoothing, class_weights });
         let running_statistics = running_statistics(&model.graph().graph);
         let update_counters = update_counters(&model.graph().graph);
@@ -448,6 +452,7 @@ impl Replica {
         let inputs = input_tensors(&micro.batch, self.model.master_kind());
         let labels = Tensor::from_slice(&micro.batch.labels);
         let logits = self.model.forward(micro.entry(&inputs))?;
+        let labels = labels.f_to_device(logits.device()).map_err(Error::Device)?;
         let losses = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::None, -100, 0.0);
         let predictions = logits.argmax(-1, false);
         let losses = Vec::<f64>::try_from(losses.to_kind(Kind::Double)).unwrap_or_default();

@@ -162,7 +162,7 @@ pub trait Driver: Send + 'static {
     /// Memory on the GPU that is summed in place.
     type Buffer: Send + 'static;
     /// A place behind the sums that were started so far.
-    type Mark;
+    type Mark: Send;
 
     /// Begins to join the other ranks.
     ///
