@@ -9,8 +9,13 @@ pub(crate) fn open(file: &str, remedy: &str) -> Result<libloading::Library, Erro
     unsafe { libloading::Library::new(file) }.map_err(|error| missing(file, remedy, &error))
 }
 
-pub(crate) fn missing(file: &str, remedy: &str, error: &libloading::Error) -> Error {
-    Error::not_available(format!("{file} cannot be loaded; {remedy} ({error})"))
+fn missing(file: &str, remedy: &str, error: &libloading::Error) -> Error {
+    Error::not_available(format!("{file} cannot be loaded; {remedy} ({})", reason(error)))
+}
+
+/// What the dynamic linker says.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Declares a table of a library's C functions, and how to open it.
@@ -48,5 +53,5 @@ pub(crate) use library;
 
 /// An older library than this program needs.
 pub(crate) fn missing_symbol(file: &str, symbol: &str, error: &libloading::Error) -> Error {
-    Error::not_available(format!("{file} has no {symbol}; it is too old ({error})"))
+    Error::not_available(format!("{file} has no {symbol}; it is too old ({})", reason(error)))
 }
