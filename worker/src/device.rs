@@ -70,7 +70,8 @@ fn gpu_of(wanted: u32, gpus: usize, share: bool) -> Result<usize, cuda::Error> {
     if wanted < gpus || share {
         return Ok(wanted % gpus);
     }
-    let what = format!("a slot is to have GPU {wanted}, but this machine shows {gpus}, from 0; lower --slots or --workers");
+    let what =
+        format!("a slot is to have GPU {wanted}, but this machine shows {gpus}, from 0; lower --slots or --workers");
     Err(cuda::Error::NotAvailable { what })
 }
 

@@ -143,7 +143,8 @@ impl<B: Send + 'static> DeviceSums<B> {
             seen: Instant::now(),
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let owner = Owner { driver, shared: Arc::clone(&shared), host, limits, in_flight: VecDeque::new(), loss: Loss::new() };
+        let owner =
+            Owner { driver, shared: Arc::clone(&shared), host, limits, in_flight: VecDeque::new(), loss: Loss::new() };
         let thread = std::thread::Builder::new()
             .name("nccl".to_owned())
             .spawn(move || owner.run())

@@ -256,8 +256,7 @@ fn form(
 /// Connects the gang, and its GPUs where it has some.
 fn connect(listener: &Listener, membership: &Membership, options: Options, device: Device) -> Result<Links, Error> {
     let host: Arc<dyn Collective> = Arc::new(listener.connect(membership, options)?);
-    let limits =
-        Limits { join: options.connect_deadline, operation: options.operation_deadline, abort: ABORT_TIMEOUT };
+    let limits = Limits { join: options.connect_deadline, operation: options.operation_deadline, abort: ABORT_TIMEOUT };
     let gpus = if host.world_size() > 1 { Gpus::join(&host, device, limits)? } else { None };
     Ok(Links { host, gpus })
 }

@@ -164,11 +164,7 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    pub(crate) fn new(
-        mut model: SegmentedModel,
-        settings: Settings,
-        links: Links,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(mut model: SegmentedModel, settings: Settings, links: Links) -> Result<Self, Error> {
         let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
         let exchange = Exchange::new(links);

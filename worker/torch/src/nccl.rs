@@ -233,9 +233,11 @@ impl Gpu {
     /// # Errors
     /// [`Error::Call`] for any other tensor, or what CUDA says.
     pub fn buffer(&self, tensor: Tensor) -> Result<DeviceBuffer, Error> {
-        if tensor.device() != Device::Cuda(self.index) || !tensor.is_contiguous() || data_type(tensor.kind()).is_none() {
+        if tensor.device() != Device::Cuda(self.index) || !tensor.is_contiguous() || data_type(tensor.kind()).is_none()
+        {
             let (kind, device) = (tensor.kind(), tensor.device());
-            let text = format!("a tensor of {kind:?} on {device:?}, or one that is not contiguous, cannot be summed here");
+            let text =
+                format!("a tensor of {kind:?} on {device:?}, or one that is not contiguous, cannot be summed here");
             return Err(Error::Call { call: "ncclAllReduce", text, misuse: true });
         }
         let ready = Event::behind_libtorch(&self.context)?;
@@ -443,9 +445,7 @@ mod tests {
     #[test]
     fn another_library_is_refused_as_a_whole() {
         // Any library will do that has none of the functions.
-        let Err(Error::NotAvailable { what }) = Library::open("libm.so.6", REMEDY) else {
-            panic!("that is not NCCL")
-        };
+        let Err(Error::NotAvailable { what }) = Library::open("libm.so.6", REMEDY) else { panic!("that is not NCCL") };
         assert!(what.starts_with("libm.so.6 has no ncclGetVersion; it is too old"), "{what}");
     }
 }

@@ -273,9 +273,8 @@ impl Event {
     pub(crate) fn behind_libtorch(context: &std::sync::Arc<Context>) -> Result<Self, Error> {
         let mut stream: *mut c_void = std::ptr::null_mut();
         // SAFETY: points to a pointer that outlives the call.
-        let code = unsafe {
-            ffi::thaw_current_stream(c_int::try_from(context.index).unwrap_or(c_int::MAX), &raw mut stream)
-        };
+        let code =
+            unsafe { ffi::thaw_current_stream(c_int::try_from(context.index).unwrap_or(c_int::MAX), &raw mut stream) };
         if code < 0 {
             return Err(Error::Call { call: "getCurrentStream", text: ffi::last_error(), misuse: false });
         }
@@ -327,7 +326,9 @@ mod tests {
     fn libtorch_goes_on_with_its_cuda_part_loaded() {
         match load() {
             Ok(()) => assert!(devices().is_ok() || !Cuda::is_available()),
-            Err(Error::NotAvailable { what }) => assert!(what.starts_with("libtorch_cuda.so cannot be loaded"), "{what}"),
+            Err(Error::NotAvailable { what }) => {
+                assert!(what.starts_with("libtorch_cuda.so cannot be loaded"), "{what}")
+            }
             Err(other) => panic!("{other}"),
         }
         crate::runtime::manual_seed(1).unwrap();
