@@ -27,6 +27,7 @@ PARITY = ("resnet18", "vit", "bert")
 # Samples and tokens of a step.
 STEPS = {"resnet50": (128, 0), "vit_base": (128, 0), "bert_base": (64, 128)}
 ROUNDS = 5
+DATA = {"text": "texts.csv, format: csv, text: text, label: label", "image": "images, format: image_folder"}
 
 
 class Failed(Exception):
@@ -125,7 +126,7 @@ def run(check: Check) -> None:
     """A whole gradual run with the cache in host memory, on the CPU and on the GPU."""
     fixtures = check.folder / "fixtures"
     check.command([sys.executable, ROOT / "tests/fixtures/make.py", fixtures], 120)
-    for kind, data in (("text", "texts.csv, format: csv"), ("image", "images, format: image_folder")):
+    for kind, data in DATA.items():
         found = {}
         for device in dict.fromkeys(("cpu", check.device)):
             found[device] = train(check, fixtures, kind, data, device)
@@ -144,10 +145,10 @@ def run(check: Check) -> None:
 def train(check: Check, fixtures: Path, kind: str, data: str, device: str, workers: int = 1, during: Callable | None = None, **more: str) -> tuple:
     """Summary, samples computed and read from the cache, seconds."""
     folder = Path(tempfile.mkdtemp(dir=check.folder))
-    image = "  image: {size: 16, mean: [0.5], std: [0.5], channels: 1}\n" if kind == "image" else ""
+    more_data = "  image: {size: 16, mean: [0.5], std: [0.5]}\n" if kind == "image" else "  max_length: 16\n"
     (folder / "spec.yaml").write_text(
         f"name: gpu-{kind}\nbackbone: {{graph: {fixtures}/{kind}.pt2}}\n"
-        f"data:\n  train: {{path: {fixtures}/{data}}}\n{image}"
+        f"data:\n  train: {{path: {fixtures}/{data}}}\n  split: {{train: 0.6, eval: 0.2, test: 0.2}}\n{more_data}"
         "strategy: gradual_unfreezing\nuntil: {max_epochs: 3}\nthaw_units: 2\nstop_when_no_gain: false\nlogging_steps: 1\n"
         f"global_batch_size: 16\nlearning_rate: 3e-3\nseed: 11\nworkers: {{min: {workers}, max: {workers}, threads_per_trainer: 1}}\n"
         "prefix_cache: {mode: required, disk_mib: 0}\n"
@@ -284,7 +285,7 @@ def lost_trainer(check: Check, environment: dict) -> None:
             time.sleep(0.1)
         raise Failed("two trainers never got to their first steps")
 
-    summary, *_, seconds = train(check, fixtures, "text", "texts.csv, format: csv", "cuda", 2, kill_one, **environment)
+    summary, *_, seconds = train(check, fixtures, "text", DATA["text"], "cuda", 2, kill_one, **environment)
     check.say("nccl-run-after-a-kill", state=summary["state"], accuracy=summary["test"]["accuracy"], seconds=seconds)
     if summary["state"] != "SUCCEEDED":
         raise Failed(f"the run ended as {summary['state']}")
