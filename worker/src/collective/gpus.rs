@@ -1,7 +1,9 @@
 //! [`Gpus`]: the GPUs of a generation, brought together over its host collective.
 //!
-//! Law: NCCL's id is made by rank 0 and goes through the generation's own connections (`COLL-4`), is used once by each rank, and dies with
-//! the generation (`DEV-5`). Before anybody joins, all ranks know that all can: one that cannot would leave the others waiting.
+//! Law:
+//! - `DEV-5`: NCCL's id is made by rank 0 and goes through the generation's own connections (`COLL-4`); each rank uses it once, and it dies
+//!   with the generation.
+//! - `DEV-6`: before anybody joins, all ranks know that all can: one that cannot would leave the others waiting.
 
 use super::error::Error;
 use super::nccl::{DeviceSums, DeviceTicket, Limits};

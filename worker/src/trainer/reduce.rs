@@ -43,6 +43,11 @@ impl Exchange {
         Self { gpus, queue: ReduceQueue::new(host), alone, spare: Vec::new(), summed_bytes: 0 }
     }
 
+    /// Whether there is no other rank.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone
+    }
+
     /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
     pub(crate) fn sum_tensors(&mut self, mut parts: Vec<Tensor>) -> Exchanged<Tensor> {
         if self.alone && parts.len() == 1 {
