@@ -74,4 +74,5 @@ fi
 # The PyTorch that is measured beside them is the libtorch that they use.
 torch=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/lib
 export LD_LIBRARY_PATH=$torch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-exec "$python" tests/gpu/check.py --device "$device" --programs "$programs" "${arguments[@]}"
+# It keeps to its time by itself, unless something in its own process does not come back.
+exec timeout --kill-after=10 470 "$python" tests/gpu/check.py --device "$device" --programs "$programs" "${arguments[@]}"
