@@ -1,10 +1,11 @@
 """One training step in plain PyTorch, beside worker/torch/examples/step_time.rs.
 
     step_peer.py export NAME FILE.pt2       the model in train mode, as a graph
-    step_peer.py time NAME [KEY=VALUE ...]  batch, length, precision (fp32 | bf16), format (contiguous | channels_last), steps, warm, threads
+    step_peer.py time NAME [KEY=VALUE ...]  batch, length, precision (fp32 | bf16), format (contiguous | channels_last), steps, warm, threads,
+                                            device (cpu | cuda), compile (true: torch.compile)
     step_peer.py pair NAME [KEY=VALUE ...]  both in turn (rounds=5; peer_format where it differs), and the ratio; export is made once, beside the temporary files
 
-NAME is resnet50, resnet18, vit_small, bert_base or minilm. The last line of `time` has the same form as step_time's.
+NAME is resnet50, resnet18, vit_small, vit_base, bert_base or minilm. The last line of `time` has the same form as step_time's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
 DEFAULTS = {"batch": "32", "length": "128", "precision": "fp32", "format": "contiguous", "steps": "10", "warm": "3", "threads": "1"}
+TIMM = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224"}
 
 
 def build(name: str, batch: int, length: int):
@@ -31,10 +33,10 @@ def build(name: str, batch: int, length: int):
         import torchvision
 
         return getattr(torchvision.models, name)(num_classes=CLASSES), (torch.randn(batch, 3, 224, 224),)
-    if name == "vit_small":
+    if name in TIMM:
         import timm
 
-        return timm.create_model("vit_small_patch16_224", num_classes=CLASSES), (torch.randn(batch, 3, 224, 224),)
+        return timm.create_model(TIMM[name], num_classes=CLASSES), (torch.randn(batch, 3, 224, 224),)
     import transformers
 
     sys.path.insert(0, str(ROOT / "tests/reference"))
@@ -60,37 +62,64 @@ def export(name: str, path: Path) -> None:
     torch.export.save(torch.export.export(model.train(), inputs, dynamic_shapes=tuple(free for _ in inputs)), path)
 
 
-def measure(name: str, settings: dict[str, str]) -> None:
-    import torch
+class Peer:
+    """A model in training, kept between measurements, so that what is compiled is compiled once."""
 
-    torch.set_num_threads(int(settings["threads"]))
-    model, inputs = build(name, int(settings["batch"]), int(settings["length"]))
-    model.train()
-    if settings["format"] == "channels_last":
-        model = model.to(memory_format=torch.channels_last)
-        inputs = tuple(value.to(memory_format=torch.channels_last) if value.dim() == 4 else value for value in inputs)
-    labels = torch.randint(0, CLASSES, (inputs[0].shape[0],))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
-    low = settings["precision"] == "bf16"
-    found = []
-    for step in range(int(settings["warm"]) + int(settings["steps"])):
+    def __init__(self, name: str, settings: dict[str, str]):
+        import torch
+
+        self.settings, self.device = settings, settings.get("device", "cpu")
+        torch.set_num_threads(int(settings["threads"]))
+        model, inputs = build(name, int(settings["batch"]), int(settings["length"]))
+        model = model.to(self.device).train()
+        inputs = tuple(value.to(self.device) for value in inputs)
+        if settings["format"] == "channels_last":
+            model = model.to(memory_format=torch.channels_last)
+            inputs = tuple(value.to(memory_format=torch.channels_last) if value.dim() == 4 else value for value in inputs)
+        self.inputs, self.labels = inputs, torch.randint(0, CLASSES, (inputs[0].shape[0],)).to(self.device)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+        self.model = torch.compile(model) if settings.get("compile") == "true" else model
+
+    def step(self) -> tuple[float, ...]:
+        """Seconds of a step: wall, CPU, forward, backward, update."""
+        import torch
+
+        # What was asked for before is not this step's.
+        self.wait()
         started, cpu = time.perf_counter(), time.thread_time()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            logits = model(*inputs)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.settings["precision"] == "bf16"):
+            logits = self.model(*self.inputs)
+            loss = torch.nn.functional.cross_entropy(logits.float(), self.labels)
         forward = time.perf_counter()
         loss.backward()
         backward = time.perf_counter()
-        optimizer.step()
+        self.optimizer.step()
+        self.wait()
         ended = time.perf_counter()
-        if step >= int(settings["warm"]):
-            found.append((ended - started, time.thread_time() - cpu, forward - started, backward - forward, ended - backward))
-    wall, cpu, forward, backward, update = zip(*found)
-    print(
-        f"step wall_median={statistics.median(wall):.4f} wall_min={min(wall):.4f} cpu_min={min(cpu):.4f} "
-        f"forward={statistics.median(forward):.4f} backward={statistics.median(backward):.4f} update={statistics.median(update):.4f}"
-    )
+        return ended - started, time.thread_time() - cpu, forward - started, backward - forward, ended - backward
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def measure(self) -> dict[str, float]:
+        steps = [self.step() for _ in range(int(self.settings["warm"]) + int(self.settings["steps"]))]
+        wall, cpu, forward, backward, update = zip(*steps[int(self.settings["warm"]) :])
+        return {
+            "wall_median": statistics.median(wall),
+            "wall_min": min(wall),
+            "cpu_min": min(cpu),
+            "forward": statistics.median(forward),
+            "backward": statistics.median(backward),
+            "update": statistics.median(update),
+        }
+
+
+def measure(name: str, settings: dict[str, str]) -> None:
+    print("step", " ".join(f"{key}={value:.4f}" for key, value in Peer(name, settings).measure().items()))
 
 
 def last_line(command: list, environment: dict[str, str] | None = None) -> dict[str, float]:

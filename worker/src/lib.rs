@@ -5,5 +5,6 @@
 pub mod agent;
 pub mod checkpoint;
 pub mod collective;
+pub mod device;
 pub mod pipe;
 pub mod trainer;

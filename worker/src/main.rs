@@ -1,8 +1,10 @@
 //! The binary `thaw-worker`: the agent on a node, and the trainers it starts.
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use thaw_worker::device::DeviceOptions;
 use thaw_worker::trainer::{CacheFolders, Hold};
 use thaw_worker::{agent, trainer};
 
@@ -29,6 +31,8 @@ enum Role {
         hold: Option<Hold>,
         #[command(flatten)]
         cache: CacheOptions,
+        #[command(flatten)]
+        device: DeviceOptions,
     },
 }
 
@@ -76,6 +80,8 @@ struct AgentOptions {
     quiet: bool,
     #[command(flatten)]
     cache: CacheOptions,
+    #[command(flatten)]
+    device: DeviceOptions,
     /// Passed on to the trainers; see `thaw-worker trainer --help`. For tests.
     #[arg(long, hide = true)]
     hold: Option<String>,
@@ -83,7 +89,7 @@ struct AgentOptions {
 
 fn main() -> ExitCode {
     match Args::parse().role {
-        Role::Trainer { host, hold, cache } => trainer::run(&host, cache.folders(), hold),
+        Role::Trainer { host, hold, cache, device } => trainer::run(&host, cache.folders(), device, hold),
         Role::Agent(options) => match serve(options) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -100,6 +106,9 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
     for (option, folder) in [("--prefix-cache-memory", &cache.memory), ("--prefix-cache-disk", &cache.disk)] {
         trainer_arguments.extend([option.to_owned(), folder.display().to_string()]);
     }
+    // Now rather than when the first run starts.
+    options.device.check(options.slots).context("cannot train on --device cuda")?;
+    trainer_arguments.extend(options.device.arguments());
     if let Some(hold) = options.hold {
         trainer_arguments.extend(["--hold".to_owned(), hold]);
     }

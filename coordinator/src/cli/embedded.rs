@@ -204,6 +204,8 @@ fn start_worker(
 ) -> Result<Child, Failure> {
     let mut command = Command::new(program);
     command.args(["agent", "--coordinator", coordinator, "--name", &format!("worker-{index}"), "--exit-with-stdin"]);
+    // Where THAW_DEVICE says cuda, each worker's one slot has a GPU of its own.
+    command.args(["--first-gpu", &index.to_string()]);
     if logs == WorkerLogs::Failures {
         command.arg("--quiet");
     }

@@ -8,7 +8,7 @@ use thaw_proto::status::ErrorClass;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The operation did not end in time.
-    #[error("{operation} {sequence} did not end within {deadline:?}; waiting for ranks {missing:?}")]
+    #[error("{operation} {sequence} did not end within {deadline:?}; {}", waiting_for(missing))]
     Deadline {
         /// Its name.
         operation: &'static str,
@@ -16,7 +16,7 @@ pub enum Error {
         sequence: u64,
         /// How long it was given.
         deadline: Duration,
-        /// Ranks that had not sent their part.
+        /// Ranks that had not sent their part; none where that is not known.
         missing: Vec<u32>,
     },
     /// A peer's connection ended while it was needed.
@@ -30,6 +30,22 @@ pub enum Error {
         rank: u32,
         /// Absent: its end was closed.
         source: Option<Arc<std::io::Error>>,
+    },
+    /// GPUs were to be used that cannot be.
+    #[error("cannot sum over GPUs: {what}")]
+    NotAvailable {
+        /// What is missing, where, and what to do about it.
+        what: String,
+    },
+    /// A call to NCCL or CUDA went wrong.
+    #[error("{operation} {sequence} failed")]
+    Device {
+        /// The operation's name.
+        operation: &'static str,
+        /// Counts the sums over GPUs of this generation from 0.
+        sequence: u64,
+        /// What the library says.
+        source: thaw_torch::nccl::Error,
     },
     /// [`super::Collective::abort`] was called.
     #[error("the collective was aborted")]
@@ -108,7 +124,18 @@ impl Error {
                 | Refusal::Key
                 | Refusal::Address => ErrorClass::Retry,
             },
+            Self::NotAvailable { .. } => ErrorClass::Invalid,
+            Self::Device { source, .. } => match source {
+                thaw_torch::nccl::Error::NotAvailable { .. } => ErrorClass::Invalid,
+                thaw_torch::nccl::Error::Call { misuse: true, .. } => ErrorClass::Fatal,
+                // A GPU that failed, or a peer: a new generation has new processes.
+                thaw_torch::nccl::Error::Call { misuse: false, .. } => ErrorClass::Retry,
+            },
             Self::Mismatch { .. } => ErrorClass::Fatal,
         }
     }
+}
+
+fn waiting_for(missing: &[u32]) -> String {
+    if missing.is_empty() { "it is not known for whom".to_owned() } else { format!("waiting for ranks {missing:?}") }
 }

@@ -9,11 +9,18 @@
 //! - `COLL-3`: all ranks call the same operations in the same order; where they do not, both sides get
 //!   [`Error::Mismatch`], never a wrong sum.
 //!
+//! Gradients on GPUs are summed by NCCL beside it ([`Gpus`]); everything small stays with the host's collective, which also tells of a dead
+//! peer and carries NCCL's id.
+//!
 //! It never decides who belongs to the gang, and never mends itself: after an error a new generation builds a new one.
 
 mod error;
+mod gpus;
 mod handshake;
 mod local;
+mod nccl;
+#[cfg(test)]
+mod nccl_tests;
 mod queue;
 mod tcp;
 #[cfg(test)]
@@ -22,7 +29,9 @@ mod tree;
 mod wire;
 
 pub use error::{Error, Refusal};
+pub use gpus::Gpus;
 pub use handshake::{Listener, Membership, Options};
+pub use nccl::{DeviceSums, DeviceTicket, Limits};
 pub use queue::{ReduceQueue, Ticket};
 pub use tcp::Tree;
 
@@ -58,6 +67,9 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// See [`Error`].
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
+
+    /// The first peer that is known to be gone, without any operation.
+    fn lost_peer(&self) -> Option<Rank>;
 
     /// Ends the operation in flight, here and by that on the peers, and every later one. Callable from any thread, at any
     /// time, more than once; never blocks on an operation.

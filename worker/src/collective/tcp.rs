@@ -468,6 +468,10 @@ impl Collective for Tree {
         })
     }
 
+    fn lost_peer(&self) -> Option<Rank> {
+        self.shared.inbox().lost.first().map(|(rank, _)| Rank(*rank))
+    }
+
     fn abort(&self) {
         self.fail(Error::Aborted);
     }

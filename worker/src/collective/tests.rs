@@ -34,7 +34,7 @@ fn membership(rank: usize, addresses: &[String]) -> Membership {
     }
 }
 
-fn gang(world_size: u32, operation_deadline: Duration, shared_memory: bool) -> Vec<Tree> {
+pub(super) fn gang(world_size: u32, operation_deadline: Duration, shared_memory: bool) -> Vec<Tree> {
     let options = Options { shared_memory, ..options(operation_deadline) };
     let (listeners, addresses) = listeners(world_size);
     std::thread::scope(|scope| {

@@ -12,19 +12,59 @@ use thaw_proto::spec::{ThawedBatchNorm, ThawedBatchNormPolicy};
 use thaw_torch::SegmentedModel;
 use thaw_torch::model::BatchNorm;
 use thaw_torch::runtime;
-use thaw_torch::tch::Tensor;
+use thaw_torch::tch::{Kind, Tensor};
 
 /// What a shard's part came to. Times are wall seconds.
 #[derive(Default)]
 pub(super) struct ShardReport {
     /// Its share of the step's mean loss.
-    pub(super) loss: f64,
+    pub(super) loss: Share,
     /// Its samples' share of the global batch.
     pub(super) weight: f64,
     /// Whether any micro-batch moved the running statistics.
     pub(super) moved_statistics: bool,
     pub(super) forward: f64,
     pub(super) backward: f64,
+}
+
+/// A sum of losses: a number, or one that is still on the GPU, since reading it would wait for all that the GPU has to do.
+pub(super) enum Share {
+    Here(f64),
+    OnGpu(Tensor),
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self::Here(0.0)
+    }
+}
+
+impl Share {
+    fn add(&mut self, loss: &Tensor, weight: f64) -> Result<(), Error> {
+        if !loss.device().is_cuda() {
+            return self.add_known(loss.f_double_value(&[]).map_err(Error::Device)? * weight);
+        }
+        let part = loss.f_to_kind(Kind::Double).and_then(|loss| loss.f_mul_scalar(weight));
+        let sum = match self {
+            Self::Here(known) => part.and_then(|part| part.f_add_scalar(*known)),
+            Self::OnGpu(sum) => part.and_then(|part| sum.f_add(&part)),
+        };
+        *self = Self::OnGpu(sum.map_err(Error::Device)?);
+        Ok(())
+    }
+
+    fn add_known(&mut self, more: f64) -> Result<(), Error> {
+        *self = Self::Here(self.read()? + more);
+        Ok(())
+    }
+
+    /// Its value. From a GPU it comes when everything before it is done.
+    pub(super) fn read(&self) -> Result<f64, Error> {
+        match self {
+            Self::Here(value) => Ok(*value),
+            Self::OnGpu(value) => value.f_double_value(&[]).map_err(Error::Device),
+        }
+    }
 }
 
 /// Runs `micros`, at least one. `give` gets each trainable group's gradient with whether it is the caller's to keep; else a later step
@@ -60,7 +100,7 @@ pub(super) fn run_shard(
         let norm = statistics_of(&settings.thawed_batch_norm, micro.batch.labels.len());
         model.set_batch_norm(norm);
         let output = model.train_step(micro.entry(&inputs), &labels, weight, &mut take)?;
-        report.loss += output.loss.double_value(&[]) * weight;
+        report.loss.add(&output.loss, weight)?;
         report.weight += weight;
         report.moved_statistics |= norm == BatchNorm::BatchStatistics;
         report.forward += output.forward.as_secs_f64();
@@ -83,6 +123,15 @@ fn statistics_of(settings: &ThawedBatchNorm, samples: usize) -> BatchNorm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn losses_add_up_by_weight_and_a_number_on_the_device_is_one_too() {
+        let mut share = Share::default();
+        share.add(&Tensor::from(0.5_f64), 0.25).unwrap();
+        share.add(&Tensor::from(2.0_f32), 0.5).unwrap();
+        assert_eq!(share.read().unwrap(), 1.125);
+        assert_eq!(Share::OnGpu(Tensor::from(1.5_f64)).read().unwrap(), 1.5);
+    }
 
     #[test]
     fn thawed_norms_follow_policy_and_size() {

@@ -31,10 +31,12 @@ mod trace;
 pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
-use crate::collective::{self, Collective, Listener, Membership, Options};
+use crate::collective::{self, Collective, Gpus, Limits, Listener, Membership, Options};
+use crate::device::DeviceOptions;
 use crate::pipe::{TrainerPipe, die_with_parent};
 use job::Job;
 use outbox::{Identity, Outbox};
+use reduce::Links;
 use replica::{Replica, Settings};
 use session::{Ending, Session, State};
 use std::process::ExitCode;
@@ -54,6 +56,8 @@ use thaw_torch::tch::Device;
 const DEFAULT_COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A gang whose members do not come within this is formed anew by the coordinator.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longer than NCCL takes to let go of a communicator, where it does.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -63,6 +67,8 @@ enum Error {
     Proposal { generation: u64, problem: String },
     #[error(transparent)]
     Job(#[from] job::Error),
+    #[error("cannot train on --device cuda")]
+    Device(#[from] thaw_torch::cuda::Error),
     #[error("cannot load the model")]
     Model(#[from] thaw_torch::model::Error),
     #[error("cannot set up libtorch")]
@@ -83,7 +89,7 @@ enum Error {
 
 /// Runs the trainer of this process until its agent ends it.
 #[must_use]
-pub fn run(host: &str, cache: CacheFolders, hold: Option<Hold>) -> ExitCode {
+pub fn run(host: &str, cache: CacheFolders, device: DeviceOptions, hold: Option<Hold>) -> ExitCode {
     let _telemetry = thaw_runtime::telemetry::Options::from_env("info")
         .and_then(|options| thaw_runtime::telemetry::init("thaw-trainer", &options));
     // Without it the end of standard input still ends this process (TRN-2).
@@ -102,7 +108,7 @@ pub fn run(host: &str, cache: CacheFolders, hold: Option<Hold>) -> ExitCode {
     let span = tracing::info_span!("trainer", run = start.run, slot = start.slot);
     thaw_runtime::telemetry::set_parent(&span, &start.traceparent);
     let _entered = span.entered();
-    let Err(error) = train(&start, host, cache, messages, &outbox, hold) else { return ExitCode::SUCCESS };
+    let Err(error) = train(&start, (host, device), cache, messages, &outbox, hold) else { return ExitCode::SUCCESS };
     let (class, reason) = classify(&error);
     outbox.send(Outbox::failed(class, reason, thaw_runtime::chain(&error)));
     drop(outbox);
@@ -130,18 +136,20 @@ enum Order {
 
 fn train(
     start: &pb::StartTrainer,
-    host: &str,
+    (host, device): (&str, DeviceOptions),
     cache: CacheFolders,
     messages: Receiver<pb::CoordinatorMessage>,
     outbox: &Arc<Outbox>,
     hold: Option<Hold>,
 ) -> Result<(), Error> {
+    // Before anything else of libtorch, which looks for GPUs once.
+    let device = device.of_slot(start.slot)?;
     if !thaw_torch::runtime::keep_memory() {
         tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
     }
     let job = Job::load(start, cache)?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
-    let model = load_model(&job)?;
+    let model = load_model(&job, device)?;
     let timeout = match start.collective_timeout_ms {
         0 => DEFAULT_COLLECTIVE_TIMEOUT,
         milliseconds => Duration::from_millis(u64::from(milliseconds)),
@@ -158,12 +166,12 @@ fn train(
     let noting = Arc::clone(outbox);
     // Never joined: it listens until the agent is gone, and with the agent this process ends (TRN-2).
     std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting))?;
-    let (proposal, collective) = form(&listener, &ordered, outbox, options, &start.run)?;
+    let (proposal, links) = form(&listener, &ordered, outbox, (options, device), &start.run)?;
     drop(listener);
     let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
     let resume =
         resume.map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
-    let ending = session(&job, model, collective, &proposal, resume.as_ref(), outbox, hold)?;
+    let ending = session(&job, model, links, &proposal, resume.as_ref(), outbox, hold)?;
     match ending {
         Ending::Finished { result, reason } if proposal.rank == 0 => outbox.send(Outbox::finished(&result, reason)),
         Ending::Suspended if proposal.rank == 0 => outbox.send(pb::trainer_report::Event::Suspended(pb::Suspended {})),
@@ -174,7 +182,7 @@ fn train(
     Ok(())
 }
 
-fn load_model(job: &Job) -> Result<SegmentedModel, Error> {
+fn load_model(job: &Job, device: Device) -> Result<SegmentedModel, Error> {
     let precision = match job.spec.precision {
         thaw_proto::spec::Precision::Fp32 => thaw_torch::Precision::Fp32,
         thaw_proto::spec::Precision::Bf16 => thaw_torch::Precision::Bf16,
@@ -185,7 +193,7 @@ fn load_model(job: &Job) -> Result<SegmentedModel, Error> {
         thaw_proto::spec::MemoryFormat::Contiguous => thaw_torch::MemoryFormat::Contiguous,
         thaw_proto::spec::MemoryFormat::ChannelsLast => thaw_torch::MemoryFormat::ChannelsLast,
     };
-    let options = ModelOptions { memory_format, ..ModelOptions::new(precision, Device::Cpu) };
+    let options = ModelOptions { memory_format, ..ModelOptions::new(precision, device) };
     let mut initial = init::Initial::new(job);
     Ok(SegmentedModel::new(job.graph.clone(), &mut |name| initial.weight(name), options)?)
 }
@@ -217,10 +225,10 @@ fn form(
     listener: &Listener,
     orders: &Receiver<Order>,
     outbox: &Outbox,
-    options: Options,
+    (options, device): (Options, Device),
     run: &str,
-) -> Result<(pb::Propose, Box<dyn Collective>), Error> {
-    let mut built: Option<(pb::Propose, Box<dyn Collective>)> = None;
+) -> Result<(pb::Propose, Links), Error> {
+    let mut built: Option<(pb::Propose, Links)> = None;
     loop {
         match orders.recv().map_err(|_| Error::AgentGone)? {
             Order::Propose(proposal) => {
@@ -232,9 +240,9 @@ fn form(
                     addresses: proposal.addresses.clone(),
                     key: proposal.key.clone(),
                 };
-                let collective = listener.connect(&membership, options)?;
+                let links = connect(listener, &membership, options, device)?;
                 outbox.send(pb::trainer_report::Event::Built(pb::GangBuilt {}));
-                built = Some((proposal, Box::new(collective)));
+                built = Some((proposal, links));
             }
             Order::Commit(generation) => {
                 if let Some(ready) = built.take_if(|(proposal, _)| proposal.generation == generation.0) {
@@ -245,10 +253,18 @@ fn form(
     }
 }
 
+/// Connects the gang, and its GPUs where it has some.
+fn connect(listener: &Listener, membership: &Membership, options: Options, device: Device) -> Result<Links, Error> {
+    let host: Arc<dyn Collective> = Arc::new(listener.connect(membership, options)?);
+    let limits = Limits { join: options.connect_deadline, operation: options.operation_deadline, abort: ABORT_TIMEOUT };
+    let gpus = if host.world_size() > 1 { Gpus::join(&host, device, limits)? } else { None };
+    Ok(Links { host, gpus })
+}
+
 fn session(
     job: &Job,
     model: SegmentedModel,
-    collective: Box<dyn Collective>,
+    links: Links,
     proposal: &pb::Propose,
     resume: Option<&CheckpointRef>,
     outbox: &Arc<Outbox>,
@@ -269,7 +285,7 @@ fn session(
         classes: job.plan.classes.len(),
         hold: hold.clone(),
     };
-    let mut replica = Replica::new(model, settings, collective)?;
+    let mut replica = Replica::new(model, settings, links)?;
     replica.model_mut().set_activation_checkpointing(job.spec.activation_checkpointing);
     match job.spec.frozen_batch_norm {
         BatchNormPolicy::Frozen => {}
@@ -302,6 +318,7 @@ fn session(
         prefix: None,
         evaluated: prefix::Counts::default(),
         saver,
+        restored_in: std::time::Duration::ZERO,
         trace,
     }
     .run()?)
@@ -323,6 +340,7 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         replica::Error::Model(_)
         | replica::Error::Update(_)
         | replica::Error::Runtime(_)
+        | replica::Error::Device(_)
         | replica::Error::Restore { .. }
         | replica::Error::Snapshot { .. }
         | replica::Error::Thread(_)
@@ -351,6 +369,7 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
             (FailureClass::Retry, RunReason::TrainerLost)
         }
         Error::Job(_)
+        | Error::Device(_)
         | Error::Model(_)
         | Error::Session(
             session::Error::Prefix(prefix::Error::Data(_) | prefix::Error::Required { .. })

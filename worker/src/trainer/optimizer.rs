@@ -3,7 +3,7 @@
 use thaw_proto::spec;
 use thaw_torch::model::GroupParameters;
 use thaw_torch::optim::{AdamWSettings, AdamWState, Error, Optimizers, SgdSettings, SgdState};
-use thaw_torch::tch::{Kind, TchError, Tensor};
+use thaw_torch::tch::{TchError, Tensor};
 
 /// The update rule with its settings; the rate comes with each step.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ impl Optimizer {
             target.shallow_clone().copy_(&saved);
         }
         match &mut state.rule {
-            RuleState::AdamW(state) => state.step = counter(steps, state.step.kind()),
+            RuleState::AdamW(state) => state.step = counter(steps, &state.step),
             RuleState::Sgd(state) => state.steps = steps,
         }
         Ok(Some(state))
@@ -174,6 +174,6 @@ impl OptimizerState {
     clippy::cast_precision_loss,
     reason = "the kernel counts in fp32, so the counter has never passed 2^24 unrounded"
 )]
-fn counter(steps: u64, kind: Kind) -> Tensor {
-    Tensor::from(steps as f64).to_kind(kind)
+fn counter(steps: u64, like: &Tensor) -> Tensor {
+    Tensor::from(steps as f64).to_device_(like.device(), like.kind(), false, false)
 }

@@ -1,6 +1,6 @@
 //! Sums and gathers over ranks, on a thread of their own, so that they overlap with what the caller computes meanwhile.
 
-use crate::collective::{Collective, Error, ReduceQueue, Ticket};
+use crate::collective::{Collective, DeviceTicket, Error, Gpus, ReduceQueue, Ticket};
 use std::sync::Arc;
 use thaw_torch::runtime::{with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
 use thaw_torch::tch::{Kind, Tensor};
@@ -15,9 +15,20 @@ enum Work {
 pub(crate) enum Exchanged<T> {
     Here(T),
     Pending(Ticket),
+    /// Between GPUs; an error is that of the submission.
+    OnGpu(Result<DeviceTicket, Error>),
+}
+
+/// What the trainers of a generation exchange through.
+pub(crate) struct Links {
+    pub(crate) host: Arc<dyn Collective>,
+    /// Where they train on GPUs, and are several.
+    pub(crate) gpus: Option<Gpus>,
 }
 
 pub(crate) struct Exchange {
+    /// First, so that sums between GPUs end before what they hear of dead peers from.
+    gpus: Option<Gpus>,
     queue: ReduceQueue<Work>,
     alone: bool,
     /// Sums of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
@@ -26,9 +37,15 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    pub(crate) fn new(collective: Box<dyn Collective>) -> Self {
-        let alone = collective.world_size() == 1;
-        Self { queue: ReduceQueue::new(Arc::from(collective)), alone, spare: Vec::new(), summed_bytes: 0 }
+    pub(crate) fn new(links: Links) -> Self {
+        let Links { host, gpus } = links;
+        let alone = host.world_size() == 1;
+        Self { gpus, queue: ReduceQueue::new(host), alone, spare: Vec::new(), summed_bytes: 0 }
+    }
+
+    /// Whether there is no other rank.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
@@ -37,6 +54,13 @@ impl Exchange {
             return Exchanged::Here(parts.remove(0));
         }
         self.summed_bytes += bytes_of(&parts[0]);
+        if let Some(gpus) = &mut self.gpus {
+            // In place, and in rank order within this rank only: between ranks the order is NCCL's.
+            let mut parts = parts.into_iter();
+            let mut sum = parts.next().expect("a rank has at least one shard");
+            parts.for_each(|part| drop(sum.g_add_(&part)));
+            return Exchanged::OnGpu(gpus.submit(sum));
+        }
         let fits = |spare: &Tensor| spare.size() == parts[0].size() && spare.kind() == parts[0].kind();
         let sum = match self.spare.iter().position(fits) {
             Some(place) => self.spare.swap_remove(place),
@@ -45,9 +69,9 @@ impl Exchange {
         Exchanged::Pending(self.queue.submit(Work::Tensors { parts, sum }, work))
     }
 
-    /// Takes back sums that nobody reads any more. Those of a gang of one are the caller's own tensors, and are let go.
+    /// Takes back sums that nobody reads any more. Those made in place are the caller's own tensors, and are let go.
     pub(crate) fn recycle(&mut self, sums: impl IntoIterator<Item = Tensor>) {
-        if !self.alone {
+        if !self.alone && self.gpus.is_none() {
             self.spare.extend(sums);
         }
     }
@@ -75,6 +99,10 @@ impl Exchange {
     pub(crate) fn wait_tensor(&mut self, exchanged: Exchanged<Tensor>) -> Result<Tensor, Error> {
         match exchanged {
             Exchanged::Here(sum) => Ok(sum),
+            Exchanged::OnGpu(submitted) => {
+                let gpus = self.gpus.as_ref().expect("a sum between GPUs was given to them");
+                gpus.wait(submitted?)
+            }
             Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
                 Work::Tensors { sum, .. } => Ok(sum),
                 Work::Numbers { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),
@@ -85,6 +113,7 @@ impl Exchange {
     pub(crate) fn wait_numbers(&mut self, exchanged: Exchanged<Vec<f64>>) -> Result<Vec<f64>, Error> {
         match exchanged {
             Exchanged::Here(sum) => Ok(sum),
+            Exchanged::OnGpu(_) => unreachable!("numbers are summed on the host"),
             Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
                 Work::Numbers { sum, .. } => Ok(sum),
                 Work::Tensors { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),

@@ -4,16 +4,15 @@
 //! REP-2: gradients, losses and batch-norm statistics are summed over logical shards in the fixed tree, never in rank order.
 //! REP-3: the update runs only after every sum it needs has come back clean from the collective.
 
-use super::accumulate::run_shard;
+use super::accumulate::{Share, run_shard};
 use super::hold::{Hold, HoldPoint};
 use super::metrics::{self, Tally};
 use super::optimizer::{Optimizer, OptimizerState};
 use super::prefix::Micro;
-use super::reduce::{Exchange, bytes_of};
+use super::reduce::{Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::shard_tree::ShardTree;
 use super::snapshot::{Copier, GroupSnapshot, Stamp};
-use crate::collective::Collective;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Instant;
@@ -40,6 +39,8 @@ pub(crate) enum Error {
     Runtime(#[from] runtime::Error),
     #[error("replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank 0")]
     Diverged { step: Step, ranks: Vec<usize> },
+    #[error("cannot bring numbers to or from the device")]
+    Device(#[source] thaw_torch::tch::TchError),
     #[error("cannot move the weights of layer group {group}")]
     Weights { group: String, source: thaw_torch::tch::TchError },
     #[error("cannot put back the weights of layer group {group}")]
@@ -163,18 +164,17 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    pub(crate) fn new(
-        mut model: SegmentedModel,
-        settings: Settings,
-        collective: Box<dyn Collective>,
-    ) -> Result<Self, Error> {
-        let (rank, world_size) = (collective.rank().0, collective.world_size());
+    pub(crate) fn new(mut model: SegmentedModel, settings: Settings, links: Links) -> Result<Self, Error> {
+        let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
-        let exchange = Exchange::new(collective);
+        let exchange = Exchange::new(links);
         let optimizer = Optimizer::new(&settings.optimizer, settings.ema)?;
         let pull = settings.l2_sp.map(|l2_sp| Pull::new(l2_sp, &model));
         let class_weights = settings.class_weights.as_ref();
-        let class_weights = class_weights.map(|weights| Tensor::from_slice(weights).to_kind(model.master_kind()));
+        let on_device = |weights: &Vec<f64>| {
+            Tensor::from_slice(weights).f_to_device_(model.device(), model.master_kind(), false, false)
+        };
+        let class_weights = class_weights.map(on_device).transpose().map_err(Error::Device)?;
         model.set_loss(model::Loss { label_smoothing: settings.label_smoothing, class_weights });
         let running_statistics = running_statistics(&model.graph().graph);
         let update_counters = update_counters(&model.graph().graph);
@@ -276,7 +276,7 @@ impl Replica {
         votes: impl Fn() -> Votes,
     ) -> Result<StepReport, Error> {
         let started = Instant::now();
-        let mut losses = ShardTree::new(self.settings.logical_shards);
+        let mut found = Vec::with_capacity(batches.len());
         let mut moved = ShardTree::new(self.settings.logical_shards);
         let mut gradients: BTreeMap<usize, ShardTree<Tensor>> =
             self.trainable.iter().map(|&group| (group, ShardTree::new(self.settings.logical_shards))).collect();
@@ -303,7 +303,7 @@ impl Replica {
                 for &group in self.trainable.iter().rev() {
                     give(group, &self.model.groups()[group].flat.zeros_like(), true);
                 }
-                losses.push(shard, numbers(0.0, false, index == last, &votes), |left, right| add_numbers(left, &right));
+                found.push((shard, Share::default(), numbers(false, index == last, &votes)));
                 if let Some(before) = &before {
                     moved.push(shard, before.zeros_like(), add_tensor);
                 }
@@ -315,8 +315,8 @@ impl Replica {
             let report = run_shard(&mut self.model, &self.settings, plan, shard, &micros, &mut give)?;
             forward += report.forward;
             backward += report.backward;
-            let own = numbers(report.loss, report.moved_statistics, index == last, &votes);
-            losses.push(shard, own, |left, right| add_numbers(left, &right));
+            let own = numbers(report.moved_statistics, index == last, &votes);
+            found.push((shard, report.loss, own));
             if before.is_some()
                 && let Some(after) = statistics(&self.model, &self.trainable, &self.running_statistics)
             {
@@ -325,18 +325,31 @@ impl Replica {
         }
         Hold::at(self.settings.hold.as_ref(), HoldPoint::AllReduce, plan.step.0);
         let waited = Instant::now();
-        let numbers = self.exchange.sum_numbers(losses.take());
+        // A rank alone reads them behind the update, where the host has waited for the GPU anyway.
+        let shared = if self.exchange.is_alone() {
+            None
+        } else {
+            let numbers = self.with_losses(std::mem::take(&mut found))?;
+            Some(self.exchange.sum_numbers(numbers))
+        };
         let statistics = before.map(|_| self.exchange.sum_tensors(moved.take()));
         let mut sums = BTreeMap::new();
         for (group, ticket) in tickets {
             sums.insert(group, self.exchange.wait_tensor(ticket)?);
         }
-        let numbers = self.exchange.wait_numbers(numbers)?;
+        let shared = shared.map(|numbers| self.exchange.wait_numbers(numbers)).transpose()?;
         let statistics = statistics.map(|ticket| self.exchange.wait_tensor(ticket)).transpose()?;
         let exposed_all_reduce = waited.elapsed().as_secs_f64();
         let updated = Instant::now();
         let (grad_norm, applied) = self.update(plan, &sums)?;
         self.exchange.recycle(sums.into_values());
+        let numbers = match shared {
+            Some(numbers) => numbers,
+            None => {
+                let alone = self.exchange.sum_numbers(self.with_losses(found)?);
+                self.exchange.wait_numbers(alone)?
+            }
+        };
         if let Some(statistics) = statistics {
             put_statistics(&self.model, &self.trainable, &self.running_statistics, &statistics);
         }
@@ -362,6 +375,16 @@ impl Replica {
             seconds,
             all_reduced_bytes,
         })
+    }
+
+    /// The numbers of this rank's shards in tree order, with the losses read.
+    fn with_losses(&self, found: Vec<(u32, Share, Vec<f64>)>) -> Result<Vec<Vec<f64>>, Error> {
+        let mut tree = ShardTree::new(self.settings.logical_shards);
+        for (shard, loss, mut numbers) in found {
+            numbers[0] = loss.read()?;
+            tree.push(shard, numbers, |left, right| add_numbers(left, &right));
+        }
+        Ok(tree.take())
     }
 
     /// Applies reduced gradients, which are identical on every rank, so every rank decides the same.
@@ -448,6 +471,7 @@ impl Replica {
         let inputs = input_tensors(&micro.batch, self.model.master_kind());
         let labels = Tensor::from_slice(&micro.batch.labels);
         let logits = self.model.forward(micro.entry(&inputs))?;
+        let labels = labels.f_to_device(logits.device()).map_err(Error::Device)?;
         let losses = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::None, -100, 0.0);
         let predictions = logits.argmax(-1, false);
         let losses = Vec::<f64>::try_from(losses.to_kind(Kind::Double)).unwrap_or_default();
@@ -574,10 +598,10 @@ impl Replica {
     }
 }
 
-/// What a shard adds to the numbers that all ranks sum: its loss, whether it moved running statistics, and, with the rank's last shard, votes.
-fn numbers(loss: f64, moved: bool, is_last: bool, votes: &impl Fn() -> Votes) -> Vec<f64> {
+/// What a shard adds to the numbers that all ranks sum: room for its loss, whether it moved running statistics, and, with the rank's last shard, votes.
+fn numbers(moved: bool, is_last: bool, votes: &impl Fn() -> Votes) -> Vec<f64> {
     let votes = if is_last { votes() } else { Votes::default() };
-    [loss, f64::from(u8::from(moved))].into_iter().chain(votes.numbers()).collect()
+    [0.0, f64::from(u8::from(moved))].into_iter().chain(votes.numbers()).collect()
 }
 
 fn add_tensor(left: &mut Tensor, right: Tensor) {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use thaw_core::schedule::Rates;
 use thaw_core::stage_end::{self, AfterStage, Decision, Judge, RunTracker, Standing};
 use thaw_data::index::Part;
-use thaw_proto::ids::{Generation, StageIndex};
+use thaw_proto::ids::{Generation, StageIndex, Step};
 use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
 use thaw_proto::spec::{ClassWeights, OnEnter};
@@ -97,6 +97,8 @@ pub(crate) struct Session<'a> {
     /// Samples of evaluations since the last measurement; their time is not a step's.
     pub(crate) evaluated: prefix::Counts,
     pub(crate) saver: Saver,
+    /// How long putting back the best weights took when the last stage ended.
+    pub(crate) restored_in: Duration,
     /// On rank 0, where the spec asks for it.
     pub(crate) trace: Option<Trace>,
 }
@@ -202,12 +204,11 @@ impl Session<'_> {
 
     /// Restores the best weights, thaws, and evaluates what the stage starts from.
     fn enter(&mut self, stage: &PlannedStage) -> Result<(), Error> {
-        let mut restored = None;
-        if let (OnEnter::RestoreBest, Some(best)) = (stage.on_enter, &self.state.best) {
-            let began = Instant::now();
-            self.replica.restore(&best.groups)?;
-            restored = self.state.tracker.best.as_ref().map(|best| (best.position.step, began.elapsed()));
-        }
+        let restored = match stage.on_enter {
+            // After the last stage this was done already; not so where the run resumes.
+            OnEnter::RestoreBest => self.restore_best()?,
+            OnEnter::Keep => None,
+        };
         if let Some(best) = &mut self.state.best {
             // The best weights are those of every group that is ever trained after them, so also of those that thaw only now (TRAIN-4).
             let new: Vec<usize> = indices(stage).into_iter().filter(|group| !best.groups.contains_key(group)).collect();
@@ -364,11 +365,19 @@ impl Session<'_> {
     /// Restores the best weights unless the next stage goes on from the last ones: what nobody will read need not be saved.
     fn restore_best_where_nothing_else_counts(&mut self) -> Result<(), Error> {
         let next = self.job.plan.stages.get(self.state.position.stage.0 as usize);
-        let keeps_last = next.is_some_and(|next| next.on_enter == OnEnter::Keep);
-        match &self.state.best {
-            Some(best) if !keeps_last => Ok(self.replica.restore(&best.groups)?),
-            Some(_) | None => Ok(()),
+        if next.is_none_or(|next| next.on_enter == OnEnter::RestoreBest) {
+            self.restored_in = self.restore_best()?.map_or(Duration::ZERO, |(_, took)| took);
         }
+        Ok(())
+    }
+
+    /// Puts the best weights back: the step they are of, and how long that took since a stage ended.
+    fn restore_best(&mut self) -> Result<Option<(Step, Duration)>, Error> {
+        let (Some(best), Some(evaluation)) = (&self.state.best, &self.state.tracker.best) else { return Ok(None) };
+        let began = Instant::now();
+        self.replica.restore(&best.groups)?;
+        let took = std::mem::take(&mut self.restored_in) + began.elapsed();
+        Ok(Some((evaluation.position.step, took)))
     }
 
     /// Tests the best weights and, on rank 0, waits until the last checkpoint is committed and writes the model.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/ScalarOps.h>
@@ -493,6 +494,20 @@ int32_t thaw_set_num_threads(int32_t threads) {
 int32_t thaw_set_deterministic(int32_t enabled) {
   return guarded<int32_t>(-1, [&]() -> int32_t {
     at::globalContext().setDeterministicAlgorithms(enabled != 0, /*warn_only=*/false);
+    return 0;
+  });
+}
+
+int32_t thaw_select_device(int32_t index) {
+  return guarded<int32_t>(-1, [&]() -> int32_t {
+    at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(index));
+    return 0;
+  });
+}
+
+int32_t thaw_current_stream(int32_t index, void** stream) {
+  return guarded<int32_t>(-1, [&]() -> int32_t {
+    *stream = at::accelerator::getCurrentStream(static_cast<c10::DeviceIndex>(index)).native_handle();
     return 0;
   });
 }

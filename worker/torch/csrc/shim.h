@@ -80,6 +80,10 @@ int32_t thaw_set_generator_state(int64_t device, const void* state);
 int32_t thaw_get_num_threads();
 int32_t thaw_set_num_threads(int32_t threads);
 int32_t thaw_set_deterministic(int32_t enabled);
+// Makes a GPU the calling thread's own.
+int32_t thaw_select_device(int32_t index);
+// The stream on which the calling thread puts a GPU's work, as CUDA's driver knows it (null: the default one).
+int32_t thaw_current_stream(int32_t index, void** stream);
 
 // kernels.cpp. Puts our kernels in libtorch's place, once a process. -1 where it refuses them.
 int32_t thaw_register_kernels();

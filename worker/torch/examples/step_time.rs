@@ -3,7 +3,7 @@
 //! `cargo run -p thaw-torch --example step_time -- MODEL.pt2 [NAME=VALUE ...]`, where NAME is one of
 //! `batch` (32), `length` (tokens; the export's), `precision` (fp32 | bf16 | fp64), `format` (automatic | contiguous |
 //! channels_last), `strategy` (all | head | last:N), `steps` (10), `warm`
-//! (3), `threads` (1), `keep_memory` (true), `checkpointing` (false). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
+//! (3), `threads` (1), `keep_memory` (true), `checkpointing` (false), `device` (cpu | cuda: the first GPU). `tests/benches/step_peer.py` exports the models and times the same step in PyTorch.
 //!
 //! The last line is `step wall_median=S wall_min=S cpu_min=S forward=S backward=S norm=S update=S`: the parts are medians; CPU is this thread's.
 
@@ -17,8 +17,8 @@ use thaw_graph::Archive;
 use thaw_graph::ir::{DType, Dim, Graph, ValueId};
 use thaw_torch::model::Options;
 use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers, global_norm};
-use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_torch::{MemoryFormat, Precision, SegmentedModel, executor, runtime};
+use thaw_torch::tch::{Cuda, Device, Kind, Tensor};
+use thaw_torch::{MemoryFormat, Precision, SegmentedModel, cuda, executor, runtime};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -38,6 +38,7 @@ struct Settings {
     threads: usize,
     keep_memory: bool,
     checkpointing: bool,
+    device: Device,
 }
 
 impl Settings {
@@ -56,6 +57,7 @@ impl Settings {
             threads: 1,
             keep_memory: true,
             checkpointing: false,
+            device: Device::Cpu,
         };
         for argument in arguments {
             let (name, value) = argument.split_once('=').ok_or_else(|| format!("{argument}: expected NAME=VALUE"))?;
@@ -87,6 +89,14 @@ impl Settings {
                 "warm" => settings.warm = value.parse()?,
                 "threads" => settings.threads = value.parse()?,
                 "checkpointing" => settings.checkpointing = value.parse()?,
+                "device" => {
+                    settings.device = match value {
+                        "cpu" => Device::Cpu,
+                        // Before anything else of libtorch.
+                        "cuda" => cuda::select(0)?,
+                        _ => return Err(format!("device={value}: expected cpu or cuda").into()),
+                    }
+                }
                 "keep_memory" => settings.keep_memory = value.parse()?,
                 _ => return Err(format!("{name}: unknown; see the head of this file").into()),
             }
@@ -143,7 +153,7 @@ fn main() -> Result<(), Failure> {
     let median = |part: fn(&Timing) -> f64| sorted(&timings, part)[timings.len() / 2];
     let least = |part: fn(&Timing) -> f64| sorted(&timings, part)[0];
     println!(
-        "step wall_median={:.4} wall_min={:.4} cpu_min={:.4} forward={:.4} backward={:.4} norm={:.4} update={:.4}",
+        "step wall_median={:.6} wall_min={:.6} cpu_min={:.6} forward={:.6} backward={:.6} norm={:.6} update={:.6}",
         median(|timing| timing.wall),
         least(|timing| timing.wall),
         least(|timing| timing.cpu),
@@ -182,6 +192,9 @@ fn one_step(
     for (group, state) in states {
         optimizers.adamw(&ADAMW, RATE, &model.groups()[*group], &gradients[group], state)?;
     }
+    if let Device::Cuda(index) = model.device() {
+        Cuda::synchronize(i64::try_from(index)?);
+    }
     Ok(Timing {
         wall: started.elapsed().as_secs_f64(),
         cpu: thread_seconds() - cpu,
@@ -199,7 +212,7 @@ fn load(settings: &Settings) -> Result<SegmentedModel, Failure> {
         let payload = archive.payload(name)?;
         Ok((payload.dtype, payload.shape.clone(), archive.weight_bytes(name)?))
     };
-    let options = Options { precision: settings.precision, device: Device::Cpu, memory_format: settings.format };
+    let options = Options { precision: settings.precision, device: settings.device, memory_format: settings.format };
     Ok(SegmentedModel::new(graph, &mut source, options)?)
 }
 

@@ -93,6 +93,8 @@ unsafe extern "C" {
     pub(crate) fn thaw_get_num_threads() -> i32;
     pub(crate) fn thaw_set_num_threads(threads: i32) -> i32;
     pub(crate) fn thaw_set_deterministic(enabled: i32) -> i32;
+    pub(crate) fn thaw_select_device(index: i32) -> i32;
+    pub(crate) fn thaw_current_stream(index: i32, stream: *mut *mut c_void) -> i32;
 
     pub(crate) fn thaw_register_kernels() -> i32;
     pub(crate) fn thaw_set_gradient_home(parameter: *const C_tensor, home: *const C_tensor);

@@ -7,9 +7,11 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
 pub mod autograd;
+pub mod cuda;
 pub mod executor;
 mod ffi;
 pub mod model;
+pub mod nccl;
 pub mod op;
 pub mod optim;
 pub mod rows;

@@ -328,6 +328,10 @@ fn fingerprint(job: &Job, model: &SegmentedModel, segment: usize) -> Result<Stri
     let spec = &job.spec;
     let shape = (spec.precision, spec.workers.threads_per_trainer, spec.prefix_cache.chunk_size, job.longest_text);
     hasher.update(format!("{shape:?} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+    if model.device().is_cuda() {
+        // Other kernels, so other last bits.
+        hasher.update(b"cuda");
+    }
     hasher.update(prefix_identity(model.graph(), segment).as_bytes());
     for group in &model.groups()[..segment] {
         for tensor in std::iter::once(&group.flat).chain(group.buffers.iter().map(|(_, buffer)| buffer)) {

@@ -15,7 +15,7 @@ mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use thaw_graph::segment::SegmentedGraph;
 
 use crate::autograd;
@@ -250,6 +250,12 @@ impl SegmentedModel {
     #[must_use]
     pub fn master_kind(&self) -> Kind {
         self.options.precision.master()
+    }
+
+    /// Where weights, gradients and optimizer state are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.options.device
     }
 
     /// What training steps minimise from now on; plain cross-entropy at first.

@@ -10,6 +10,7 @@ use thaw_graph::ir::Dim;
 use super::{Error, SegmentedModel, tensor_error};
 use crate::autograd::GradMode;
 use crate::executor::{Cell, Phase, kind_of};
+use crate::runtime;
 
 /// Where a batch enters the model.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +20,7 @@ pub enum Entry<'a> {
     /// At a boundary.
     Cut {
         boundary: &'a Boundary,
-        /// What crosses it, each `[batch, ...]`, in the boundary's order.
+        /// What crosses it, each `[batch, ...]`, in the boundary's order; on any device.
         values: &'a [Tensor],
         /// The graph's inputs; needed where the boundary says [`InputNeed::Contents`].
         inputs: Option<&'a [Tensor]>,
@@ -104,7 +105,8 @@ impl SegmentedModel {
             self.program.prologue.run(&mut self.frame, Phase::EVAL)?;
         }
         for (cut, value) in boundary.values.iter().zip(*values) {
-            self.frame.cells[cut.value.0 as usize] = Cell::Tensor(value.shallow_clone());
+            let value = runtime::send(value, self.options.device, value.kind());
+            self.frame.cells[cut.value.0 as usize] = Cell::Tensor(value.map_err(tensor_error("a cut on the device"))?);
         }
         Ok(boundary.segment)
     }
