@@ -50,7 +50,6 @@ struct ProgressLine<'a> {
     prefix_computed: u64,
     prefix_cached: u64,
     all_reduced_bytes: u64,
-    peak_memory_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -136,7 +135,6 @@ pub(crate) fn progress(progress: &pb::Progress) -> String {
         prefix_computed: progress.prefix_computed,
         prefix_cached: progress.prefix_cached,
         all_reduced_bytes: progress.all_reduced_bytes,
-        peak_memory_bytes: progress.peak_memory_bytes,
     })
 }
 

@@ -44,6 +44,8 @@ pub struct StageSummary {
     pub steps: u32,
     pub epochs: f64,
     pub seconds: f64,
+    /// The most bytes of tensors that a trainer held.
+    pub peak_memory_bytes: u64,
     /// Of the best weights after the stage.
     pub eval: Scores,
 }
@@ -97,6 +99,7 @@ impl StageSummary {
             steps: result.steps,
             epochs: result.epochs,
             seconds: result.seconds,
+            peak_memory_bytes: result.peak_memory_bytes,
             eval: result
                 .eval
                 .as_ref()

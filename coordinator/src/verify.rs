@@ -272,8 +272,6 @@ struct MetricsLine {
     step_time: Option<StepTime>,
     #[serde(default)]
     all_reduced_bytes: u64,
-    #[serde(default)]
-    peak_memory_bytes: u64,
 }
 
 #[derive(Deserialize)]
@@ -309,6 +307,7 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
     let points: Vec<(f64, f64)> =
         measured.iter().enumerate().filter_map(|(index, seconds)| Some((operations(index), (*seconds)?))).collect();
     let predicted = calibrate(&points);
+    let ended = manifests.last().map(|manifest| &manifest.stage_results);
     let stage = |(index, stage): (usize, &thaw_proto::plan::PlannedStage)| {
         let trained: BTreeSet<usize> = stage.trainable_groups.iter().map(|group| group.0 as usize).collect();
         // At its end a stage's state may be an earlier one's: the best.
@@ -345,7 +344,10 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
                 planned: predicted.map(|(fixed, rate)| fixed + operations(index) * rate),
                 actual: measured[index],
             },
-            memory_bytes: pair(stage.memory_bytes, of_stage(index).map(|line| line.peak_memory_bytes).max()),
+            memory_bytes: pair(
+                stage.memory_bytes,
+                ended.and_then(|ended| ended.get(index)).map(|result| result.peak_memory_bytes),
+            ),
         }
     };
     plan.stages.iter().enumerate().map(stage).collect()

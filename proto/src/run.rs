@@ -108,6 +108,9 @@ pub struct StageResult {
     pub eval: Evaluation,
     pub deciding_eval: Evaluation,
     pub replica_digest: String,
+    /// Of rank 0's tensors, since its trainer started; 0 where that was not measured.
+    #[serde(default)]
+    pub peak_memory_bytes: u64,
     /// Of the first of several stages, where there is a test part.
     #[serde(default)]
     pub test: Option<Evaluation>,

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +13,6 @@ from benches import harness
 from benches.harness import ROOT, Broken
 
 THAW = ROOT / "target/debug/thaw"
-# Seconds between two looks at a trainer's memory.
-LOOK = 0.2
-# When it was looked at, and the largest resident set of a trainer since the last look.
-Memory = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -60,23 +54,16 @@ class Run:
     summary: dict
     steps: list[Step]
     evaluations: list[Evaluation]
-    memory: Memory
-
-    @property
-    def peak_memory(self) -> int:
-        """Largest resident set of a trainer, bytes."""
-        return max((peak for _, peak in self.memory), default=0)
 
     def stage(self, index: int, first: int = 0, until: int | None = None) -> list[Step]:
         """Steps of a stage, numbered from its start."""
         last = float("inf") if until is None else until
         return [step for step in self.steps if step.stage == index and first <= step.stage_step < last]
 
-    def stage_memory(self, index: int) -> int:
-        """Largest resident set of a trainer while the stage's steps ran, bytes."""
-        steps = self.stage(index)
-        began, ended = steps[0].heard - steps[0].whole, steps[-1].heard + LOOK
-        return max((peak for looked, peak in self.memory if began <= looked <= ended), default=0)
+    def verified(self) -> dict:
+        """What `thaw verify` finds: the plan beside what was measured, by stage."""
+        command = [THAW, "verify", self.folder, "-o", "json"]
+        return {stage["name"]: stage for stage in json.loads(harness.command(command, 120))["stages"]}
 
     def manifests(self) -> list[Manifest]:
         """Of the checkpoints that are kept, in order."""
@@ -123,7 +110,6 @@ def train(spec: dict, folder: Path, deadline: float, workers: int = 2, cache: Pa
         text=True,
         start_new_session=True,
     )
-    watch = MemoryWatch(process.pid)
     try:
         out, err = process.communicate(timeout=deadline)
     except BaseException as error:
@@ -132,13 +118,12 @@ def train(spec: dict, folder: Path, deadline: float, workers: int = 2, cache: Pa
             raise Broken(f"thaw train of {spec['name']} had not ended after {deadline:.0f} s") from error
         raise
     finally:
-        memory = watch.stop()
         if cache == folder / "prefix-cache":
             forget(cache)
     if process.returncode != 0:
         raise Broken(f"thaw train of {spec['name']} ended with {process.returncode}: {err.strip()[-1500:]}")
     (run,) = (data / "runs").iterdir()
-    return read(run, json.loads(out), memory)
+    return read(run, json.loads(out))
 
 
 def memory_folder(cache: Path) -> Path:
@@ -151,7 +136,7 @@ def forget(cache: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def read(run: Path, summary: dict, memory: Memory) -> Run:
+def read(run: Path, summary: dict) -> Run:
     steps, evaluations = [], []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         one = json.loads(line)
@@ -176,7 +161,7 @@ def read(run: Path, summary: dict, memory: Memory) -> Run:
                 heard,
             )
         )
-    return Run(run, summary, steps, evaluations, memory)
+    return Run(run, summary, steps, evaluations)
 
 
 def plan(spec: dict, folder: Path) -> dict:
@@ -185,52 +170,3 @@ def plan(spec: dict, folder: Path) -> dict:
     path = folder / "plan-spec.json"
     path.write_text(json.dumps(spec))
     return json.loads(harness.command([THAW, "plan", path, "-o", "json"], 120))
-
-
-class MemoryWatch:
-    """The largest resident sets of the trainers below a process."""
-
-    def __init__(self, parent: int):
-        self.parent, self.found, self.ended = parent, [], threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-
-    def watch(self) -> None:
-        trainers: set[int] = set()
-        looked = 0.0
-        while not self.ended.wait(LOOK):
-            if time.monotonic() - looked > 2:
-                trainers, looked = trainers_of(self.parent), time.monotonic()
-            if trainers:
-                self.found.append((time.time(), max(map(high_water, trainers))))
-
-    def stop(self) -> Memory:
-        self.ended.set()
-        self.thread.join()
-        return self.found
-
-
-def trainers_of(session: int) -> set[int]:
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            belongs = os.getsid(int(entry.name)) == session
-            if belongs and b"\0trainer\0" in (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def high_water(process: int) -> int:
-    """The largest resident set since this was last asked."""
-    try:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                Path(f"/proc/{process}/clear_refs").write_text("5")
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0

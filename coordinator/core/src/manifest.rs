@@ -313,6 +313,7 @@ mod tests {
                 eval: evaluation(0.5),
                 deciding_eval: evaluation(0.6),
                 replica_digest: "c".repeat(64),
+                peak_memory_bytes: 1,
                 test: None,
             }],
             seconds: 2.5,

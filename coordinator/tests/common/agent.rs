@@ -221,6 +221,7 @@ impl Session {
                     eval: Some(evaluation(step)),
                     deciding_eval: Some(evaluation(step)),
                     replica_digest: "00".to_owned(),
+                    peak_memory_bytes: 1,
                     test: None,
                 };
                 self.report(trainer, Report::StageEnded(ended)).await;

@@ -109,6 +109,7 @@ impl TryFrom<&pb::StageResult> for StageResult {
             eval: required("eval", raw.eval.as_ref())?,
             deciding_eval: required("deciding_eval", raw.deciding_eval.as_ref())?,
             replica_digest: raw.replica_digest.clone(),
+            peak_memory_bytes: raw.peak_memory_bytes,
             test: raw
                 .test
                 .as_ref()
@@ -129,6 +130,7 @@ impl From<&StageResult> for pb::StageResult {
             eval: Some((&result.eval).into()),
             deciding_eval: Some((&result.deciding_eval).into()),
             replica_digest: result.replica_digest.clone(),
+            peak_memory_bytes: result.peak_memory_bytes,
             test: result.test.as_ref().map(Into::into),
         }
     }

@@ -7,6 +7,7 @@ on the last half: that predicts the last quarter and the whole. Cached stages co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ ROWS = {
     "optimizer_bytes": row("optimizer_bytes", "bytes of optimizer state in the stage's last checkpoint", "B", "<=0.01"),
     "checkpoint_bytes": row("checkpoint_bytes", "bytes of the stage's last checkpoint", "B", "<=0.01"),
     "step_time": row("step_time", "a step, after calibration on two other stages", "s", "<=0.15"),
-    "memory": row("memory", "a trainer's peak resident memory", "B", "<=0.1"),
+    "memory_bytes": row("memory_bytes", "bytes of tensors a trainer held at most", "B", "<=0.1"),
 }
 HEAD, HALF = workloads.STAGES.index("head"), workloads.STAGES.index("half")
 
@@ -36,22 +37,22 @@ def spec(settings: Settings) -> dict:
         return deepest if depth.name == "all" else {"max_epochs": 2}
 
     stages = workloads.stages(WORKLOAD.depths(), until)
-    return WORKLOAD.spec(strategy="custom", stages=stages, prefix_cache={"mode": "required"})
+    return WORKLOAD.spec(strategy="custom", stages=stages, prefix_cache={"mode": "required"}, checkpoint={"save_steps": 4})
 
 
 def measure(settings: Settings) -> Iterator[Result | Skipped]:
     wanted = spec(settings)
-    stages = thaw.plan(wanted, WORKLOAD.folder())["stages"]
     with harness.scratch("plan") as folder:
         say("the demo's model in four stages, to compare with its plan")
         run = thaw.train(wanted, Path(folder) / "run", 600)
-        actual = {name: [measured(run, stage) for stage in range(len(stages))] for name, measured in ACTUAL.items()}
-    in_bytes = ("gradient_bytes", "optimizer_bytes", "checkpoint_bytes")
-    planned = {key: [int(stage["cost"][key]) for stage in stages] for key in in_bytes}
-    planned["memory"] = [int(stage["memory_bytes"]) for stage in stages]
-    planned["step_time"] = calibrated(actual["step_time"], [int(stage["cost"]["step_flops"]) for stage in stages])
+        plan, found = json.loads((run.folder / "plan.json").read_text())["stages"], run.verified()
+        seconds = [step_time(run, stage) for stage in range(len(plan))]
     for name, row in ROWS.items():
-        yield compared(row, actual[name], planned[name])
+        if name == "step_time":
+            yield compared(row, seconds, calibrated(seconds, [int(stage["cost"]["step_flops"]) for stage in plan]))
+        else:
+            pairs = [found[stage["name"]][name] for stage in plan]
+            yield compared(row, [pair["actual"] for pair in pairs], [pair["planned"] for pair in pairs])
 
 
 def calibrated(seconds: list[float], flops: list[int]) -> list[float]:
@@ -63,26 +64,6 @@ def calibrated(seconds: list[float], flops: list[int]) -> list[float]:
 def step_time(run: thaw.Run, stage: int) -> float:
     deepest = stage == len(workloads.STAGES) - 1
     return median(step.whole for step in run.stage(stage, 1 if deepest else WORKLOAD.steps_per_epoch))
-
-
-def last_manifest(run: thaw.Run, stage: int) -> thaw.Manifest:
-    """Written when the stage had ended."""
-    position = {"stage": stage + 1, "stage_step": 0}
-    return next(one for one in run.manifests() if position.items() <= one.document["position"].items())
-
-
-def optimizer_bytes(run: thaw.Run, stage: int) -> int:
-    groups = last_manifest(run, stage).document["groups"]
-    return sum(group["optimizer"]["bytes"] for group in groups if group["optimizer"])
-
-
-ACTUAL = {
-    "gradient_bytes": lambda run, stage: run.stage(stage)[-1].all_reduced_bytes,
-    "optimizer_bytes": optimizer_bytes,
-    "checkpoint_bytes": lambda run, stage: sum(last_manifest(run, stage).blobs().values()),
-    "step_time": step_time,
-    "memory": lambda run, stage: run.stage_memory(stage),
-}
 
 
 def compared(row: Row, actual: list[float], planned: list[float]) -> Result:

@@ -9,7 +9,6 @@ use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb;
 use thaw_proto::pb::trainer_report::Event as Payload;
 use thaw_proto::run::{CheckpointRef, Evaluation, Position, RunReason, RunResult, StageResult};
-use thaw_torch::runtime;
 
 pub(crate) use thaw_proto::pb::trainer_report::Event;
 
@@ -90,7 +89,6 @@ impl Outbox {
             prefix_computed: pace.prefix.computed,
             prefix_cached: pace.prefix.cached,
             all_reduced_bytes: pace.all_reduced_bytes,
-            peak_memory_bytes: runtime::memory_use(false).peak,
         }));
     }
 

@@ -330,6 +330,7 @@ impl Session<'_> {
             eval: self.state.tracker.best.clone().or_else(|| deciding.clone()).ok_or(Error::NeverFinite)?,
             deciding_eval: deciding.ok_or(Error::NeverFinite)?,
             replica_digest: digest.to_hex().to_string(),
+            peak_memory_bytes: runtime::memory_use(false).peak,
             test: self.test_of_first_stage(index)?,
         };
         self.state.results.push(result.clone());

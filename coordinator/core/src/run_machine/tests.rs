@@ -151,6 +151,7 @@ fn stage_result(stage: u32) -> StageResult {
         eval: evaluation(0.5),
         deciding_eval: evaluation(0.5),
         replica_digest: "f".repeat(64),
+        peak_memory_bytes: 1,
         test: None,
     }
 }
