@@ -6,6 +6,7 @@ use crate::trainer::optimizer::Optimizer;
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use thaw_core::manifest::{BlobRef, GroupState};
 use thaw_graph::ir::DType;
 use thaw_torch::model::{FlatLayout, GroupParameters, StateTensor};
@@ -46,6 +47,30 @@ impl Piece {
         }
         Ok(GroupState { name: self.name, weights: Some(weights), optimizer, optimizer_steps })
     }
+}
+
+/// Blobs on their way at a time: while one waits for the disk to have it, the next is encoded and hashed.
+const WRITERS: usize = 3;
+
+/// Writes all pieces; what they are stored as in the order of their stamps.
+pub(super) fn write_all(pieces: Vec<Piece>, store: &CheckpointStore) -> Result<Vec<(Stamp, GroupState)>, Error> {
+    let writers = WRITERS.min(pieces.len());
+    let (waiting, written) = (Mutex::new(pieces.into_iter()), Mutex::new(Vec::new()));
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let writer = || -> Result<(), Error> {
+        while let Some(piece) = next() {
+            let (stamp, state) = (piece.stamp, piece.write(store)?);
+            written.lock().unwrap_or_else(PoisonError::into_inner).push((stamp, state));
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..writers).map(|_| scope.spawn(writer)).collect();
+        writers.into_iter().try_for_each(|writer| writer.join().expect("a writer returns its errors"))
+    })?;
+    let mut written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
+    written.sort_by_key(|(stamp, _)| *stamp);
+    Ok(written)
 }
 
 /// The tensors of a blob by name.

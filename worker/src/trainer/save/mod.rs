@@ -338,10 +338,7 @@ impl Work {
     fn run(self, store: &CheckpointStore) -> Result<(), Error> {
         let span = tracing::info_span!("checkpoint", step = self.step.0, generation = self.generation.0);
         let _entered = span.entered();
-        let mut mine = Vec::with_capacity(self.pieces.len());
-        for piece in self.pieces {
-            mine.push((piece.stamp, piece.write(store)?));
-        }
+        let mut mine = blob::write_all(self.pieces, store)?;
         let Some(manifest) = self.manifest else {
             // Rank 0 waits for no rank that had nothing to write.
             if !mine.is_empty() {
