@@ -46,7 +46,7 @@ async fn a_run_goes_to_its_end() {
     let model = format!("file://{}/model/", runs.canonicalize().unwrap().display());
     let expected = serde_json::json!({
         "run": run.name.strip_prefix("runs/").unwrap(), "state": "SUCCEEDED", "reason": "LAST_STAGE_ENDED", "strategy": "gradual_unfreezing",
-        "stages": [{"name": "head", "groups": ["head"], "steps": 2, "epochs": 1.0, "seconds": 2.0,
+        "stages": [{"name": "head", "groups": ["head"], "steps": 2, "epochs": 1.0, "seconds": 2.0, "peak_memory_bytes": 1,
                     "eval": {"loss": 0.25, "accuracy": 0.75, "macro_f1": 0.5}}],
         "test": {"loss": 0.25, "accuracy": 0.75, "macro_f1": 0.5},
         "steps": 2, "seconds": 2.0, "world_sizes": [2], "weights_blake3": "abc", "model": model,
