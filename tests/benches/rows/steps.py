@@ -51,6 +51,8 @@ class Steps:
         self.ours: dict[str, list[float]] = {}
         self.peer: dict[str, list[float]] = {}
         self.runs: list[thaw.Run] = []
+        # Of the last run, whose folder is gone by then.
+        self.verified: dict[str, dict] = {}
 
     def spec(self, **more) -> dict:
         def until(depth: Depth) -> dict:
@@ -88,6 +90,7 @@ class Steps:
     def round(self, gang: Gang, folder: Path) -> None:
         run = thaw.train(self.spec(), folder, DEADLINE)
         self.runs.append(run)
+        self.verified = run.verified()
         per_epoch = self.workload.steps_per_epoch
         for index, depth in enumerate(self.depths):
             measured = run.stage(index, 1 if depth.name == "all" else per_epoch)
@@ -145,7 +148,7 @@ class Steps:
         return self.result("all_reduced_bytes", found, expected)
 
     def memory(self) -> Result:
-        pairs = [stage["memory_bytes"] for stage in self.runs[-1].verified().values()]
+        pairs = [stage["memory_bytes"] for stage in self.verified.values()]
         worst = max(pairs, key=lambda pair: abs(pair["actual"] / pair["planned"] - 1))
         more = {"stages": "/".join(f"{pair['actual'] / pair['planned']:.3g}" for pair in pairs)}
         return self.result("plan_memory", worst["actual"], worst["planned"], **more)

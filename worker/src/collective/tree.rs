@@ -29,6 +29,13 @@ fn visit<E: Element>(
     }
     assert!(node.len() > 1, "a single shard {node:?} is a part, or inside one");
     let middle = split(node.start, node.end);
+    if let Some((left, right)) = halves(parts, node.start..middle, middle..node.end) {
+        // One pass over memory instead of two.
+        for (sum, (left, right)) in out.iter_mut().zip(left.iter().zip(right)) {
+            *sum = *left + *right;
+        }
+        return;
+    }
     visit(&(node.start..middle), parts, out, spare);
     let upper = middle..node.end;
     if let Some((_, values)) = parts.next_if(|(range, _)| *range == upper) {
@@ -40,6 +47,21 @@ fn visit<E: Element>(
     visit(&upper, parts, &mut room, spare);
     add(out, &room);
     spare.push(room);
+}
+
+/// The next two parts, where they are these two nodes.
+fn halves<'a, E>(
+    parts: &mut std::iter::Peekable<std::slice::Iter<'_, Part<'a, E>>>,
+    lower: Range<u32>,
+    upper: Range<u32>,
+) -> Option<(&'a [E], &'a [E])> {
+    let mut ahead = parts.clone();
+    let (left, right) = (ahead.next()?, ahead.next()?);
+    if left.0 != lower || right.0 != upper {
+        return None;
+    }
+    *parts = ahead;
+    Some((left.1, right.1))
 }
 
 fn add<E: Element>(left: &mut [E], right: &[E]) {
