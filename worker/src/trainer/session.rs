@@ -23,6 +23,7 @@ use thaw_proto::plan::PlannedStage;
 use thaw_proto::run::{Evaluation, Position, RunReason, RunResult, StageEnd, StageResult};
 use thaw_proto::spec::{ClassWeights, OnEnter};
 use thaw_torch::runtime;
+use thaw_torch::tch::Device;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -162,6 +163,7 @@ impl Session<'_> {
         let rates = Rates::entering(&self.job.plan, &ended).expect("the stage is in the plan");
         let mut pace = Pace::new();
         self.saver.enter_stage();
+        self.touch_memory_of_next(stage);
         loop {
             let waited = Instant::now();
             let batches = feed.next(self.prefix.as_mut(), self.replica.model_mut()).ok_or(Error::DataEnded)??;
@@ -199,6 +201,16 @@ impl Session<'_> {
             if suspend {
                 return Ok(None);
             }
+        }
+    }
+
+    /// The next stage's gradients and optimizer state take memory that this process has never touched. The system finds it meanwhile.
+    fn touch_memory_of_next(&self, stage: &PlannedStage) {
+        let next = self.job.plan.stages.get(self.state.position.stage.0 as usize + 1);
+        let more = next.map_or(0, |next| next.memory_bytes.saturating_sub(stage.memory_bytes));
+        if more > 0 && self.replica.model().device() == Device::Cpu {
+            // A thread that cannot start costs the next stage's begin a moment, nothing else.
+            let _ = std::thread::Builder::new().name("memory".to_owned()).spawn(move || runtime::touch_memory(more));
         }
     }
 

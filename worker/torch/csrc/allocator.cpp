@@ -25,6 +25,7 @@
 
 namespace {
 
+constexpr size_t kPage = size_t{4} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
 // Address space only: pages that nobody has touched take no memory.
 constexpr size_t kSegment = size_t{1} << 30;
@@ -59,7 +60,8 @@ struct BySize {
 
 class Arena {
  public:
-  void* take(size_t bytes) {
+  // `counted`: whether it is somebody's, and not only touched.
+  void* take(size_t bytes, bool counted = true) {
     const size_t needed = round_up(bytes, 64) + sizeof(Block);
     const std::lock_guard<std::mutex> guard(lock_);
     Block wanted{needed, nullptr, false, false};
@@ -77,8 +79,10 @@ class Arena {
     }
     block->free = false;
     split(block, needed);
-    in_use_ += block->bytes;
-    peak_ = std::max(peak_, in_use_);
+    if (counted) {
+      in_use_ += block->bytes;
+      peak_ = std::max(peak_, in_use_);
+    }
     return block->memory();
   }
 
@@ -90,10 +94,12 @@ class Arena {
                        [at](const Segment& segment) { return segment.start <= at && at < segment.start + segment.bytes; });
   }
 
-  void give(void* memory) {
+  void give(void* memory, bool counted = true) {
     const std::lock_guard<std::mutex> guard(lock_);
     Block* block = Block::of(memory);
-    in_use_ -= block->bytes;
+    if (counted) {
+      in_use_ -= block->bytes;
+    }
     block->free = true;
     if (Block* after = block->after(); after != nullptr && after->free) {
       free_.erase(after);
@@ -105,6 +111,19 @@ class Arena {
       block = before;
     }
     free_.insert(block);
+  }
+
+  // Has the system give pages for so many bytes more, so that whoever takes them does not wait for it.
+  void touch(size_t bytes) {
+    void* memory = take(bytes, false);
+    if (memory == nullptr) {
+      return;
+    }
+    auto* start = static_cast<volatile char*>(memory);
+    for (size_t at = 0; at < bytes; at += kPage) {
+      start[at] = 0;
+    }
+    give(memory, false);
   }
 
   // Gives the pages of free blocks back to the system.
@@ -232,6 +251,8 @@ void thaw_release_memory() {
   arena().release();
   malloc_trim(0);
 }
+
+void thaw_touch_memory(int64_t bytes) { arena().touch(static_cast<size_t>(bytes)); }
 
 void thaw_memory(int64_t* in_use, int64_t* peak, int32_t reset) { arena().report(in_use, peak, reset != 0); }
 }

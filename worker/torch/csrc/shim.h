@@ -99,6 +99,8 @@ void thaw_bump_version(const void* tensor);
 int32_t thaw_keep_memory();
 // Gives the pages of what is free back to the system.
 void thaw_release_memory();
+// Has so many bytes more ready for large tensors.
+void thaw_touch_memory(int64_t bytes);
 // Bytes of large tensors now, and the most since the last reset.
 void thaw_memory(int64_t* in_use, int64_t* peak, int32_t reset);
 }

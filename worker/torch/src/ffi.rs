@@ -104,6 +104,7 @@ unsafe extern "C" {
 
     pub(crate) fn thaw_keep_memory() -> i32;
     pub(crate) fn thaw_release_memory();
+    pub(crate) fn thaw_touch_memory(bytes: i64);
     pub(crate) fn thaw_memory(in_use: *mut i64, peak: *mut i64, reset: i32);
 }
 

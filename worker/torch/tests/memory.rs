@@ -67,3 +67,15 @@ fn checkpointing_holds_one_segments_activations_and_gives_the_same_gradients() {
     let saved = u64::try_from((SEGMENTS - 2) * (2 * LAYERS - 1)).unwrap() * activation;
     assert!(whole >= checkpointed + saved, "{whole} bytes without, {checkpointed} with checkpoints");
 }
+
+#[test]
+fn touched_memory_is_nobodys() {
+    assert!(runtime::keep_memory());
+    // Other tests of this process hold far less.
+    let most = 512 << 20;
+    runtime::touch_memory(most);
+    assert!(runtime::memory_use(false).peak < most, "what was touched is not counted");
+    let held = Tensor::ones([64 << 20], (Kind::Float, Device::Cpu));
+    assert_eq!(held.sum(Kind::Double).double_value(&[]), f64::from(64 << 20));
+    assert!(runtime::memory_use(false).now >= 256 << 20);
+}
