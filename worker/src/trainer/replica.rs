@@ -15,7 +15,7 @@ use super::shard_tree::ShardTree;
 use super::snapshot::{Copier, GroupSnapshot, Stamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use thaw_core::sampler;
 use thaw_data::batch::{ArrayData, Batch};
 use thaw_graph::ir::{Arg, Graph, ValueId};
@@ -334,15 +334,21 @@ impl Replica {
         };
         let statistics = before.map(|_| self.exchange.sum_tensors(moved.take()));
         let mut sums = BTreeMap::new();
+        let mut norming = Duration::ZERO;
         for (group, ticket) in tickets {
-            sums.insert(group, self.exchange.wait_tensor(ticket)?);
+            let sum = self.exchange.wait_tensor(ticket)?;
+            let began = Instant::now();
+            // While the next sum is still on its way.
+            let norm = optim::norm(&sum)?;
+            norming += began.elapsed();
+            sums.insert(group, (sum, norm));
         }
         let shared = shared.map(|numbers| self.exchange.wait_numbers(numbers)).transpose()?;
         let statistics = statistics.map(|ticket| self.exchange.wait_tensor(ticket)).transpose()?;
-        let exposed_all_reduce = waited.elapsed().as_secs_f64();
+        let exposed_all_reduce = (waited.elapsed() - norming).as_secs_f64();
         let updated = Instant::now();
         let (grad_norm, applied) = self.update(plan, &sums)?;
-        self.exchange.recycle(sums.into_values());
+        self.exchange.recycle(sums.into_values().map(|(sum, _)| sum));
         let numbers = match shared {
             Some(numbers) => numbers,
             None => {
@@ -359,7 +365,7 @@ impl Replica {
             counter.shallow_clone().copy_(&(before + i64::from(numbers[1] > 0.0)));
         }
         let checkpoint = self.copier.take_waited().as_secs_f64();
-        let optimizer = updated.elapsed().as_secs_f64() - checkpoint;
+        let optimizer = (norming + updated.elapsed()).as_secs_f64() - checkpoint;
         let all_reduced_bytes = self.exchange.take_summed_bytes();
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepReport {
@@ -388,11 +394,15 @@ impl Replica {
     }
 
     /// Applies reduced gradients, which are identical on every rank, so every rank decides the same.
-    fn update(&mut self, plan: &StepPlan, sums: &BTreeMap<usize, Tensor>) -> Result<(f64, bool), Error> {
-        let gradients: Vec<&Tensor> = self.trainable.iter().map(|group| &sums[group]).collect();
+    /// Each comes with its norm.
+    fn update(&mut self, plan: &StepPlan, sums: &BTreeMap<usize, (Tensor, Tensor)>) -> Result<(f64, bool), Error> {
+        let norms: Vec<Tensor> = self.trainable.iter().map(|group| sums[group].1.shallow_clone()).collect();
         let norm = match self.settings.max_grad_norm {
-            Some(most) => optim::clip_by_global_norm(&gradients, most)?,
-            None => optim::global_norm(&gradients)?,
+            Some(most) => {
+                let gradients: Vec<&Tensor> = self.trainable.iter().map(|group| &sums[group].0).collect();
+                optim::clip_by_global_norm(&gradients, &norms, most)?
+            }
+            None => optim::global_norm(&norms)?,
         };
         // A forward has moved the running statistics, whatever becomes of the update.
         let trainable = self.trainable.clone();
@@ -410,7 +420,7 @@ impl Replica {
                 pull.apply(group, &self.model, rate)?;
             }
             let state = self.states.get_mut(&group).expect("a trainable group has optimizer state");
-            self.optimizer.step(&self.model.groups()[group], &sums[&group], rate, state)?;
+            self.optimizer.step(&self.model.groups()[group], &sums[&group].0, rate, state)?;
         }
         Ok((norm, true))
     }

@@ -16,7 +16,7 @@ use std::time::Instant;
 use thaw_graph::Archive;
 use thaw_graph::ir::{DType, Dim, Graph, ValueId};
 use thaw_torch::model::Options;
-use thaw_torch::optim::{AdamWSettings, AdamWState, Optimizers, global_norm};
+use thaw_torch::optim::{self, AdamWSettings, AdamWState, Optimizers};
 use thaw_torch::tch::{Cuda, Device, Kind, Tensor};
 use thaw_torch::{MemoryFormat, Precision, SegmentedModel, cuda, executor, runtime};
 
@@ -184,7 +184,8 @@ fn one_step(
         gradients.insert(group, gradient.shallow_clone());
     })?;
     let normed = Instant::now();
-    let norm = global_norm(&gradients.values().collect::<Vec<_>>())?;
+    let norms = gradients.values().map(optim::norm).collect::<Result<Vec<_>, _>>()?;
+    let norm = optim::global_norm(&norms)?;
     if !norm.is_finite() {
         return Err("the gradient is not finite".into());
     }

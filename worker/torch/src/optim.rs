@@ -203,25 +203,35 @@ fn spans(group: &GroupParameters, weight_decay: f64) -> Vec<Span> {
     parts.into_iter().filter(|span| span.length > 0).collect()
 }
 
-/// The common norm of gradients, as `torch.nn.utils.clip_grad_norm_` with no bound returns it; they stay as they are.
+/// A gradient's own norm: no dimensions. What [`global_norm`] and [`clip_by_global_norm`] are made of, for whoever has gradients one by one.
 ///
 /// # Errors
 /// With libtorch's text.
-pub fn global_norm(gradients: &[&Tensor]) -> Result<f64, Error> {
+pub fn norm(gradient: &Tensor) -> Result<Tensor, Error> {
     let _mode = GradMode::set(false);
-    match norm(gradients)? {
+    gradient.f_norm().map_err(failed(NORM))
+}
+
+/// The common norm of gradients with these norms, as `torch.nn.utils.clip_grad_norm_` with no bound returns it. 0 for none.
+///
+/// # Errors
+/// With libtorch's text.
+pub fn global_norm(norms: &[Tensor]) -> Result<f64, Error> {
+    let _mode = GradMode::set(false);
+    match norm_of_norms(norms)? {
         Some(total) => total.f_double_value(&[]).map_err(failed(NORM)),
         None => Ok(0.0),
     }
 }
 
-/// Scales gradients in place so that their common norm is at most `max`, as `torch.nn.utils.clip_grad_norm_`. Returns the norm before.
+/// Scales gradients in place so that their common norm is at most `max`, as `torch.nn.utils.clip_grad_norm_`. `norms` are their own, in the
+/// same order. Returns the common norm before.
 ///
 /// # Errors
 /// With libtorch's text.
-pub fn clip_by_global_norm(gradients: &[&Tensor], max: f64) -> Result<f64, Error> {
+pub fn clip_by_global_norm(gradients: &[&Tensor], norms: &[Tensor], max: f64) -> Result<f64, Error> {
     let _mode = GradMode::set(false);
-    let Some(total) = norm(gradients)? else { return Ok(0.0) };
+    let Some(total) = norm_of_norms(norms)? else { return Ok(0.0) };
     let coefficient =
         total.f_add_scalar(1e-6).and_then(|norm| norm.f_reciprocal()).and_then(|inverse| inverse.f_mul_scalar(max));
     let coefficient = coefficient.and_then(|value| value.f_clamp_max(1.0)).map_err(failed(NORM))?;
@@ -237,12 +247,10 @@ pub fn clip_by_global_norm(gradients: &[&Tensor], max: f64) -> Result<f64, Error
 
 const NORM: &str = "take the gradients' norm";
 
-/// The norm of the norms: no dimensions. `None` for no gradients.
-fn norm(gradients: &[&Tensor]) -> Result<Option<Tensor>, Error> {
-    if gradients.is_empty() {
+/// No dimensions. `None` for no gradients.
+fn norm_of_norms(norms: &[Tensor]) -> Result<Option<Tensor>, Error> {
+    if norms.is_empty() {
         return Ok(None);
     }
-    let norms =
-        gradients.iter().map(|gradient| gradient.f_norm()).collect::<Result<Vec<_>, _>>().map_err(failed(NORM))?;
-    Tensor::f_stack(&norms, 0).and_then(|norms| norms.f_norm()).map(Some).map_err(failed(NORM))
+    Tensor::f_stack(norms, 0).and_then(|norms| norms.f_norm()).map(Some).map_err(failed(NORM))
 }
