@@ -4,9 +4,11 @@
 //! are checked before a tensor is built: lengths, overlaps, gaps, header size.
 
 use super::Error;
+use bytes::Bytes;
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 /// One tensor as bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +20,7 @@ pub struct TensorBytes {
     /// Empty for a scalar.
     pub shape: Vec<usize>,
     /// Little-endian elements, row-major.
-    pub data: Vec<u8>,
+    pub data: Bytes,
 }
 
 impl View for &TensorBytes {
@@ -39,39 +41,47 @@ impl View for &TensorBytes {
     }
 }
 
-/// Writes tensors as one safetensors body.
+/// Tensors as one safetensors body, in pieces: the header, then each tensor's own bytes.
 ///
 /// # Errors
 /// [`Error::State`]: a name comes twice, or a tensor's bytes do not fit its shape.
-pub fn encode(tensors: &[TensorBytes]) -> Result<Vec<u8>, Error> {
-    let mut by_name = BTreeMap::new();
-    for tensor in tensors {
-        let invalid = |what| Error::State { what, source: None };
-        let elements = tensor.shape.iter().try_fold(1_usize, |product, dimension| product.checked_mul(*dimension));
-        let bytes = elements.and_then(|elements| elements.checked_mul(tensor.dtype.bitsize())).map(|bits| bits / 8);
-        if bytes != Some(tensor.data.len()) {
-            let (dtype, shape) = (tensor.dtype, &tensor.shape);
-            return Err(invalid(format!(
-                "{} has {} bytes, which is not {dtype:?} of shape {shape:?}",
-                tensor.name,
-                tensor.data.len()
-            )));
+pub fn encode(mut tensors: Vec<TensorBytes>) -> Result<Vec<Bytes>, Error> {
+    let invalid = |what| Error::State { what, source: None };
+    // The format's order: the types with the largest elements first, so that all are aligned.
+    tensors.sort_by(|left, right| right.dtype.cmp(&left.dtype).then_with(|| left.name.cmp(&right.name)));
+    let mut names = BTreeSet::new();
+    let (mut infos, mut end) = (Vec::with_capacity(tensors.len()), 0);
+    for TensorBytes { name, dtype, shape, data } in &tensors {
+        let elements = shape.iter().try_fold(1_usize, |product, dimension| product.checked_mul(*dimension));
+        let bytes = elements.and_then(|elements| elements.checked_mul(dtype.bitsize())).map(|bits| bits / 8);
+        if bytes != Some(data.len()) {
+            return Err(invalid(format!("{name} has {} bytes, which is not {dtype:?} of shape {shape:?}", data.len())));
         }
-        if by_name.insert(tensor.name.as_str(), tensor).is_some() {
-            return Err(invalid(format!("{} comes twice", tensor.name)));
+        if !names.insert(name) {
+            return Err(invalid(format!("{name} comes twice")));
         }
+        let data_offsets = (end, end + data.len());
+        infos.push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets }));
+        end = data_offsets.1;
     }
-    safetensors::serialize(by_name, None)
-        .map_err(|source| Error::State { what: "it cannot be written".to_owned(), source: Some(source) })
+    let metadata = Metadata::new(None, infos)
+        .map_err(|source| Error::State { what: "it cannot be written".to_owned(), source: Some(source) })?;
+    let mut json = serde_json::to_vec(&metadata).expect("names and numbers are plain data");
+    json.resize(json.len().next_multiple_of(HEADER_ALIGNMENT), b' ');
+    let header = [&(json.len() as u64).to_le_bytes(), json.as_slice()].concat();
+    Ok(std::iter::once(Bytes::from(header)).chain(tensors.into_iter().map(|tensor| tensor.data)).collect())
 }
 
-/// Reads a safetensors body; tensors come in the order of their names.
+/// Of the data's start, as the format has it.
+const HEADER_ALIGNMENT: usize = 8;
+
+/// Reads a safetensors body, whose memory the tensors share; they come in the order of their names.
 ///
 /// # Errors
 /// [`Error::State`]: truncated, a header that is too long or no JSON, offsets that overlap or leave gaps, or a shape that
 /// does not fit its bytes.
-pub fn decode(bytes: &[u8]) -> Result<Vec<TensorBytes>, Error> {
-    let parsed = SafeTensors::deserialize(bytes)
+pub fn decode(body: &Bytes) -> Result<Vec<TensorBytes>, Error> {
+    let parsed = SafeTensors::deserialize(body)
         .map_err(|source| Error::State { what: describe(&source).to_owned(), source: Some(source) })?;
     let mut tensors: Vec<TensorBytes> = parsed
         .iter()
@@ -79,7 +89,7 @@ pub fn decode(bytes: &[u8]) -> Result<Vec<TensorBytes>, Error> {
             name: name.to_owned(),
             dtype: view.dtype(),
             shape: view.shape().to_vec(),
-            data: view.data().to_vec(),
+            data: body.slice_ref(view.data()),
         })
         .collect();
     tensors.sort_by(|left, right| left.name.cmp(&right.name));
@@ -102,7 +112,16 @@ mod tests {
     use super::*;
 
     fn tensor(name: &str, shape: &[usize], data: &[u8]) -> TensorBytes {
-        TensorBytes { name: name.to_owned(), dtype: Dtype::U8, shape: shape.to_vec(), data: data.to_vec() }
+        TensorBytes {
+            name: name.to_owned(),
+            dtype: Dtype::U8,
+            shape: shape.to_vec(),
+            data: Bytes::copy_from_slice(data),
+        }
+    }
+
+    fn whole(tensors: &[TensorBytes]) -> Vec<u8> {
+        encode(tensors.to_vec()).unwrap().concat()
     }
 
     /// Writes a body by hand: header text, then data.
@@ -114,28 +133,36 @@ mod tests {
     }
 
     fn complaint(bytes: &[u8]) -> String {
-        decode(bytes).unwrap_err().to_string()
+        decode(&Bytes::copy_from_slice(bytes)).unwrap_err().to_string()
     }
 
     #[test]
     fn tensors_come_back_and_order_does_not_matter() {
         let mut tensors = vec![tensor("a", &[2, 2], &[1, 2, 3, 4]), tensor("b", &[], &[5]), tensor("c", &[0], &[])];
-        let bytes = encode(&tensors).unwrap();
-        assert_eq!(decode(&bytes).unwrap(), tensors);
+        let bytes = whole(&tensors);
+        assert_eq!(decode(&Bytes::copy_from_slice(&bytes)).unwrap(), tensors);
         tensors.reverse();
-        assert_eq!(encode(&tensors).unwrap(), bytes);
+        assert_eq!(whole(&tensors), bytes);
+    }
+
+    #[test]
+    fn a_body_is_what_the_format_s_own_library_writes() {
+        let long = TensorBytes { dtype: Dtype::I64, ..tensor("z", &[1], &[7; 8]) };
+        let tensors = [tensor("b", &[3], &[1, 2, 3]), long, tensor("a", &[1], &[4])];
+        let theirs = safetensors::serialize(tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)), None).unwrap();
+        assert_eq!(whole(&tensors), theirs);
     }
 
     #[test]
     fn what_does_not_fit_is_not_written() {
-        let error = encode(&[tensor("a", &[3], &[1])]).unwrap_err();
+        let error = encode(vec![tensor("a", &[3], &[1])]).unwrap_err();
         assert!(error.to_string().contains("a has 1 bytes, which is not U8 of shape [3]"), "{error}");
-        assert!(encode(&[tensor("a", &[1], &[1]), tensor("a", &[1], &[1])]).is_err());
+        assert!(encode(vec![tensor("a", &[1], &[1]), tensor("a", &[1], &[1])]).is_err());
     }
 
     #[test]
     fn hostile_bytes_are_named() {
-        let good = encode(&[tensor("a", &[4], &[1, 2, 3, 4])]).unwrap();
+        let good = whole(&[tensor("a", &[4], &[1, 2, 3, 4])]);
         assert!(complaint(&good[..5]).contains("truncated"));
         assert!(complaint(&good[..good.len() - 1]).contains("truncated"));
         assert!(complaint(&body("[", &[])).contains("header"));
@@ -152,12 +179,12 @@ mod tests {
 
     #[test]
     fn no_cut_or_flipped_byte_panics() {
-        let good = encode(&[tensor("a", &[4], &[1, 2, 3, 4]), tensor("b", &[2], &[5, 6])]).unwrap();
+        let good = whole(&[tensor("a", &[4], &[1, 2, 3, 4]), tensor("b", &[2], &[5, 6])]);
         for at in 0..good.len() {
-            assert!(decode(&good[..at]).is_err());
+            assert!(decode(&Bytes::copy_from_slice(&good[..at])).is_err());
             let mut flipped = good.clone();
             flipped[at] ^= 0x55;
-            let _either = decode(&flipped);
+            let _either = decode(&Bytes::from(flipped));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! [`CheckpointStore`]: a run's folder, through `object_store`.
 
 use super::Error;
+use bytes::Bytes;
 use futures::TryStreamExt as _;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -71,23 +72,28 @@ impl CheckpointStore {
         Ok(Self { store, folder, runtime })
     }
 
-    /// Writes bytes under the name of their content. Bytes that are there already are checked, not written again.
+    /// Writes bytes, given in pieces, under the name of their content. Bytes that are there already are checked, not written again.
     ///
     /// # Errors
     /// [`Error::Full`], [`Error::Storage`]; then no part of the file is there.
-    pub fn put_blob(&self, bytes: Vec<u8>) -> Result<BlobRef, Error> {
-        let blob = BlobRef { blake3: blake3::hash(&bytes).to_hex().to_string(), bytes: bytes.len() as u64 };
-        let path = blob_path(&blob)?;
-        match self.read(&path) {
-            // Rewriting what is damaged is what heals it.
-            Ok(found) if found == bytes => {
-                self.touch(&path);
+    pub fn put_blob(&self, pieces: Vec<Bytes>) -> Result<BlobRef, Error> {
+        let mut hasher = blake3::Hasher::new();
+        for piece in &pieces {
+            hasher.update(piece);
+        }
+        let bytes = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let blob = BlobRef { blake3: hasher.finalize().to_hex().to_string(), bytes };
+        match self.get_blob(&blob) {
+            Ok(_) => {
+                self.touch(&blob_path(&blob)?);
                 return Ok(blob);
             }
-            Ok(_) | Err(Error::Missing { .. }) => {}
+            // Rewriting what is damaged is what heals it.
+            Err(Error::Missing { .. } | Error::Damaged { .. }) => {}
             Err(error) => return Err(error),
         }
-        self.wait(self.store.put(&path, PutPayload::from(bytes)))
+        let path = blob_path(&blob)?;
+        self.wait(self.store.put(&path, PutPayload::from_iter(pieces)))
             .map_err(|source| failed("write", self.named(&path), source))?;
         Ok(blob)
     }
@@ -96,7 +102,7 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Damaged`], [`Error::Storage`], each naming the file.
-    pub fn get_blob(&self, blob: &BlobRef) -> Result<Vec<u8>, Error> {
+    pub fn get_blob(&self, blob: &BlobRef) -> Result<Bytes, Error> {
         let path = blob_path(blob)?;
         let bytes = self.read(&path)?;
         if bytes.len() as u64 != blob.bytes {
@@ -148,7 +154,7 @@ impl CheckpointStore {
         step: Step,
         rank: u32,
         limit: Duration,
-    ) -> Result<Vec<u8>, Error> {
+    ) -> Result<Bytes, Error> {
         let path = part_path(generation, step, rank);
         let started = Instant::now();
         loop {
@@ -172,7 +178,7 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Damaged`], [`Error::Storage`], [`Error::Name`].
-    pub fn get_manifest(&self, checkpoint: &CheckpointRef) -> Result<Vec<u8>, Error> {
+    pub fn get_manifest(&self, checkpoint: &CheckpointRef) -> Result<Bytes, Error> {
         let path = manifest_path(&checkpoint.manifest)?;
         let bytes = self.read(&path)?;
         self.check_hash(&path, &bytes, &checkpoint.manifest_blake3)?;
@@ -252,10 +258,10 @@ impl CheckpointStore {
             .map_err(|source| failed("list", self.named(&path), source))
     }
 
-    fn read(&self, path: &Path) -> Result<Vec<u8>, Error> {
+    fn read(&self, path: &Path) -> Result<Bytes, Error> {
         let bytes = self.wait(async { self.store.get(path).await?.bytes().await });
         match bytes {
-            Ok(bytes) => Ok(bytes.into()),
+            Ok(bytes) => Ok(bytes),
             Err(object_store::Error::NotFound { .. }) => Err(Error::Missing { path: self.named(path) }),
             Err(source) => Err(failed("read", self.named(path), source)),
         }

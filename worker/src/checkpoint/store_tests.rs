@@ -24,18 +24,18 @@ fn files(folder: &std::path::Path) -> usize {
 fn blobs_come_back_checked_and_damage_is_named_and_healed() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
-    let blob = store.put_blob(b"weights".to_vec()).unwrap();
-    assert_eq!(store.put_blob(b"weights".to_vec()).unwrap(), blob);
+    let blob = store.put_blob(vec!["weigh".into(), "ts".into()]).unwrap();
+    assert_eq!(store.put_blob(vec!["weigh".into(), "ts".into()]).unwrap(), blob);
     assert_eq!(files(folder.path()), 1);
-    assert_eq!(store.get_blob(&blob).unwrap(), b"weights");
+    assert_eq!(store.get_blob(&blob).unwrap(), "weights");
 
     let path = folder.path().join(blob_path(&blob).unwrap().as_ref());
     for damaged in [&b"weighty"[..], b"weight", b""] {
         std::fs::write(&path, damaged).unwrap();
         let error = store.get_blob(&blob).unwrap_err();
         assert!(matches!(&error, Error::Damaged { path, .. } if path.contains(&blob.blake3)), "{error}");
-        store.put_blob(b"weights".to_vec()).unwrap();
-        assert_eq!(store.get_blob(&blob).unwrap(), b"weights");
+        store.put_blob(vec!["weigh".into(), "ts".into()]).unwrap();
+        assert_eq!(store.get_blob(&blob).unwrap(), "weights");
     }
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(store.get_blob(&blob), Err(Error::Missing { .. })));
@@ -56,7 +56,7 @@ fn a_manifest_is_created_once() {
     );
     let error = store.put_manifest(Generation(3), Step(200), b"[]".to_vec()).unwrap_err();
     assert_eq!(error.class(), ErrorClass::Fenced);
-    assert_eq!(store.get_manifest(&checkpoint(&written)).unwrap(), b"{}");
+    assert_eq!(store.get_manifest(&checkpoint(&written)).unwrap(), "{}");
     std::fs::write(folder.path().join(&written.path), b"{").unwrap();
     assert!(matches!(store.get_manifest(&checkpoint(&written)), Err(Error::Damaged { .. })));
     let mut elsewhere = checkpoint(&written);
@@ -68,7 +68,7 @@ fn a_manifest_is_created_once() {
 fn a_sweep_keeps_what_is_named_young_or_newer() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
-    let blobs: Vec<BlobRef> = (0..5_u8).map(|byte| store.put_blob(vec![byte]).unwrap()).collect();
+    let blobs: Vec<BlobRef> = (0..5_u8).map(|byte| store.put_blob(vec![vec![byte].into()]).unwrap()).collect();
     let manifest = |generation, step, blobs: &[&BlobRef]| {
         let json = serde_json::json!({ "blobs": blobs }).to_string();
         store.put_manifest(Generation(generation), Step(step), json.into()).unwrap().path
@@ -90,7 +90,7 @@ fn a_sweep_keeps_what_is_named_young_or_newer() {
     assert!(matches!(store.retain(Generation(2), &missing, Duration::ZERO), Err(Error::Missing { .. })));
     assert!(folder.path().join(&kept).exists(), "nothing is deleted where a kept one is missing");
 
-    let stray = store.put_blob(b"stray".to_vec()).unwrap();
+    let stray = store.put_blob(vec!["stray".into()]).unwrap();
     std::fs::write(folder.path().join(blob_path(&blobs[2]).unwrap().as_ref()), b"longer").unwrap();
     let swept = store.retain(Generation(1), &[kept], Duration::ZERO);
     assert!(matches!(&swept, Err(Error::Damaged { path, .. }) if path.contains(&blobs[2].blake3)), "{swept:?}");
@@ -128,7 +128,7 @@ fn a_failed_write_leaves_no_part_of_a_file() {
     let hash = blake3::hash(&bytes).to_hex();
     // A folder where the file belongs: the last step of the write fails.
     std::fs::create_dir_all(folder.path().join(BLOBS).join(&hash[..2]).join(hash.as_str())).unwrap();
-    let error = store.put_blob(bytes).unwrap_err();
+    let error = store.put_blob(vec![bytes.into()]).unwrap_err();
     assert!(error.to_string().contains(hash.as_str()), "{error}");
     assert_eq!(files(folder.path()), 0);
 }
@@ -143,7 +143,7 @@ fn a_part_is_waited_for_and_swept_when_it_is_old() {
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| store.wait_for_part(generation, step, 1, Duration::from_secs(60)));
         store.put_part(generation, step, 1, b"[]".to_vec()).unwrap();
-        assert_eq!(waits.join().unwrap().unwrap(), b"[]");
+        assert_eq!(waits.join().unwrap().unwrap(), "[]");
     });
     store.delete_part(generation, step, 1).unwrap();
     store.put_part(generation, step, 2, b"[]".to_vec()).unwrap();

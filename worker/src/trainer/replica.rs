@@ -637,9 +637,7 @@ pub(super) fn input_tensors(batch: &Batch, kind: Kind) -> Vec<Tensor> {
 }
 
 fn hash(hasher: &mut blake3::Hasher, tensor: &Tensor) -> Result<(), Error> {
-    StateTensor::with_bytes(tensor, |bytes| {
-        hasher.update(bytes);
-    })?;
+    hasher.update(&StateTensor::sharing("", tensor)?.bytes);
     Ok(())
 }
 

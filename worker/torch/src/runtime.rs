@@ -1,5 +1,6 @@
 //! What holds for the whole process: threads, seed, determinism; and a tensor's memory as a slice.
 
+use bytes::Bytes;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::ffi;
@@ -159,14 +160,23 @@ fn memory<Element>(tensor: &Tensor) -> *mut [Element] {
     std::ptr::slice_from_raw_parts_mut(start, elements)
 }
 
-/// Lends the memory of a contiguous CPU tensor as bytes.
-pub(crate) fn with_bytes<R>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> R) -> R {
+/// A tensor that is read as bytes.
+struct Memory(Tensor);
+
+impl AsRef<[u8]> for Memory {
+    fn as_ref(&self) -> &[u8] {
+        let elements: *mut [u8] = memory(&self.0);
+        let bytes = self.0.numel() * self.0.kind().elt_size_in_bytes();
+        let memory = std::ptr::slice_from_raw_parts(elements.cast::<u8>(), bytes);
+        // SAFETY: as for a slice of elements; every byte of a tensor's storage may be read, and it lives as long as the tensor.
+        unsafe { &*memory }
+    }
+}
+
+/// The memory of a contiguous CPU tensor that nobody writes to while the bytes live.
+pub(crate) fn into_bytes(tensor: Tensor) -> Bytes {
     assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "memory is lent of contiguous CPU tensors");
-    let elements: *mut [u8] = memory(tensor);
-    let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-    let memory = std::ptr::slice_from_raw_parts(elements.cast::<u8>(), bytes);
-    // SAFETY: as for a slice of elements; every byte of a tensor's storage may be read.
-    body(unsafe { &*memory })
+    Bytes::from_owner(Memory(tensor))
 }
 
 macro_rules! slices {

@@ -37,12 +37,12 @@ impl Piece {
         for (buffer, value) in self.buffers.iter().zip(&self.snapshot.buffers) {
             tensors.push(tensor_bytes(&format!("buffer.{buffer}"), value)?);
         }
-        let weights = store.put_blob(encode(&tensors)?)?;
+        let weights = store.put_blob(encode(tensors)?)?;
         let (mut optimizer, mut optimizer_steps) = (None, 0);
         if let Some(state) = &self.snapshot.optimizer {
             let tensors = state.tensors().into_iter();
             let tensors = tensors.map(|(name, tensor)| tensor_bytes(name, &self.layout.to_row_major(tensor)?));
-            optimizer = Some(store.put_blob(encode(&tensors.collect::<Result<Vec<_>, _>>()?)?)?);
+            optimizer = Some(store.put_blob(encode(tensors.collect::<Result<_, _>>()?)?)?);
             optimizer_steps = state.steps();
         }
         Ok(GroupState { name: self.name, weights: Some(weights), optimizer, optimizer_steps })
@@ -113,8 +113,9 @@ pub(super) fn snapshot(
     Ok(Ok(GroupSnapshot::of(stamp, layout.from_row_major(flat)?, buffers, state)))
 }
 
+/// Of a tensor that nobody writes to while the bytes live.
 pub(super) fn tensor_bytes(name: &str, tensor: &Tensor) -> Result<TensorBytes, Error> {
-    let StateTensor { name, dtype, shape, bytes } = StateTensor::of(name, tensor)?;
+    let StateTensor { name, dtype, shape, bytes } = StateTensor::sharing(name, tensor)?;
     let shape = shape.into_iter().map(|size| usize::try_from(size).expect("a size is not negative")).collect();
     Ok(TensorBytes { name, dtype: safetensors_dtype(dtype), shape, data: bytes })
 }

@@ -64,7 +64,7 @@ pub(crate) fn weights_blake3(replica: &Replica) -> Result<String, replica::Error
     let mut hasher = blake3::Hasher::new();
     for (name, value) in named {
         hasher.update(name.as_bytes());
-        hasher.update(&StateTensor::of(name, &value)?.bytes);
+        hasher.update(&StateTensor::sharing(name, &value)?.bytes);
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
@@ -85,7 +85,7 @@ pub(crate) fn write_archive(job: &Job, replica: &Replica, path: &Path) -> Result
     let value = |name: &str| {
         let tensor = tensors.get(name)?;
         let shape = tensor.shape.iter().map(|&size| i64::try_from(size).expect("sizes of real tensors fit")).collect();
-        Some((graph_dtype(tensor.dtype)?, shape, tensor.data.clone()))
+        Some((graph_dtype(tensor.dtype)?, shape, tensor.data.to_vec()))
     };
     Ok(job.archive.write(path, value)?)
 }
@@ -98,7 +98,7 @@ pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path, precision
     for weight in graph.parameters.iter().chain(graph.buffers.iter().filter(|buffer| buffer.flag)) {
         if !tensors.contains_key(&weight.name) {
             let name = weight.name.clone();
-            let data = job.archive.weight_bytes(&name)?;
+            let data = job.archive.weight_bytes(&name)?.into();
             let shape =
                 weight.shape.iter().map(|&size| usize::try_from(size).expect("a size is not negative")).collect();
             tensors.insert(name.clone(), TensorBytes { name, dtype: safetensors_dtype(weight.dtype), shape, data });

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use tch::{Device, Tensor};
 use thaw_graph::ir::DType;
 
@@ -16,7 +17,7 @@ pub struct StateTensor {
     pub name: String,
     pub dtype: DType,
     pub shape: Vec<i64>,
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 impl StateTensor {
@@ -25,30 +26,26 @@ impl StateTensor {
     /// # Errors
     /// With libtorch's text.
     pub fn of(name: &str, tensor: &Tensor) -> Result<Self, Error> {
-        let failed = || tensor_error("a tensor's bytes");
-        let tensor = tensor
-            .f_detach()
-            .and_then(|tensor| tensor.f_to_device(Device::Cpu))
-            .and_then(|tensor| tensor.f_contiguous());
-        let tensor = tensor.map_err(failed())?;
-        let elements = tensor.numel();
-        let mut bytes = vec![0; elements * tensor.kind().elt_size_in_bytes()];
-        if elements > 0 {
-            tensor.f_copy_data_u8(&mut bytes, elements).map_err(failed())?;
-        }
-        let dtype = dtype_of(tensor.kind()).expect("weights have one of the graph's element types");
-        Ok(Self { name: name.to_owned(), dtype, shape: tensor.size(), bytes })
+        let copy = || {
+            let mut copy = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+            copy.f_copy_(&tensor.f_detach()?)?;
+            Ok(copy)
+        };
+        Self::sharing(name, &copy().map_err(tensor_error("a tensor's bytes"))?)
     }
 
-    /// A tensor's elements, row-major and little-endian: its own memory where it has them there.
+    /// The elements of a tensor that nobody writes to while the bytes live: its own memory where it has them there, row-major.
     ///
     /// # Errors
     /// With libtorch's text.
-    pub fn with_bytes<R>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> R) -> Result<R, Error> {
-        if tensor.device() == Device::Cpu && tensor.is_contiguous() {
-            return Ok(runtime::with_bytes(tensor, body));
-        }
-        Ok(body(&Self::of("", tensor)?.bytes))
+    pub fn sharing(name: &str, tensor: &Tensor) -> Result<Self, Error> {
+        let row_major = tensor
+            .f_detach()
+            .and_then(|tensor| tensor.f_to_device(Device::Cpu))
+            .and_then(|tensor| tensor.f_contiguous())
+            .map_err(tensor_error("a tensor's bytes"))?;
+        let dtype = dtype_of(row_major.kind()).expect("weights have one of the graph's element types");
+        Ok(Self { name: name.to_owned(), dtype, shape: row_major.size(), bytes: runtime::into_bytes(row_major) })
     }
 
     /// The tensor, on the CPU.
