@@ -25,6 +25,7 @@ class Step:
     # From the batch to the updated weights, the frozen prefix included.
     whole: float
     data_wait: float
+    straggler_wait: float
     exposed_all_reduce: float
     optimizer: float
     prefix: float
@@ -151,6 +152,7 @@ def read(run: Path, summary: dict) -> Run:
                 one["stage_step"] - 1,
                 times["whole"],
                 times["data_wait"],
+                times["straggler_wait"],
                 times["exposed_all_reduce"],
                 times["optimizer"],
                 times["prefix"],

@@ -17,6 +17,7 @@ mod job;
 mod metrics;
 mod optimizer;
 mod outbox;
+mod pace;
 mod prefix;
 mod reduce;
 mod regularize;

@@ -1,7 +1,7 @@
 //! What the trainer says to its agent, and what it has heard from it meanwhile.
 
+use super::pace::PaceReport;
 use super::replica::StepReport;
-use super::session::PaceReport;
 use crate::pipe::ReportSender;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -65,8 +65,6 @@ impl Outbox {
         rates: &[f64],
         epoch: f64,
     ) {
-        let [data_wait, forward, backward, exposed_all_reduce, optimizer, prefix, whole, checkpoint] =
-            pace.step_seconds;
         let generation = self.heard().generation.0;
         self.send(Payload::Progress(pb::Progress {
             position: Some(pb::Position::from(&position)),
@@ -74,16 +72,7 @@ impl Outbox {
             loss: report.loss,
             learning_rates: rates.to_vec(),
             samples_per_second: pace.samples_per_second,
-            step_time: Some(pb::StepTime {
-                data_wait,
-                forward,
-                backward,
-                exposed_all_reduce,
-                optimizer,
-                prefix,
-                whole,
-                checkpoint,
-            }),
+            step_time: Some(pace.seconds.into()),
             grad_norm: Some(report.grad_norm),
             epoch,
             prefix_computed: pace.prefix.computed,

@@ -1,14 +1,30 @@
 //! Sums and gathers over ranks, on a thread of their own, so that they overlap with what the caller computes meanwhile.
 
 use crate::collective::{Collective, DeviceTicket, Error, Gpus, ReduceQueue, Ticket};
+use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use thaw_torch::runtime::{with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
 use thaw_torch::tch::{Kind, Tensor};
 
 enum Work {
-    Tensors { parts: Vec<Tensor>, sum: Tensor },
-    Numbers { parts: Vec<Vec<f64>>, sum: Vec<f64> },
-    Gather { mine: Vec<u8>, all: Vec<Vec<u8>> },
+    Tensors {
+        parts: Vec<Tensor>,
+        sum: Tensor,
+    },
+    Numbers {
+        parts: Vec<Vec<f64>>,
+        sum: Vec<f64>,
+    },
+    /// A sum of nothing, whose begin and end are noted.
+    Arrival {
+        parts: usize,
+        took: Option<Range<Instant>>,
+    },
+    Gather {
+        mine: Vec<u8>,
+        all: Vec<Vec<u8>>,
+    },
 }
 
 /// A sum that needs no other rank is its own result.
@@ -18,6 +34,9 @@ pub(crate) enum Exchanged<T> {
     /// Between GPUs; an error is that of the submission.
     OnGpu(Result<DeviceTicket, Error>),
 }
+
+/// The moment at which every rank has come to the same place.
+pub(crate) struct Arrival(Ticket);
 
 /// What the trainers of a generation exchange through.
 pub(crate) struct Links {
@@ -96,6 +115,24 @@ impl Exchange {
         Exchanged::Pending(self.queue.submit(Work::Numbers { parts, sum }, work))
     }
 
+    /// Notes that this rank has computed what the other ranks wait for. `parts` is the number of its maximal subtrees. `None` where nobody
+    /// waits, and between GPUs, which run ahead of or behind their hosts.
+    pub(crate) fn arrive(&mut self, parts: usize) -> Option<Arrival> {
+        if self.alone || self.gpus.is_some() {
+            return None;
+        }
+        self.summed_bytes += size_of::<f64>() as u64;
+        Some(Arrival(self.queue.submit(Work::Arrival { parts, took: None }, work)))
+    }
+
+    /// For how long since `since` this rank stood ready while others still computed.
+    pub(crate) fn waited_for_others(&mut self, arrival: Arrival, since: Instant) -> Result<Duration, Error> {
+        match self.queue.wait(arrival.0)? {
+            Work::Arrival { took: Some(took), .. } => Ok(took.end.saturating_duration_since(took.start.max(since))),
+            _ => unreachable!("a ticket gives back its own work, done"),
+        }
+    }
+
     pub(crate) fn wait_tensor(&mut self, exchanged: Exchanged<Tensor>) -> Result<Tensor, Error> {
         match exchanged {
             Exchanged::Here(sum) => Ok(sum),
@@ -105,7 +142,7 @@ impl Exchange {
             }
             Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
                 Work::Tensors { sum, .. } => Ok(sum),
-                Work::Numbers { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),
+                _ => unreachable!("a ticket gives back its own work"),
             },
         }
     }
@@ -116,7 +153,7 @@ impl Exchange {
             Exchanged::OnGpu(_) => unreachable!("numbers are summed on the host"),
             Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
                 Work::Numbers { sum, .. } => Ok(sum),
-                Work::Tensors { .. } | Work::Gather { .. } => unreachable!("a ticket gives back its own work"),
+                _ => unreachable!("a ticket gives back its own work"),
             },
         }
     }
@@ -126,7 +163,7 @@ impl Exchange {
         let ticket = self.queue.submit(Work::Gather { mine, all: Vec::new() }, work);
         match self.queue.wait(ticket)? {
             Work::Gather { all, .. } => Ok(all),
-            Work::Tensors { .. } | Work::Numbers { .. } => unreachable!("a ticket gives back its own work"),
+            _ => unreachable!("a ticket gives back its own work"),
         }
     }
 }
@@ -141,6 +178,13 @@ fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
         Work::Numbers { parts, sum } => {
             let parts: Vec<&[f64]> = parts.iter().map(Vec::as_slice).collect();
             collective.reduce_shards_f64(&parts, sum)
+        }
+        Work::Arrival { parts, took } => {
+            let began = Instant::now();
+            let nothing = vec![[0.0].as_slice(); *parts];
+            collective.reduce_shards_f64(&nothing, &mut [0.0])?;
+            *took = Some(began..Instant::now());
+            Ok(())
         }
         Work::Gather { mine, all } => {
             *all = collective.all_gather(mine)?;

@@ -8,6 +8,7 @@
 use super::feed::{self, Feed, Order};
 use super::job::Job;
 use super::outbox::Outbox;
+use super::pace::Pace;
 use super::prefix::{self, Prefix};
 use super::replica::{self, Replica, StepPlan, StepReport, Votes};
 use super::save::{self, Saver};
@@ -187,7 +188,7 @@ impl Session<'_> {
             self.state.position.step = at.step.next();
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             pace.add(&report, data_wait, counts, plan.samples);
-            pace.prefix.add(std::mem::take(&mut self.evaluated));
+            pace.add_evaluated(std::mem::take(&mut self.evaluated));
             self.after_step(stage, &order, at, &plan, &report, &mut pace)?;
             if let Decision::End(end) = self.decide(stage)? {
                 self.state.stage_seconds = before + started.elapsed().as_secs_f64();
@@ -419,75 +420,4 @@ impl Session<'_> {
 
 fn indices(stage: &PlannedStage) -> Vec<usize> {
     stage.trainable_groups.iter().map(|group| group.0 as usize).collect()
-}
-
-/// Means since the last report.
-pub(crate) struct Pace {
-    since: Instant,
-    steps: u32,
-    samples: u64,
-    sums: [f64; 8],
-    all_reduced_bytes: u64,
-    prefix: prefix::Counts,
-}
-
-pub(crate) struct PaceReport {
-    pub(crate) samples_per_second: f64,
-    /// Seconds per step: data wait, forward, backward, exposed all-reduce, optimizer, frozen prefix, all but the wait, checkpoint.
-    pub(crate) step_seconds: [f64; 8],
-    /// Per step.
-    pub(crate) all_reduced_bytes: u64,
-    pub(crate) prefix: prefix::Counts,
-}
-
-impl Pace {
-    fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            steps: 0,
-            samples: 0,
-            sums: [0.0; 8],
-            all_reduced_bytes: 0,
-            prefix: prefix::Counts::default(),
-        }
-    }
-
-    fn add(&mut self, report: &StepReport, data_wait: f64, prefix: prefix::Counts, samples: u32) {
-        let parts = [
-            data_wait,
-            report.forward,
-            report.backward,
-            report.exposed_all_reduce,
-            report.optimizer,
-            prefix.time.as_secs_f64(),
-            prefix.time.as_secs_f64() + report.seconds,
-            report.checkpoint,
-        ];
-        for (sum, part) in self.sums.iter_mut().zip(parts) {
-            *sum += part;
-        }
-        self.steps += 1;
-        self.samples += u64::from(samples);
-        self.all_reduced_bytes += report.all_reduced_bytes;
-        self.prefix.add(prefix);
-    }
-
-    /// Between two steps.
-    fn stall(&mut self, time: Duration) {
-        self.sums[7] += time.as_secs_f64();
-    }
-
-    fn take(&mut self) -> PaceReport {
-        let seconds = self.since.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
-        let steps = f64::from(self.steps.max(1));
-        #[expect(clippy::cast_precision_loss, reason = "samples since the last report are few")]
-        let report = PaceReport {
-            samples_per_second: self.samples as f64 / seconds,
-            step_seconds: self.sums.map(|sum| sum / steps),
-            all_reduced_bytes: self.all_reduced_bytes / u64::from(self.steps.max(1)),
-            prefix: self.prefix,
-        };
-        *self = Self::new();
-        report
-    }
 }

@@ -36,7 +36,7 @@ pub(super) fn recompute(job: &Job, replica: &mut Replica) -> Result<(), super::s
     let share = replica.evaluation_share(feed::evaluation_batches(samples));
     let mut source = feed::evaluation_source(&job.dataset, Part::Train, share, None)?;
     let counters: Vec<(Tensor, Tensor)> =
-        replica.update_counters().map(|tensor| (tensor.shallow_clone(), tensor.copy())).collect();
+        replica.update_counters().into_iter().map(|tensor| (tensor.shallow_clone(), tensor.copy())).collect();
     let mut mine = Vec::new();
     while let Some(micro) = source.next(None, replica.model_mut()) {
         let micro = micro?;

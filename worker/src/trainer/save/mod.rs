@@ -161,7 +161,7 @@ impl Saver {
 
     /// Takes note of a step, and of saves that have ended meanwhile.
     pub(crate) fn after_step(&mut self, report: &StepReport) -> Result<(), Error> {
-        self.cadence.step(report.seconds, self.writer.is_idle());
+        self.cadence.step(report.seconds.whole, self.writer.is_idle());
         if report.votes.save && report.votes.busy {
             self.skipped += 1;
             if self.lead.is_some() {

@@ -1,0 +1,98 @@
+//! Copies of a replica's state, and their way back.
+
+use super::{Error, Replica};
+use crate::trainer::snapshot::{GroupSnapshot, Stamp};
+use std::collections::BTreeMap;
+use thaw_torch::tch::Tensor;
+
+impl Replica {
+    /// Copies of `groups`, which fill beside training; those that `known` has unchanged share its memory.
+    pub(crate) fn snapshot(
+        &mut self,
+        groups: &[usize],
+        known: Option<&BTreeMap<usize, GroupSnapshot>>,
+    ) -> BTreeMap<usize, GroupSnapshot> {
+        let copy = |&group: &usize| {
+            let stamp = self.stamps[group];
+            let known = known.and_then(|known| known.get(&group)).filter(|known| known.stamp == stamp);
+            let parameters = &self.model.groups()[group];
+            let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer);
+            let copied = || self.copier.copy(stamp, &parameters.flat, buffers, self.states.get(&group));
+            (group, known.map_or_else(copied, GroupSnapshot::share))
+        };
+        groups.iter().map(copy).collect()
+    }
+
+    /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated.
+    pub(crate) fn snapshot_evaluated(
+        &mut self,
+        groups: &[usize],
+        known: Option<&BTreeMap<usize, GroupSnapshot>>,
+    ) -> BTreeMap<usize, GroupSnapshot> {
+        let raw = self.swap_in_mean();
+        let snapshot = self.snapshot(groups, known);
+        self.swap_out_mean(raw);
+        snapshot
+    }
+
+    /// Exchanges the weights and their mean, where evaluations are of the mean. Returns the stamps of the raw weights.
+    pub(super) fn swap_in_mean(&mut self) -> Option<Vec<Stamp>> {
+        if !self.settings.ema.is_some_and(|ema| ema.evaluate) {
+            return None;
+        }
+        let raw = self.stamps.clone();
+        self.exchange_mean();
+        let groups: Vec<usize> = self.states.keys().copied().collect();
+        self.restamp(&groups);
+        Some(raw)
+    }
+
+    pub(super) fn swap_out_mean(&mut self, raw: Option<Vec<Stamp>>) {
+        if let Some(raw) = raw {
+            self.exchange_mean();
+            self.stamps = raw;
+        }
+    }
+
+    fn exchange_mean(&mut self) {
+        self.copier.settle();
+        for (&group, state) in &self.states {
+            if let Some(mean) = state.ema() {
+                let mut flat = self.model.groups()[group].flat.shallow_clone();
+                let weights = flat.copy();
+                flat.copy_(mean);
+                mean.shallow_clone().copy_(&weights);
+            }
+        }
+    }
+
+    /// Puts copies back, with their optimizer state; a group without any gets fresh state when it is next trained.
+    pub(crate) fn restore(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<(), Error> {
+        self.copier.settle();
+        for (&group, snapshot) in snapshots {
+            if self.stamps[group] == snapshot.stamp {
+                continue;
+            }
+            let parameters = &self.model.groups()[group];
+            if !snapshot.wait() {
+                return Err(Error::Snapshot { group: parameters.name.clone() });
+            }
+            let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer).zip(&snapshot.buffers);
+            for (target, saved) in std::iter::once((&parameters.flat, &snapshot.flat)).chain(buffers) {
+                target
+                    .shallow_clone()
+                    .f_copy_(saved)
+                    .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?;
+            }
+            match (&snapshot.optimizer, self.states.get_mut(&group)) {
+                (Some(saved), Some(state)) => state
+                    .copy_from(saved)
+                    .map_err(|source| Error::Restore { group: parameters.name.clone(), source })?,
+                (Some(saved), None) => drop(self.states.insert(group, saved.map(Tensor::copy))),
+                (None, _) => drop(self.states.remove(&group)),
+            }
+            self.stamps[group] = snapshot.stamp;
+        }
+        Ok(())
+    }
+}
