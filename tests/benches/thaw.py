@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from benches import harness
-from benches.harness import ROOT, Broken
+from benches.harness import ROOT
 
 THAW = ROOT / "target/debug/thaw"
 
@@ -99,30 +97,13 @@ def train(spec: dict, folder: Path, deadline: float, workers: int = 2, cache: Pa
     shutil.rmtree(data, ignore_errors=True)
     cache = cache or folder / "prefix-cache"
     memory = memory_folder(cache)
-    environment = {**os.environ, "THAW_PREFIX_CACHE_MEMORY": str(memory), "THAW_PREFIX_CACHE_DISK": str(cache / "disk")}
-    command = [THAW, "train", path, "--workers", str(workers), "--data-dir", data, "-o", "json"]
-    process = subprocess.Popen(
-        [str(argument) for argument in command],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {"THAW_PREFIX_CACHE_MEMORY": str(memory), "THAW_PREFIX_CACHE_DISK": str(cache / "disk")}
+    command = [THAW, "train", path, "--workers", workers, "--data-dir", data, "-o", "json"]
     try:
-        out, err = process.communicate(timeout=deadline)
-    except BaseException as error:
-        harness.end_group(process)
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Broken(f"thaw train of {spec['name']} had not ended after {deadline:.0f} s") from error
-        raise
+        out = harness.command(command, deadline, environment, folder)
     finally:
         if cache == folder / "prefix-cache":
             forget(cache)
-    if process.returncode != 0:
-        raise Broken(f"thaw train of {spec['name']} ended with {process.returncode}: {err.strip()[-1500:]}")
     (run,) = (data / "runs").iterdir()
     return read(run, json.loads(out))
 
