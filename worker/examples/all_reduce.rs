@@ -1,4 +1,5 @@
-//! Times the sum of a vector over processes of this host, as a training step would ask for it.
+//! Times the sum of a vector over processes of this host, as a training step would ask for it: a gradient where trainers keep theirs, summed
+//! in place.
 //!
 //! `cargo run --example all_reduce -- RANKS MEGABYTES ROUNDS [tcp]` prints one JSON line: seconds of each round, as rank 0 saw them.
 
@@ -6,7 +7,9 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use thaw_proto::ids::{Generation, Rank};
-use thaw_worker::collective::{Collective as _, Listener, Membership, Options};
+use thaw_torch::runtime::{tensor_in, with_slice_f32_mut};
+use thaw_torch::tch::{Device, Kind, Tensor};
+use thaw_worker::collective::{Abort, Collective as _, HostId, Listener, Membership, Options};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -62,26 +65,31 @@ fn rank(arguments: &[String]) -> anyhow::Result<()> {
         addresses: line.split_whitespace().map(str::to_owned).collect(),
         key: b"bench".to_vec(),
     };
-    let shared_memory = arguments.get(4).is_none_or(|transport| transport != "tcp");
-    let options = Options { shards: ranks, connect_deadline: LIMIT, operation_deadline: LIMIT, shared_memory };
-    let tree = listener.connect(&membership, options)?;
+    let shares = arguments.get(4).is_none_or(|transport| transport != "tcp");
+    let host = if shares { HostId::of_this_machine() } else { None };
+    let options = Options { shards: ranks, connect_deadline: LIMIT, operation_deadline: LIMIT, host };
+    let tree = listener.connect(&membership, options, &Abort::default())?;
     let elements = megabytes * 1_000_000 / size_of::<f32>();
-    let part = vec![1.0_f32; elements];
-    let mut sum = vec![0.0_f32; elements];
+    let mut gradient = match tree.lease(elements * size_of::<f32>()) {
+        Some(lease) => tensor_in(lease, Kind::Float, elements)?,
+        None => Tensor::zeros([i64::try_from(elements)?], (Kind::Float, Device::Cpu)),
+    };
+    #[expect(clippy::cast_precision_loss, reason = "a gang has few ranks")]
+    let expected = ranks as f32;
     let mut seconds = Vec::new();
     for _ in 0..=rounds {
+        let _ones = gradient.fill_(1.0);
         // All begin together.
         tree.all_gather(&[])?;
         let began = Instant::now();
-        tree.reduce_shards_f32(&[&part], &mut sum)?;
+        with_slice_f32_mut(&mut gradient, |values| tree.reduce_in_place_f32(values))??;
         seconds.push(began.elapsed().as_secs_f64());
+        let is_sum = |values: &[f32]| values.iter().all(|value| value.to_bits() == expected.to_bits());
+        anyhow::ensure!(with_slice_f32_mut(&mut gradient, |values| is_sum(values))?, "the sum is wrong");
     }
-    #[expect(clippy::cast_precision_loss, reason = "a gang has few ranks")]
-    let expected = ranks as f32;
-    anyhow::ensure!(sum.iter().all(|value| value.to_bits() == expected.to_bits()), "the sum is wrong");
     // The first round touches the memory.
     seconds.remove(0);
-    let report = serde_json::json!({"seconds": seconds, "shared_memory": tree.shares_memory()});
+    let report = serde_json::json!({"seconds": seconds, "shared_memory": tree.ranks_here() > 1});
     writeln!(std::io::stdout(), "{report}")?;
     Ok(())
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_torch::cuda;
 use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_worker::collective::{Collective, Gpus, Limits, Listener, Membership, Options};
+use thaw_worker::collective::{Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options};
 
 const CONNECT: Duration = Duration::from_secs(60);
 /// Far beyond what a sum takes; a stalled peer that is killed must be noticed sooner.
@@ -107,7 +107,11 @@ fn gang(folder: &Path, rank: u32, world: u32) -> anyhow::Result<Arc<dyn Collecti
         addresses,
         key: folder.to_string_lossy().into_owned().into_bytes(),
     };
-    let options =
-        Options { shards: world, connect_deadline: CONNECT, operation_deadline: OPERATION, shared_memory: true };
-    Ok(Arc::new(listener.connect(&membership, options)?))
+    let options = Options {
+        shards: world,
+        connect_deadline: CONNECT,
+        operation_deadline: OPERATION,
+        host: HostId::of_this_machine(),
+    };
+    Ok(Arc::new(listener.connect(&membership, options, &Abort::default())?))
 }

@@ -4,7 +4,13 @@
 //!        has it mapped is, however that ends.
 //! SHM-2: only numbers lie in a segment, so whatever another process writes there is a valid value. Who may write which part when is the
 //!        users' protocol, kept by counters that are stored with `release` and loaded with `acquire`.
+//! SHM-3: a segment's size is address space: pages come when they are first used, in large ones where that is possible, and go when the part
+//!        of the segment that they belong to is given back.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
+
+mod arena;
+
+pub use arena::{Arena, Lease};
 
 use bytemuck::Pod;
 use std::fs::{File, OpenOptions};
@@ -13,6 +19,10 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+/// Of the system's memory.
+const PAGE: usize = 4096;
+const LARGE_PAGE: usize = 2 << 20;
 
 /// A mapped segment.
 #[derive(Debug)]
@@ -65,23 +75,61 @@ impl Segment {
         (std::process::id(), u32::try_from(self.file.as_raw_fd()).unwrap_or(u32::MAX))
     }
 
+    /// Maps the file where large pages begin, so that it can have them.
     fn map(file: File, bytes: usize) -> io::Result<Self> {
-        // SAFETY: a new mapping of an open file, at an address that the system chooses; the result is checked.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_POPULATE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
+        let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the system chooses; the result is checked.
+        let room = unsafe { libc::mmap(std::ptr::null_mut(), bytes + LARGE_PAGE, libc::PROT_NONE, anonymous, -1, 0) };
+        if room == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
+        }
+        let skipped = room.cast::<u8>().align_offset(LARGE_PAGE);
+        // SAFETY: fewer than `LARGE_PAGE` bytes are skipped, so the place is inside the room.
+        let place = unsafe { room.cast::<u8>().add(skipped) };
+        let (readable, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: it takes the place of a part of the room, which nobody else knows of; the result is checked.
+        let start = unsafe { libc::mmap(place.cast(), bytes, readable, shared, file.as_raw_fd(), 0) };
+        let failed = (start == libc::MAP_FAILED).then(io::Error::last_os_error);
+        // The room around it is left over, all of it where the file could not be mapped.
+        let end = bytes.next_multiple_of(PAGE);
+        let left = if failed.is_some() {
+            [(0, bytes + LARGE_PAGE), (0, 0)]
+        } else {
+            [(0, skipped), (skipped + end, (bytes + LARGE_PAGE).next_multiple_of(PAGE) - skipped - end)]
+        };
+        for (from, length) in left.into_iter().filter(|(_, length)| *length > 0) {
+            // SAFETY: these pages of the room are mapped and unused.
+            let _unmapped = unsafe { libc::munmap(room.cast::<u8>().add(from).cast(), length) };
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("the system mapped at address 0"))?;
         Ok(Self { start, bytes, file })
+    }
+
+    /// Has the pages of a part ready, large ones where the system has them. Where it cannot, they come when they are first used.
+    ///
+    /// # Panics
+    /// If the part is outside.
+    pub fn touch(&self, offset: usize, bytes: usize) {
+        let from = offset / PAGE * PAGE;
+        let place = self.at(from, bytes + (offset - from), 1);
+        // SAFETY: a part of the mapping; neither call changes what is in memory.
+        let _advised = unsafe {
+            libc::madvise(place.cast(), bytes / LARGE_PAGE * LARGE_PAGE, libc::MADV_HUGEPAGE);
+            libc::madvise(place.cast(), bytes + (offset - from), libc::MADV_POPULATE_WRITE)
+        };
+    }
+
+    /// Gives the pages of a part back to the system, for every process that has it mapped; it is zero then.
+    fn forget(&self, offset: usize, bytes: usize) {
+        let (Ok(offset), Ok(bytes)) = (libc::off_t::try_from(offset), libc::off_t::try_from(bytes)) else { return };
+        // SAFETY: a call on an open file; only the pages go, the mapping stays.
+        let _given_back = unsafe {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            libc::fallocate(self.file.as_raw_fd(), mode, offset, bytes)
+        };
     }
 
     fn at(&self, offset: usize, bytes: usize, alignment: usize) -> *mut u8 {
@@ -202,6 +250,21 @@ mod tests {
                 wait(segment.word(0), 0, Duration::from_secs(30));
             }
         });
+    }
+
+    #[test]
+    fn pages_come_when_they_are_used_and_go_when_they_are_forgotten() {
+        let own = Segment::create(1 << 36).unwrap();
+        let other = Segment::open(own.address(), 1 << 36).unwrap();
+        let pages = || std::os::unix::fs::MetadataExt::blocks(&own.file.metadata().unwrap()) * 512;
+        assert_eq!(pages(), 0, "64 GiB of it cost nothing");
+        assert!(own.start.addr().get().is_multiple_of(LARGE_PAGE));
+        own.touch(1 << 35, 5 << 20);
+        assert!((5 << 20..8 << 20).contains(&pages()), "{} bytes", pages());
+        own.write(1 << 35, &[7_u64]);
+        own.forget(1 << 35, 6 << 20);
+        assert_eq!(pages(), 0);
+        assert_eq!(other.numbers::<u64>(1 << 35, 1), [0]);
     }
 
     #[test]

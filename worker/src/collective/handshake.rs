@@ -8,10 +8,12 @@
 //! Law: a connection counts only after both sides showed the same run, generation, world, shards and key (`COLL-4`). The key
 //! itself never travels. A wrong connection is refused, logged and forgotten, and the right one still gets in.
 
+use super::abort::Abort;
 use super::error::{Error, Refusal};
-use super::tcp::Tree;
+use super::gang::Tree;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_proto::ids::{Generation, Rank};
@@ -25,8 +27,8 @@ const HELLO_BYTES: usize = 96;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Connections that may be in the middle of their hello; above that the oldest goes.
 const MAX_PENDING: usize = 256;
-/// Between two looks at the listening socket while a gang forms.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(2);
+/// Between two looks at a socket while a gang forms.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Who forms which generation.
 #[derive(Debug, Clone)]
@@ -52,8 +54,29 @@ pub struct Options {
     pub connect_deadline: Duration,
     /// How long each operation may take.
     pub operation_deadline: Duration,
-    /// Whether ranks of one host reduce through shared memory. The same on every rank.
-    pub shared_memory: bool,
+    /// Ranks with the same one reduce through shared memory, where they can map each other's; without, this rank shares nothing.
+    pub host: Option<HostId>,
+}
+
+/// What tells hosts apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct HostId(pub(super) [u8; 16]);
+
+impl HostId {
+    /// This machine's, until it starts again. `None` where it does not say.
+    #[must_use]
+    pub fn of_this_machine() -> Option<Self> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(Self::named(boot.trim()))
+    }
+
+    /// One that goes by this name.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        let hash = blake3::derive_key("thaw 2026 collective host", name.as_bytes());
+        Self(hash[..16].try_into().expect("a hash has 32 bytes"))
+    }
 }
 
 /// A socket that peers will connect to, open before anybody knows its rank.
@@ -79,9 +102,9 @@ impl Listener {
     /// Connects to every other rank of the generation. With one rank no socket is opened.
     ///
     /// # Errors
-    /// [`Error::Handshake`] naming the rank that is missing at the deadline, or that refused for good.
-    pub fn connect(&self, membership: &Membership, options: Options) -> Result<Tree, Error> {
-        let forming = Forming::new(membership, options)?;
+    /// [`Error::Handshake`] naming the rank that is missing at the deadline, or that refused for good; [`Error::Aborted`].
+    pub fn connect(&self, membership: &Membership, options: Options, abort: &Abort) -> Result<Tree, Error> {
+        let forming = Forming::new(membership, options, abort)?;
         let world_size = forming.world_size;
         let mut streams: Vec<Option<TcpStream>> = (0..world_size).map(|_| None).collect();
         // Rank 0 only accepts and the highest only dials, so no two ranks wait for each other.
@@ -94,10 +117,10 @@ impl Listener {
             address: membership.addresses[forming.rank as usize].clone(),
             source: Arc::new(source),
         })?;
-        if options.shared_memory {
-            tree.share_memory(forming.token())?;
-        }
-        Ok(tree)
+        abort.hold(tree.shared());
+        let shared = tree.share_memory(options.host, forming.token());
+        abort.release();
+        shared.map(|()| tree)
     }
 }
 
@@ -111,6 +134,7 @@ struct Forming {
     key: [u8; 32],
     deadline: Instant,
     limit: Duration,
+    abort: Abort,
 }
 
 /// An accepted connection that has not finished its hello.
@@ -122,7 +146,7 @@ struct Pending {
 }
 
 impl Forming {
-    fn new(membership: &Membership, options: Options) -> Result<Self, Error> {
+    fn new(membership: &Membership, options: Options, abort: &Abort) -> Result<Self, Error> {
         let rank = membership.rank.0;
         let world_size = u32::try_from(membership.addresses.len()).unwrap_or(u32::MAX);
         let forming = Self {
@@ -134,6 +158,7 @@ impl Forming {
             key: blake3::derive_key("thaw 2026 collective handshake", &membership.key),
             deadline: Instant::now() + options.connect_deadline,
             limit: options.connect_deadline,
+            abort: abort.clone(),
         };
         if rank >= world_size || options.shards == 0 {
             return Err(forming.failed(rank, Refusal::Shape, None));
@@ -154,9 +179,15 @@ impl Forming {
         Error::Handshake { generation: self.generation, rank, reason, source: source.map(Arc::new) }
     }
 
-    /// Time until the deadline; `None` once there is none, since a socket refuses a timeout of zero.
+    /// Time until the deadline; `None` once there is none, or nobody wants the gang any more.
     fn left(&self) -> Option<Duration> {
-        self.deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+        let left = self.deadline.checked_duration_since(Instant::now());
+        left.filter(|left| !left.is_zero() && !self.abort.is_asked())
+    }
+
+    /// What to say where no time is left.
+    fn out_of_time(&self, rank: u32, reason: Refusal, source: Option<io::Error>) -> Error {
+        if self.abort.is_asked() { Error::Aborted } else { self.failed(rank, reason, source) }
     }
 
     fn hello(&self, to: u32) -> [u8; HELLO_BYTES] {
@@ -219,30 +250,27 @@ impl Forming {
                 Refusal::Protocol | Refusal::Run | Refusal::Shape | Refusal::Key => false,
             };
             match backoff.next_wait().filter(|_| may_come && self.left().is_some()) {
-                Some(wait) => std::thread::sleep(wait),
-                None => return Err(self.failed(rank, reason, source)),
+                Some(wait) => self.abort.wait(wait),
+                None => return Err(self.out_of_time(rank, reason, source)),
             }
         }
     }
 
     fn dial_once(&self, rank: u32, address: &str) -> Result<TcpStream, (Refusal, Option<io::Error>)> {
         let no_answer = |error| (Refusal::Deadline, Some(error));
-        let left = || self.left().ok_or((Refusal::Deadline, None));
-        let resolved = address.to_socket_addrs().map_err(|error| (Refusal::Address, Some(error)))?;
         let mut connected = Err((Refusal::Address, None));
-        for candidate in resolved {
-            connected = TcpStream::connect_timeout(&candidate, left()?).map_err(no_answer);
+        for candidate in self.resolve(address)? {
+            connected = self.reach(candidate).map_err(no_answer);
             if connected.is_ok() {
                 break;
             }
         }
         let mut stream = connected?;
         stream.set_nodelay(true).map_err(no_answer)?;
-        stream.set_write_timeout(Some(left()?)).map_err(no_answer)?;
+        // A fresh socket's buffer takes a hundred bytes whole.
         stream.write_all(&self.hello(rank)).map_err(no_answer)?;
         let mut answer = [0; 1 + HELLO_BYTES];
-        stream.set_read_timeout(Some(left()?)).map_err(no_answer)?;
-        stream.read_exact(&mut answer).map_err(no_answer)?;
+        self.read(&mut stream, &mut answer).map_err(no_answer)?;
         let hello: [u8; HELLO_BYTES] = answer[1..].try_into().expect("the verdict is one byte");
         match verdict(answer[0], &hello) {
             Some(refusal) => Err((refusal, None)),
@@ -252,6 +280,65 @@ impl Forming {
                 Err(refusal) => Err((refusal, None)),
             },
         }
+    }
+
+    /// What an address stands for. Names are looked up on a thread of their own, since nothing can end that.
+    fn resolve(&self, address: &str) -> Result<Vec<SocketAddr>, (Refusal, Option<io::Error>)> {
+        if let Ok(known) = address.parse() {
+            return Ok(vec![known]);
+        }
+        let (found, finding) = std::sync::mpsc::channel();
+        let name = address.to_owned();
+        let looking = std::thread::Builder::new().name("resolve".to_owned());
+        let looking = looking.spawn(move || {
+            let _gave_up = found.send(name.to_socket_addrs().map(Iterator::collect));
+        });
+        looking.map_err(|error| (Refusal::Address, Some(error)))?;
+        while self.left().is_some() {
+            match finding.recv_timeout(PAUSE) {
+                Ok(result) => return result.map_err(|error| (Refusal::Address, Some(error))),
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Err((Refusal::Address, None))
+    }
+
+    /// A connection to an address. It does not block, so that nothing has to end it.
+    fn reach(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        if let Err(error) = socket.connect(&SockAddr::from(address))
+            && error.raw_os_error() != Some(nix::libc::EINPROGRESS)
+        {
+            return Err(error);
+        }
+        while self.left().is_some() {
+            if let Some(error) = socket.take_error()? {
+                return Err(error);
+            }
+            if socket.peer_addr().is_ok() {
+                return Ok(socket.into());
+            }
+            self.abort.wait(PAUSE);
+        }
+        Err(io::ErrorKind::TimedOut.into())
+    }
+
+    /// Fills the buffer from a connection that does not block.
+    fn read(&self, stream: &mut TcpStream, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match stream.read(buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => buffer = &mut buffer[read..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.left().is_some() => {
+                    self.abort.wait(PAUSE);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Waits for every higher rank.
@@ -264,7 +351,7 @@ impl Forming {
             };
             let missing = self.rank + 1 + u32::try_from(missing).expect("ranks are u32");
             if self.left().is_none() {
-                return Err(self.failed(missing, Refusal::Deadline, None));
+                return Err(self.out_of_time(missing, Refusal::Deadline, None));
             }
             let mut idle = true;
             match socket.accept() {
@@ -295,7 +382,7 @@ impl Forming {
             }
             pending = open;
             if idle {
-                std::thread::sleep(ACCEPT_PAUSE);
+                self.abort.wait(PAUSE);
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Law:
 //! - `SUM-2`: a reduction adds along the tree over logical shards ([`thaw_core::sampler::tree`]), so its result is the same bits on every rank and for
 //!   every world size.
-//! - `COLL-1`: every operation has a deadline, and [`Collective::abort`] from another thread ends it at once.
+//! - `COLL-1`: every operation has a deadline, and [`Collective::abort`] from another thread ends it at once; so do connecting and [`Abort`].
 //! - `COLL-2`: an interrupted operation never looks finished: it returns an error, what it wrote to `out` has no meaning,
 //!   and every later operation of that collective fails too.
 //! - `COLL-3`: all ranks call the same operations in the same order; where they do not, both sides get
@@ -14,13 +14,17 @@
 //!
 //! It never decides who belongs to the gang, and never mends itself: after an error a new generation builds a new one.
 
+mod abort;
 mod error;
+mod gang;
 mod gpus;
 mod handshake;
+mod hosts;
 mod local;
 mod nccl;
 #[cfg(test)]
 mod nccl_tests;
+mod peers;
 mod queue;
 mod tcp;
 #[cfg(test)]
@@ -28,14 +32,16 @@ mod tests;
 mod tree;
 mod wire;
 
+pub use abort::Abort;
 pub use error::{Error, Refusal};
+pub use gang::Tree;
 pub use gpus::Gpus;
-pub use handshake::{Listener, Membership, Options};
+pub use handshake::{HostId, Listener, Membership, Options};
 pub use nccl::{DeviceSums, DeviceTicket, Limits};
 pub use queue::{ReduceQueue, Ticket};
-pub use tcp::Tree;
 
 use thaw_proto::ids::Rank;
+use thaw_shm::Lease;
 
 /// The trainers of one generation, as one of them sees them.
 pub trait Collective: Send + Sync {
@@ -61,6 +67,23 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// See [`Error`]; then `out` has no meaning.
     fn reduce_shards_f64(&self, parts: &[&[f64]], out: &mut [f64]) -> Result<(), Error>;
+
+    /// [`Collective::reduce_shards_f32`] for a rank with one part, which the sum replaces. Ranks may choose either, each for itself. Fastest
+    /// where all choose this one, with values in memory that they leased.
+    ///
+    /// # Errors
+    /// See [`Error`]; then the values have no meaning.
+    fn reduce_in_place_f32(&self, values: &mut [f32]) -> Result<(), Error>;
+
+    /// [`Collective::reduce_in_place_f32`] in double precision.
+    ///
+    /// # Errors
+    /// See [`Error`]; then the values have no meaning.
+    fn reduce_in_place_f64(&self, values: &mut [f64]) -> Result<(), Error>;
+
+    /// Memory that the other ranks of this host read and write where it lies, during reductions in place. `None` where there are none, or no
+    /// room is left.
+    fn lease(&self, bytes: usize) -> Option<Lease>;
 
     /// Gives every rank the bytes of every rank, in rank order. Lengths may differ.
     ///

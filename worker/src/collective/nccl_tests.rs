@@ -299,7 +299,7 @@ fn a_rank_that_does_not_join_runs_into_the_deadline() {
 
 #[test]
 fn a_dead_peer_ends_a_sum_that_nccl_would_wait_for() {
-    let mut gang = super::tests::gang(2, SOON, false);
+    let mut gang = super::tests::gang(2, SOON, super::tests::Placement::Apart);
     let peer = gang.pop().unwrap();
     let stage = Stage::default();
     let host: Arc<dyn Collective> = Arc::new(gang.pop().unwrap());
@@ -315,7 +315,7 @@ fn a_dead_peer_ends_a_sum_that_nccl_would_wait_for() {
 
 #[test]
 fn an_error_here_is_heard_by_the_peers() {
-    let mut gang = super::tests::gang(2, SOON, false);
+    let mut gang = super::tests::gang(2, SOON, super::tests::Placement::Apart);
     let peer = gang.pop().unwrap();
     let stage = Stage::default();
     let sums = stage.sums_beside(Arc::new(gang.pop().unwrap()), PATIENT).unwrap();

@@ -1,4 +1,4 @@
-//! One suite over world sizes: same bits everywhere, and every way to fail ends soon with its own error.
+//! One suite over world sizes and placements: same bits everywhere, and every way to fail ends soon with its own error.
 
 use super::*;
 use std::sync::{Arc, mpsc};
@@ -7,18 +7,50 @@ use thaw_core::sampler::ranks_shards;
 use thaw_core::sampler::tree::{maximal_subtrees, reduce as fold};
 use thaw_proto::ids::Generation;
 use thaw_proto::status::ErrorClass;
+use thaw_torch::runtime::{tensor_in, with_slice_f32, with_slice_f32_mut};
+use thaw_torch::tch::{Kind, Tensor};
 
 const WORLD_SIZES: [u32; 5] = [1, 2, 3, 4, 8];
+/// Ranks of most world sizes have several nodes of the tree over so many.
 const SHARDS: u32 = 7;
 /// Far above what any of this takes; a test that needs it has failed.
 const SOON: Duration = Duration::from_secs(30);
 
-fn options(operation_deadline: Duration) -> Options {
-    Options { shards: SHARDS, connect_deadline: SOON, operation_deadline, shared_memory: false }
+/// Where the ranks of a gang are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Placement {
+    /// None shares memory: over TCP alone.
+    Apart,
+    /// One letter a rank, over and over: the hosts. They are all this one, under different names.
+    Hosts(&'static str),
 }
 
-/// Over TCP alone, and through shared memory.
-const TRANSPORTS: [bool; 2] = [false, true];
+/// TCP alone, shared memory alone, and both: by turns, in rows, unevenly, and a rank that shares nothing.
+const PLACEMENTS: [Placement; 6] = [
+    Placement::Apart,
+    Placement::Hosts("a"),
+    Placement::Hosts("ab"),
+    Placement::Hosts("aabb"),
+    Placement::Hosts("aabcc"),
+    Placement::Hosts("aa-a"),
+];
+
+impl Placement {
+    fn host(self, rank: u32) -> Option<HostId> {
+        let Self::Hosts(names) = self else { return None };
+        let place = rank as usize % names.len();
+        let name = &names[place..=place];
+        (name != "-").then(|| HostId::named(name))
+    }
+}
+
+fn over_all(test: fn(Placement)) {
+    PLACEMENTS.into_iter().for_each(test);
+}
+
+fn options(operation_deadline: Duration) -> Options {
+    Options { shards: SHARDS, connect_deadline: SOON, operation_deadline, host: None }
+}
 
 fn listeners(world_size: u32) -> (Vec<Listener>, Vec<String>) {
     (0..world_size).map(|_| Listener::bind("127.0.0.1").unwrap()).unzip()
@@ -34,16 +66,23 @@ fn membership(rank: usize, addresses: &[String]) -> Membership {
     }
 }
 
-pub(super) fn gang(world_size: u32, operation_deadline: Duration, shared_memory: bool) -> Vec<Tree> {
-    let options = Options { shared_memory, ..options(operation_deadline) };
+fn connect(listener: &Listener, membership: &Membership, options: Options) -> Result<Tree, Error> {
+    listener.connect(membership, options, &Abort::default())
+}
+
+pub(super) fn gang(world_size: u32, operation_deadline: Duration, placement: Placement) -> Vec<Tree> {
+    gang_over(world_size, SHARDS, operation_deadline, placement)
+}
+
+fn gang_over(world_size: u32, shards: u32, operation_deadline: Duration, placement: Placement) -> Vec<Tree> {
     let (listeners, addresses) = listeners(world_size);
     std::thread::scope(|scope| {
-        let joining: Vec<_> = listeners
-            .iter()
-            .enumerate()
+        let joining: Vec<_> = (0..world_size)
+            .zip(&listeners)
             .map(|(rank, listener)| {
-                let membership = membership(rank, &addresses);
-                scope.spawn(move || listener.connect(&membership, options).unwrap())
+                let membership = membership(rank as usize, &addresses);
+                let options = Options { shards, host: placement.host(rank), ..options(operation_deadline) };
+                scope.spawn(move || connect(listener, &membership, options).unwrap())
             })
             .collect();
         joining.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -80,7 +119,8 @@ fn shard_values(shard: u32, elements: usize) -> Vec<f32> {
 fn parts(tree: &Tree, elements: usize) -> Vec<Vec<f32>> {
     let mut leaf = |shard| shard_values(shard, elements);
     let mut add = |left: Vec<f32>, right: Vec<f32>| left.iter().zip(right).map(|(left, right)| left + right).collect();
-    let subtrees = maximal_subtrees(ranks_shards(tree.rank().0, tree.world_size(), SHARDS), SHARDS);
+    let shards = tree.shards();
+    let subtrees = maximal_subtrees(ranks_shards(tree.rank().0, tree.world_size(), shards), shards);
     subtrees.into_iter().map(|node| fold(node, &mut leaf, &mut add).unwrap()).collect()
 }
 
@@ -92,22 +132,73 @@ fn reduce(tree: &Tree, elements: usize) -> Result<Vec<u32>, Error> {
     Ok(out.into_iter().map(f32::to_bits).collect())
 }
 
-#[test]
-fn sums_are_the_same_bits_for_every_world_size() {
-    TRANSPORTS.into_iter().for_each(sums_are_the_same_bits_for_every_world_size_over);
+/// As a trainer with one part does it: in place, in leased memory where there is some.
+fn reduce_in_place(tree: &Tree, elements: usize, leased: bool) -> Result<Vec<u32>, Error> {
+    let mut parts = parts(tree, elements);
+    let part = if parts.len() == 1 { parts.remove(0) } else { return reduce(tree, elements) };
+    let values = Tensor::from_slice(&part);
+    let mut values = match tree.lease(4 * elements).filter(|_| leased) {
+        Some(lease) => {
+            let mut shared = tensor_in(lease, Kind::Float, elements).unwrap();
+            shared.copy_(&values);
+            shared
+        }
+        None => values,
+    };
+    with_slice_f32_mut(&mut values, |values| tree.reduce_in_place_f32(values)).unwrap()?;
+    Ok(with_slice_f32(&values, |values| values.iter().map(|value| value.to_bits()).collect()).unwrap())
 }
 
-fn sums_are_the_same_bits_for_every_world_size_over(shared_memory: bool) {
-    // The last is more than sockets hold, so both sides must read while they write.
-    let lengths = [0, 1, 3, 7, 1001, 3_000_017];
-    let alone = Tree::alone(SHARDS);
-    let expected: Vec<_> = lengths.iter().map(|length| reduce(&alone, *length).unwrap()).collect();
-    for world_size in WORLD_SIZES {
-        let gang = gang(world_size, SOON, shared_memory);
-        for sums in on_all(&gang, |tree| lengths.map(|length| reduce(tree, length).unwrap())) {
-            assert!(sums.iter().eq(&expected), "world size {world_size}");
+#[test]
+fn sums_are_the_same_bits_for_every_world_size() {
+    over_all(|placement| {
+        // The last is enough for halves to be exchanged, and to be added where it lies. With eight shards a rank has one part.
+        let lengths = [0, 1, 3, 7, 1001, 150_001];
+        for shards in [SHARDS, 8] {
+            let alone = Tree::alone(shards);
+            let expected: Vec<_> = lengths.iter().map(|length| reduce(&alone, *length).unwrap()).collect();
+            for world_size in WORLD_SIZES {
+                let gang = gang_over(world_size, shards, SOON, placement);
+                let all = |tree: &Tree| {
+                    let apart = lengths.map(|length| reduce(tree, length).unwrap());
+                    let private = lengths.map(|length| reduce_in_place(tree, length, false).unwrap());
+                    let leased = lengths.map(|length| reduce_in_place(tree, length, true).unwrap());
+                    // Each rank as it likes.
+                    let mixed = lengths.map(|length| match tree.rank().0 % 3 {
+                        0 => reduce(tree, length).unwrap(),
+                        rank => reduce_in_place(tree, length, rank == 1).unwrap(),
+                    });
+                    [apart, private, leased, mixed]
+                };
+                for sums in on_all(&gang, all) {
+                    for (way, sums) in sums.iter().enumerate() {
+                        assert!(sums.iter().eq(&expected), "{placement:?}, {world_size} ranks, {shards} shards, {way}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn what_sockets_do_not_hold_is_read_while_it_is_written() {
+    for shards in [SHARDS, 8] {
+        let expected = reduce(&Tree::alone(shards), 3_000_017).unwrap();
+        for placement in [Placement::Apart, Placement::Hosts("a"), Placement::Hosts("ab")] {
+            let gang = gang_over(2, shards, SOON, placement);
+            let same = |tree: &Tree| reduce(tree, 3_000_017).unwrap() == expected;
+            assert!(on_all(&gang, same).into_iter().all(|same| same), "{placement:?}, {shards} shards");
         }
     }
+}
+
+#[test]
+fn ranks_with_more_ranks_than_shards_sum_too() {
+    over_all(|placement| {
+        let expected = reduce(&Tree::alone(3), 70_001).unwrap();
+        let gang = gang_over(8, 3, SOON, placement);
+        assert!(on_all(&gang, |tree| reduce(tree, 70_001).unwrap() == expected).into_iter().all(|same| same));
+    });
 }
 
 #[test]
@@ -121,12 +212,12 @@ fn the_order_of_the_sum_shows_in_its_bits() {
 
 #[test]
 fn doubles_are_summed_and_bytes_gathered() {
-    TRANSPORTS.into_iter().for_each(doubles_are_summed_and_bytes_gathered_over);
+    over_all(doubles_are_summed_and_bytes_gathered_over);
 }
 
-fn doubles_are_summed_and_bytes_gathered_over(shared_memory: bool) {
+fn doubles_are_summed_and_bytes_gathered_over(placement: Placement) {
     for world_size in WORLD_SIZES {
-        let gang = gang(world_size, SOON, shared_memory);
+        let gang = gang(world_size, SOON, placement);
         let results = on_all(&gang, |tree| {
             let subtrees = maximal_subtrees(ranks_shards(tree.rank().0, world_size, SHARDS), SHARDS);
             let values: Vec<[f64; 2]> = subtrees.iter().map(|node| [node.len() as f64, 0.5]).collect();
@@ -145,11 +236,11 @@ fn doubles_are_summed_and_bytes_gathered_over(shared_memory: bool) {
 
 #[test]
 fn abort_wakes_a_blocked_operation_and_stays() {
-    TRANSPORTS.into_iter().for_each(abort_wakes_a_blocked_operation_and_stays_over);
+    over_all(abort_wakes_a_blocked_operation_and_stays_over);
 }
 
-fn abort_wakes_a_blocked_operation_and_stays_over(shared_memory: bool) {
-    let gang = gang(3, SOON, shared_memory);
+fn abort_wakes_a_blocked_operation_and_stays_over(placement: Placement) {
+    let gang = gang(3, SOON, placement);
     let begun = Instant::now();
     std::thread::scope(|scope| {
         let blocked = scope.spawn(|| reduce(&gang[0], 2_000_000));
@@ -171,12 +262,12 @@ fn abort_wakes_a_blocked_operation_and_stays_over(shared_memory: bool) {
 
 #[test]
 fn a_dead_peer_is_named_at_once() {
-    TRANSPORTS.into_iter().for_each(a_dead_peer_is_named_at_once_over);
+    over_all(a_dead_peer_is_named_at_once_over);
 }
 
-fn a_dead_peer_is_named_at_once_over(shared_memory: bool) {
+fn a_dead_peer_is_named_at_once_over(placement: Placement) {
     for world_size in [2, 4, 8] {
-        let mut gang = gang(world_size, SOON, shared_memory);
+        let mut gang = gang(world_size, SOON, placement);
         let begun = Instant::now();
         drop(gang.pop());
         for error in on_all(&gang, |tree| reduce(tree, 500_000).unwrap_err()) {
@@ -184,16 +275,21 @@ fn a_dead_peer_is_named_at_once_over(shared_memory: bool) {
             assert_eq!(error.class(), ErrorClass::Retry);
         }
         assert!(begun.elapsed() < SOON);
+        let mut gang = gang_over(world_size, 8, SOON, placement);
+        drop(gang.pop());
+        let errors = on_all(&gang, |tree| reduce_in_place(tree, 500_000, true).unwrap_err());
+        assert!(errors.iter().all(|error| matches!(error, Error::PeerLost { .. })), "{errors:?}");
+        assert!(begun.elapsed() < SOON);
     }
 }
 
 #[test]
 fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody() {
-    TRANSPORTS.into_iter().for_each(a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over);
+    over_all(a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over);
 }
 
-fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over(shared_memory: bool) {
-    let mut gang = gang(3, SOON, shared_memory);
+fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over(placement: Placement) {
+    let mut gang = gang(3, SOON, placement);
     std::thread::scope(|scope| {
         for tree in gang.drain(..) {
             scope.spawn(move || {
@@ -207,28 +303,47 @@ fn a_peer_that_leaves_after_the_last_operation_disturbs_nobody_over(shared_memor
 
 #[test]
 fn a_silent_peer_runs_into_the_deadline() {
-    TRANSPORTS.into_iter().for_each(a_silent_peer_runs_into_the_deadline_over);
+    over_all(a_silent_peer_runs_into_the_deadline_over);
 }
 
-fn a_silent_peer_runs_into_the_deadline_over(shared_memory: bool) {
-    let gang = gang(2, Duration::from_millis(50), shared_memory);
+fn a_silent_peer_runs_into_the_deadline_over(placement: Placement) {
+    let gang = gang(2, Duration::from_millis(50), placement);
     let error = reduce(&gang[0], 10).unwrap_err();
     assert!(matches!(&error, Error::Deadline { missing, .. } if missing == &[1]), "{error}");
     // Writing into a peer that does not read ends too: its reader stops at a bounded number of frames.
     let again = reduce(&gang[0], 10).unwrap_err();
     assert!(matches!(again, Error::Deadline { .. }), "later operations repeat the first error");
+    for elements in [10, 150_001] {
+        let gang = gang_over(8, 8, Duration::from_millis(100), placement);
+        let begun = Instant::now();
+        let errors = on_all(&gang[..7], |tree| reduce_in_place(tree, elements, true).unwrap_err());
+        assert!(errors.iter().any(|error| matches!(error, Error::Deadline { .. })), "{errors:?}");
+        let expected = |error: &Error| matches!(error, Error::Deadline { .. } | Error::PeerLost { .. });
+        assert!(errors.iter().all(expected), "{errors:?}");
+        assert!(begun.elapsed() < SOON);
+    }
 }
 
 #[test]
 fn different_operations_are_a_mismatch_on_both_sides() {
-    TRANSPORTS.into_iter().for_each(different_operations_are_a_mismatch_on_both_sides_over);
+    over_all(different_operations_are_a_mismatch_on_both_sides_over);
 }
 
-fn different_operations_are_a_mismatch_on_both_sides_over(shared_memory: bool) {
-    let gang = gang(2, SOON, shared_memory);
+fn different_operations_are_a_mismatch_on_both_sides_over(placement: Placement) {
+    let gang = gang(2, SOON, placement);
     let errors = on_all(&gang, |tree| reduce(tree, 10 + tree.rank().0 as usize).unwrap_err());
     assert!(errors.iter().any(|error| matches!(error, Error::Mismatch { .. })));
     assert!(errors.iter().all(|error| matches!(error, Error::Mismatch { .. } | Error::PeerLost { .. })), "{errors:?}");
+    for elements in [10, 150_001] {
+        let gang = gang_over(2, 2, SOON, placement);
+        let begun = Instant::now();
+        let errors = on_all(&gang, |tree| match tree.rank().0 {
+            0 => reduce_in_place(tree, elements, true).map(drop).unwrap_err(),
+            _ => tree.all_gather(&[]).map(drop).unwrap_err(),
+        });
+        assert!(errors.iter().any(|error| matches!(error, Error::Mismatch { .. })), "{errors:?}");
+        assert!(begun.elapsed() < SOON);
+    }
     let error = Tree::alone(SHARDS).reduce_shards_f32(&[], &mut [0.0]).unwrap_err();
     assert_eq!(error.class(), ErrorClass::Fatal);
 }
@@ -244,7 +359,7 @@ fn wrong_hellos_are_refused_and_the_right_one_still_gets_in() {
         (|m| m.addresses.push("127.0.0.1:1".to_owned()), Refusal::Shape, ErrorClass::Retry),
     ];
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| listeners[0].connect(&membership(0, &addresses), options(SOON)).unwrap());
+        let first = scope.spawn(|| connect(&listeners[0], &membership(0, &addresses), options(SOON)).unwrap());
         // Neither garbage nor silence holds anybody up.
         let mut garbage = std::net::TcpStream::connect(&addresses[0]).unwrap();
         std::io::Write::write_all(&mut garbage, &[b'x'; 200]).unwrap();
@@ -252,11 +367,11 @@ fn wrong_hellos_are_refused_and_the_right_one_still_gets_in() {
         for (spoil, expected, class) in wrong {
             let mut membership = membership(1, &addresses);
             spoil(&mut membership);
-            let error = listeners[1].connect(&membership, options(SOON)).unwrap_err();
+            let error = connect(&listeners[1], &membership, options(SOON)).unwrap_err();
             assert_eq!(error.class(), class);
             assert!(matches!(error, Error::Handshake { rank: 0, reason, .. } if reason == expected), "{error}");
         }
-        let second = listeners[1].connect(&membership(1, &addresses), options(SOON)).unwrap();
+        let second = connect(&listeners[1], &membership(1, &addresses), options(SOON)).unwrap();
         let first = first.join().unwrap();
         on_all(&[first, second], |tree| reduce(tree, 100).unwrap());
     });
@@ -267,7 +382,7 @@ fn a_rank_that_does_not_come_is_named() {
     let (listeners, addresses) = listeners(2);
     let short = Options { connect_deadline: Duration::from_millis(50), ..options(SOON) };
     for (rank, missing) in [(0, 1), (1, 0)] {
-        let error = listeners[rank].connect(&membership(rank, &addresses), short).unwrap_err();
+        let error = connect(&listeners[rank], &membership(rank, &addresses), short).unwrap_err();
         assert!(
             matches!(error, Error::Handshake { rank, reason: Refusal::Deadline, .. } if rank == missing),
             "{error}"
@@ -286,21 +401,21 @@ fn a_newer_generation_waits_for_a_peer_that_is_behind() {
             old.generation = Generation(2);
             behind.send(()).unwrap();
             let short = Options { connect_deadline: Duration::from_millis(50), ..options(SOON) };
-            listeners[0].connect(&old, short).unwrap_err();
-            listeners[0].connect(&membership(0, addresses), options(SOON)).unwrap();
+            connect(&listeners[0], &old, short).unwrap_err();
+            connect(&listeners[0], &membership(0, addresses), options(SOON)).unwrap();
         });
         begun.recv().unwrap();
-        listeners[1].connect(&membership(1, addresses), options(SOON)).unwrap();
+        connect(&listeners[1], &membership(1, addresses), options(SOON)).unwrap();
     });
 }
 
 #[test]
 fn a_queue_keeps_order_and_returns_payloads() {
-    TRANSPORTS.into_iter().for_each(a_queue_keeps_order_and_returns_payloads_over);
+    over_all(a_queue_keeps_order_and_returns_payloads_over);
 }
 
-fn a_queue_keeps_order_and_returns_payloads_over(shared_memory: bool) {
-    let gang = gang(2, SOON, shared_memory);
+fn a_queue_keeps_order_and_returns_payloads_over(placement: Placement) {
+    let gang = gang(2, SOON, placement);
     std::thread::scope(|scope| {
         for tree in gang {
             scope.spawn(move || {
@@ -325,10 +440,10 @@ fn a_queue_keeps_order_and_returns_payloads_over(shared_memory: bool) {
 
 #[test]
 fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation() {
-    TRANSPORTS.into_iter().for_each(an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over);
+    over_all(an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over);
 }
 
-fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over(shared_memory: bool) {
+fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over(placement: Placement) {
     let mut queue = ReduceQueue::new(Arc::new(Tree::alone(1)));
     let good = queue.submit(1, |_, _| Ok(()));
     assert_eq!(queue.wait(good).unwrap(), 1);
@@ -337,7 +452,7 @@ fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over(shared_mem
     assert!(matches!(queue.wait(after), Err(Error::Mismatch { .. })));
     assert!(matches!(queue.wait(bad), Err(Error::Mismatch { .. })));
 
-    let mut gang = gang(2, SOON, shared_memory);
+    let mut gang = gang(2, SOON, placement);
     let begun = Instant::now();
     let mut queue = ReduceQueue::new(Arc::new(gang.remove(0)));
     let _never = queue.submit((), |collective, ()| collective.all_gather(&[]).map(drop));
@@ -346,17 +461,84 @@ fn an_error_poisons_the_queue_and_dropping_it_ends_its_operation_over(shared_mem
 }
 
 #[test]
-fn ranks_of_one_host_share_memory_and_many_small_sums_follow_each_other() {
-    let lengths = |turn: usize| [1, 2, 0, 300, 70_001][turn % 5] + turn % 7;
-    for world_size in [2, 3, 4] {
-        let gang = gang(world_size, SOON, true);
-        assert!(gang.iter().all(Tree::shares_memory));
-        let alone = Tree::alone(SHARDS);
-        let expected: Vec<_> = (0..60).map(|turn| reduce(&alone, lengths(turn)).unwrap()).collect();
-        for found in on_all(&gang, |tree| (0..60).map(|turn| reduce(tree, lengths(turn)).unwrap()).collect::<Vec<_>>())
-        {
-            assert!(found == expected, "world size {world_size}");
+fn many_small_sums_follow_each_other() {
+    over_all(|placement| {
+        let lengths = |turn: usize| [1, 2, 0, 300, 70_001][turn % 5] + turn % 7;
+        let sum = |tree: &Tree, turn: usize| match turn % 3 {
+            0 => reduce(tree, lengths(turn)).unwrap(),
+            way => reduce_in_place(tree, lengths(turn), way == 1).unwrap(),
+        };
+        for (world_size, shards) in [(2, 8), (3, SHARDS), (4, 8)] {
+            let gang = gang_over(world_size, shards, SOON, placement);
+            let alone = Tree::alone(shards);
+            let expected: Vec<_> = (0..60).map(|turn| reduce(&alone, lengths(turn)).unwrap()).collect();
+            let all = |tree: &Tree| (0..60).map(|turn| sum(tree, turn)).collect::<Vec<_>>();
+            assert!(on_all(&gang, all).into_iter().all(|found| found == expected), "{placement:?}, {world_size} ranks");
         }
-    }
-    assert!(!gang(2, SOON, false).iter().any(Tree::shares_memory));
+    });
+}
+
+#[test]
+fn ranks_find_those_of_their_host() {
+    let here = |placement, world_size| -> Vec<usize> {
+        gang(world_size, SOON, placement).iter().map(Tree::ranks_here).collect()
+    };
+    assert_eq!(here(Placement::Apart, 3), [1, 1, 1]);
+    assert_eq!(here(Placement::Hosts("a"), 3), [3, 3, 3]);
+    assert_eq!(here(Placement::Hosts("aab"), 4), [3, 3, 1, 3]);
+    assert_eq!(here(Placement::Hosts("aa-a"), 4), [3, 3, 1, 3]);
+    let gang = gang(2, SOON, Placement::Hosts("a"));
+    assert!(gang[0].lease(64).is_some());
+    assert!(HostId::of_this_machine().is_some());
+}
+
+/// Runs `connect` until it is aborted from another thread; it must end soon, and say so.
+fn aborted(connect: impl FnOnce(&Abort) -> Result<Tree, Error> + Send, when: impl FnOnce()) {
+    let (abort, begun) = (Abort::default(), Instant::now());
+    std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| connect(&abort));
+        when();
+        abort.abort();
+        let result = connecting.join().unwrap();
+        assert!(matches!(result, Err(Error::Aborted)), "{result:?}");
+    });
+    assert!(begun.elapsed() < SOON);
+}
+
+#[test]
+fn connecting_can_be_aborted_wherever_it_waits() {
+    let long = Options { connect_deadline: 2 * SOON, ..options(2 * SOON) };
+    let (ours, addresses) = listeners(2);
+    // For somebody who does not come, before it has begun and while it waits.
+    aborted(|abort| ours[0].connect(&membership(0, &addresses), long, abort), || {});
+    // For an answer from somebody who listens and is silent.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut elsewhere = addresses.clone();
+    elsewhere[0] = silent.local_addr().unwrap().to_string();
+    aborted(|abort| ours[1].connect(&membership(1, &elsewhere), long, abort), || drop(silent.accept().unwrap()));
+    // For a port that nobody listens on, again and again.
+    elsewhere[0] = "127.0.0.1:1".to_owned();
+    aborted(|abort| ours[1].connect(&membership(1, &elsewhere), long, abort), || {});
+}
+
+#[test]
+fn telling_each_other_about_memory_can_be_aborted() {
+    let long = Options { connect_deadline: 2 * SOON, ..options(2 * SOON) };
+    let (ours, addresses) = listeners(3);
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut elsewhere = addresses.clone();
+    elsewhere[1] = silent.local_addr().unwrap().to_string();
+    let stop = Abort::default();
+    std::thread::scope(|scope| {
+        let (ours, addresses, elsewhere, stop) = (&ours, &addresses, &elsewhere, &stop);
+        // Both join rank 0, but not each other, so neither says anything more.
+        let first = scope.spawn(move || ours[1].connect(&membership(1, addresses), long, stop));
+        let second = scope.spawn(move || ours[2].connect(&membership(2, elsewhere), long, stop));
+        // Rank 2 dials rank 1 only when it has joined rank 0.
+        aborted(|abort| ours[0].connect(&membership(0, addresses), long, abort), || drop(silent.accept().unwrap()));
+        stop.abort();
+        for other in [first, second] {
+            assert!(matches!(other.join().unwrap(), Err(Error::Aborted)));
+        }
+    });
 }

@@ -39,7 +39,7 @@ impl Kind {
 pub(super) struct Header {
     pub(super) sequence: u64,
     pub(super) kind: Kind,
-    /// 0: parts to the owner of a chunk. 1: the owner's sum to all.
+    /// The exchange within the operation; see [`super::tcp`].
     pub(super) phase: u8,
     pub(super) elements: u64,
     pub(super) payload_bytes: u64,
@@ -61,7 +61,7 @@ impl Header {
             |from: usize| u64::from_le_bytes(bytes[from..from + 8].try_into().expect("eight bytes were taken"));
         let payload_bytes = number(24);
         match Kind::from_byte(bytes[8]) {
-            Some(kind) if payload_bytes <= MAX_PAYLOAD_BYTES && bytes[9] < 2 => {
+            Some(kind) if payload_bytes <= MAX_PAYLOAD_BYTES => {
                 Ok(Self { sequence: number(0), kind, phase: bytes[9], elements: number(16), payload_bytes })
             }
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "peer sent a frame that is none")),

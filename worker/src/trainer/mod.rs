@@ -32,7 +32,7 @@ mod trace;
 pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
-use crate::collective::{self, Collective, Gpus, Limits, Listener, Membership, Options};
+use crate::collective::{self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options};
 use crate::device::DeviceOptions;
 use crate::pipe::{TrainerPipe, die_with_parent};
 use job::Job;
@@ -41,8 +41,8 @@ use reduce::Links;
 use replica::{Replica, Settings};
 use session::{Ending, Session, State};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::pb::coordinator_message::Message;
@@ -129,6 +129,31 @@ fn first_message(messages: &Receiver<pb::CoordinatorMessage>) -> Option<pb::Star
     }
 }
 
+/// The newest proposal, and what ends the forming of its gang.
+#[derive(Default)]
+struct Latest(Mutex<(u64, Abort)>);
+
+impl Latest {
+    /// A newer proposal ends the forming of what was proposed before.
+    fn propose(&self, generation: u64) {
+        let mut latest = self.0.lock().expect("no code that holds the lock panics");
+        if generation > latest.0 {
+            let (_, older) = std::mem::replace(&mut *latest, (generation, Abort::default()));
+            older.abort();
+        }
+    }
+
+    /// What ends the forming of a generation; has ended it where a newer one is proposed.
+    fn abort_of(&self, generation: u64) -> Abort {
+        let latest = self.0.lock().expect("no code that holds the lock panics");
+        let abort = if latest.0 == generation { latest.1.clone() } else { Abort::default() };
+        if latest.0 > generation {
+            abort.abort();
+        }
+        abort
+    }
+}
+
 /// What the training thread waits for; everything else is noted as it comes.
 enum Order {
     Propose(pb::Propose),
@@ -159,15 +184,16 @@ fn train(
         shards: job.plan.logical_shards,
         connect_deadline: CONNECT_TIMEOUT,
         operation_deadline: timeout,
-        shared_memory: true,
+        host: HostId::of_this_machine(),
     };
     let (listener, address) = Listener::bind(host)?;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address }));
     let (orders, ordered) = channel();
-    let noting = Arc::clone(outbox);
+    let (noting, latest) = (Arc::clone(outbox), Arc::new(Latest::default()));
+    let proposed = Arc::clone(&latest);
     // Never joined: it listens until the agent is gone, and with the agent this process ends (TRN-2).
-    std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting))?;
-    let (proposal, links) = form(&listener, &ordered, outbox, (options, device), &start.run)?;
+    std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting, &proposed))?;
+    let (proposal, links) = form(&listener, (&ordered, &latest), outbox, (options, device), &start.run)?;
     drop(listener);
     let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
     let resume =
@@ -200,10 +226,11 @@ fn load_model(job: &Job, device: Device) -> Result<SegmentedModel, Error> {
 }
 
 /// Passes on what forms a gang, and notes what concerns the one in training, until the agent is gone.
-fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, outbox: &Outbox) {
+fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, outbox: &Outbox, latest: &Latest) {
     while let Ok(message) = messages.recv() {
         match message.message {
             Some(Message::Propose(propose)) => {
+                latest.propose(propose.generation);
                 let _ = orders.send(Order::Propose(propose));
             }
             Some(Message::Commit(commit)) => {
@@ -224,7 +251,7 @@ fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, out
 /// Builds the communicator of the latest proposal, until one is committed.
 fn form(
     listener: &Listener,
-    orders: &Receiver<Order>,
+    (orders, latest): (&Receiver<Order>, &Latest),
     outbox: &Outbox,
     (options, device): (Options, Device),
     run: &str,
@@ -241,7 +268,12 @@ fn form(
                     addresses: proposal.addresses.clone(),
                     key: proposal.key.clone(),
                 };
-                let links = connect(listener, &membership, options, device)?;
+                let abort = latest.abort_of(proposal.generation);
+                let links = match connect(listener, &membership, options, device, &abort) {
+                    // The newer proposal is the next order.
+                    Err(_) if abort.is_asked() => continue,
+                    links => links?,
+                };
                 outbox.send(pb::trainer_report::Event::Built(pb::GangBuilt {}));
                 built = Some((proposal, links));
             }
@@ -255,8 +287,14 @@ fn form(
 }
 
 /// Connects the gang, and its GPUs where it has some.
-fn connect(listener: &Listener, membership: &Membership, options: Options, device: Device) -> Result<Links, Error> {
-    let host: Arc<dyn Collective> = Arc::new(listener.connect(membership, options)?);
+fn connect(
+    listener: &Listener,
+    membership: &Membership,
+    options: Options,
+    device: Device,
+    abort: &Abort,
+) -> Result<Links, Error> {
+    let host: Arc<dyn Collective> = Arc::new(listener.connect(membership, options, abort)?);
     let limits = Limits { join: options.connect_deadline, operation: options.operation_deadline, abort: ABORT_TIMEOUT };
     let gpus = if host.world_size() > 1 { Gpus::join(&host, device, limits)? } else { None };
     Ok(Links { host, gpus })

@@ -4,7 +4,9 @@ use crate::collective::{Collective, DeviceTicket, Error, Gpus, ReduceQueue, Tick
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thaw_torch::runtime::{with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
+use thaw_core::sampler::ranks_shards;
+use thaw_core::sampler::tree::maximal_subtrees;
+use thaw_torch::runtime::{tensor_in, with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
 use thaw_torch::tch::{Kind, Tensor};
 
 enum Work {
@@ -12,6 +14,8 @@ enum Work {
         parts: Vec<Tensor>,
         sum: Tensor,
     },
+    /// The only part, and then the sum.
+    InPlace(Tensor),
     Numbers {
         parts: Vec<Vec<f64>>,
         sum: Vec<f64>,
@@ -49,8 +53,11 @@ pub(crate) struct Exchange {
     /// First, so that sums between GPUs end before what they hear of dead peers from.
     gpus: Option<Gpus>,
     queue: ReduceQueue<Work>,
+    host: Arc<dyn Collective>,
     alone: bool,
-    /// Sums of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
+    /// Whether this rank's shards are one node of the tree, so that its sums are made in place.
+    one_part: bool,
+    /// Of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
     spare: Vec<Tensor>,
     summed_bytes: u64,
 }
@@ -58,8 +65,29 @@ pub(crate) struct Exchange {
 impl Exchange {
     pub(crate) fn new(links: Links) -> Self {
         let Links { host, gpus } = links;
-        let alone = host.world_size() == 1;
-        Self { gpus, queue: ReduceQueue::new(host), alone, spare: Vec::new(), summed_bytes: 0 }
+        let (rank, world_size, shards) = (host.rank().0, host.world_size(), host.shards());
+        let one_part = maximal_subtrees(ranks_shards(rank, world_size, shards), shards).len() == 1;
+        let (queue, spare) = (ReduceQueue::new(Arc::clone(&host)), Vec::new());
+        Self { gpus, queue, host, alone: world_size == 1, one_part, spare, summed_bytes: 0 }
+    }
+
+    /// A copy of a gradient that later shards' are added to: where its sum with other ranks' is made in place, and no copy is made there.
+    pub(crate) fn own_copy(&mut self, gradient: &Tensor) -> Tensor {
+        if self.alone || self.gpus.is_some() || !self.one_part {
+            return gradient.copy();
+        }
+        match self.take_spare(gradient).or_else(|| shared(&*self.host, gradient.numel(), gradient.kind())) {
+            Some(mut own) => {
+                own.copy_(gradient);
+                own
+            }
+            None => gradient.copy(),
+        }
+    }
+
+    fn take_spare(&mut self, like: &Tensor) -> Option<Tensor> {
+        let fits = |spare: &Tensor| spare.size() == like.size() && spare.kind() == like.kind();
+        self.spare.iter().position(fits).map(|place| self.spare.swap_remove(place))
     }
 
     /// Whether there is no other rank.
@@ -67,7 +95,7 @@ impl Exchange {
         self.alone
     }
 
-    /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending.
+    /// Begins the sum of all ranks' `parts`, each rank's being the maximal subtrees of its shards, ascending. A single part is replaced.
     pub(crate) fn sum_tensors(&mut self, mut parts: Vec<Tensor>) -> Exchanged<Tensor> {
         if self.alone && parts.len() == 1 {
             return Exchanged::Here(parts.remove(0));
@@ -80,15 +108,14 @@ impl Exchange {
             parts.for_each(|part| drop(sum.g_add_(&part)));
             return Exchanged::OnGpu(gpus.submit(sum));
         }
-        let fits = |spare: &Tensor| spare.size() == parts[0].size() && spare.kind() == parts[0].kind();
-        let sum = match self.spare.iter().position(fits) {
-            Some(place) => self.spare.swap_remove(place),
-            None => parts[0].empty_like(),
-        };
+        if self.one_part {
+            return Exchanged::Pending(self.queue.submit(Work::InPlace(parts.remove(0)), work));
+        }
+        let sum = self.take_spare(&parts[0]).unwrap_or_else(|| parts[0].empty_like());
         Exchanged::Pending(self.queue.submit(Work::Tensors { parts, sum }, work))
     }
 
-    /// Takes back sums that nobody reads any more. Those made in place are the caller's own tensors, and are let go.
+    /// Takes back sums that nobody reads any more, but for those made in the model's own gradients. Those of GPUs are let go.
     pub(crate) fn recycle(&mut self, sums: impl IntoIterator<Item = Tensor>) {
         if !self.alone && self.gpus.is_none() {
             self.spare.extend(sums);
@@ -141,7 +168,7 @@ impl Exchange {
                 gpus.wait(submitted?)
             }
             Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
-                Work::Tensors { sum, .. } => Ok(sum),
+                Work::Tensors { sum, .. } | Work::InPlace(sum) => Ok(sum),
                 _ => unreachable!("a ticket gives back its own work"),
             },
         }
@@ -175,6 +202,7 @@ pub(super) fn bytes_of(tensor: &Tensor) -> u64 {
 fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
     match work {
         Work::Tensors { parts, sum } => sum_tensors(collective, parts, sum),
+        Work::InPlace(values) => sum_in_place(collective, values),
         Work::Numbers { parts, sum } => {
             let parts: Vec<&[f64]> = parts.iter().map(Vec::as_slice).collect();
             collective.reduce_shards_f64(&parts, sum)
@@ -193,9 +221,26 @@ fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
     }
 }
 
+/// Room for a gradient in memory that the other ranks of the host reach, all zero; none where there is none.
+pub(super) fn shared(collective: &dyn Collective, elements: usize, kind: Kind) -> Option<Tensor> {
+    let lease = collective.lease(elements.checked_mul(kind.elt_size_in_bytes())?)?;
+    // Without it sums pass through windows: slower, not wrong.
+    tensor_in(lease, kind, elements).inspect_err(|error| tracing::warn!(%error, "gradients are not shared")).ok()
+}
+
+/// As for [`sum_tensors`].
+fn sum_in_place(collective: &dyn Collective, values: &mut Tensor) -> Result<(), Error> {
+    if values.kind() == Kind::Double {
+        with_slice_f64_mut(values, |values| collective.reduce_in_place_f64(values)).expect(LENT)
+    } else {
+        with_slice_f32_mut(values, |values| collective.reduce_in_place_f32(values)).expect(LENT)
+    }
+}
+
+const LENT: &str = "gradients are contiguous and on the CPU, in the master type";
+
 /// Master weights are fp32 or fp64, contiguous and on the CPU, so lending their memory cannot fail.
 fn sum_tensors(collective: &dyn Collective, parts: &[Tensor], sum: &mut Tensor) -> Result<(), Error> {
-    const LENT: &str = "gradients are contiguous and on the CPU, in the master type";
     if sum.kind() == Kind::Double {
         with_slices_f64(parts, |parts| {
             with_slice_f64_mut(sum, |sum| collective.reduce_shards_f64(parts, sum)).expect(LENT)

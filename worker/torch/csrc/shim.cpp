@@ -465,6 +465,13 @@ int32_t thaw_manual_seed(uint64_t seed) {
   });
 }
 
+void* thaw_tensor_over(void* data, int64_t elements, int32_t is_double, void (*release)(void*), void* context) {
+  return guarded<void*>(nullptr, [&]() -> void* {
+    const auto options = at::TensorOptions().dtype(is_double != 0 ? at::kDouble : at::kFloat);
+    return new at::Tensor(at::from_blob(data, {elements}, [release, context](void*) { release(context); }, options));
+  });
+}
+
 void* thaw_generator_state(int64_t device) {
   return guarded<void*>(nullptr, [&]() -> void* {
     at::Generator generator = at::globalContext().defaultGenerator(device_of(device));

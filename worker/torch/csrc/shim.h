@@ -72,6 +72,9 @@ int32_t thaw_grad(void* const* outputs, void* const* grad_outputs, int32_t n_out
                   void** results);
 
 // Returns what it was before.
+// A tensor of one dimension over memory of the caller, fp64 or else fp32, owned by the caller; `release(context)` is called when nothing
+// refers to the memory any more. Null on failure; then it is not called.
+void* thaw_tensor_over(void* data, int64_t elements, int32_t is_double, void (*release)(void*), void* context);
 int32_t thaw_set_grad_mode(int32_t enabled);
 int32_t thaw_manual_seed(uint64_t seed);
 // The state of a device's default generator, as a tensor that the caller owns; null on failure. `device` as THAW_DEVICE's integer.

@@ -86,6 +86,13 @@ unsafe extern "C" {
         results: *mut *mut C_tensor,
     ) -> i32;
 
+    pub(crate) fn thaw_tensor_over(
+        data: *mut c_void,
+        elements: i64,
+        is_double: i32,
+        release: unsafe extern "C" fn(*mut c_void),
+        context: *mut c_void,
+    ) -> *mut C_tensor;
     pub(crate) fn thaw_set_grad_mode(enabled: i32) -> i32;
     pub(crate) fn thaw_manual_seed(seed: u64) -> i32;
     pub(crate) fn thaw_generator_state(device: i64) -> *mut C_tensor;

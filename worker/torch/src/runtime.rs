@@ -1,7 +1,10 @@
 //! What holds for the whole process: threads, seed, determinism; and a tensor's memory as a slice.
 
 use bytes::Bytes;
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tch::{Device, Kind, TchError, Tensor};
+use thaw_shm::Lease;
 
 use crate::ffi;
 use crate::op::device_code;
@@ -109,7 +112,10 @@ pub fn touch_memory(bytes: u64) {
     unsafe { ffi::thaw_touch_memory(bytes.cast_signed()) }
 }
 
-/// Bytes held by CPU tensors of 16 KiB and more, where [`keep_memory`] was called.
+/// Bytes of tensors made by [`tensor_in`].
+static LEASED: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes held by CPU tensors of 16 KiB and more, where [`keep_memory`] was called, and by those in leased memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
     pub now: u64,
@@ -123,7 +129,9 @@ pub fn memory_use(reset: bool) -> MemoryUse {
     let (mut now, mut peak) = (0, 0);
     // SAFETY: both point to integers that outlive the call.
     unsafe { ffi::thaw_memory(&raw mut now, &raw mut peak, i32::from(reset)) };
-    MemoryUse { now: now.unsigned_abs(), peak: peak.unsigned_abs() }
+    // Leases last as long as a stage, so what they come to now is what they came to at the peak.
+    let leased = LEASED.load(Ordering::Relaxed);
+    MemoryUse { now: now.unsigned_abs() + leased, peak: peak.unsigned_abs() + leased }
 }
 
 fn check_slice(tensor: &Tensor, expected: Kind) -> Result<(), Error> {
@@ -177,6 +185,39 @@ impl AsRef<[u8]> for Memory {
 pub(crate) fn into_bytes(tensor: Tensor) -> Bytes {
     assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "memory is lent of contiguous CPU tensors");
     Bytes::from_owner(Memory(tensor))
+}
+
+/// A tensor `[elements]` of fp32 or fp64 on the CPU, in leased memory, which it keeps. Its elements are zero.
+///
+/// # Errors
+/// With libtorch's text; or where the lease is too small, or the kind another.
+pub fn tensor_in(lease: Lease, kind: Kind, elements: usize) -> Result<Tensor, Error> {
+    /// Ends a lease that a tensor kept.
+    unsafe extern "C" fn release(lease: *mut c_void) {
+        // SAFETY: libtorch calls it once, with what was made from a box below.
+        let lease = unsafe { Box::from_raw(lease.cast::<Lease>()) };
+        LEASED.fetch_sub(lease.bytes() as u64, Ordering::Relaxed);
+    }
+
+    let failed = |message: String| Error::Set { what: "aside shared memory", message };
+    let bytes = elements.checked_mul(kind.elt_size_in_bytes());
+    if !matches!(kind, Kind::Float | Kind::Double) || bytes.is_none_or(|bytes| bytes > lease.bytes()) {
+        return Err(failed(format!("{elements} elements of {kind:?} do not fit into {} bytes", lease.bytes())));
+    }
+    let start = lease.start().cast::<c_void>();
+    LEASED.fetch_add(lease.bytes() as u64, Ordering::Relaxed);
+    let lease = Box::into_raw(Box::new(lease)).cast::<c_void>();
+    let is_double = i32::from(kind == Kind::Double);
+    // SAFETY: the memory is as long as that, aligned to a page, holds valid numbers of either type, and lives until `release`.
+    let pointer = unsafe { ffi::thaw_tensor_over(start, elements.cast_signed() as i64, is_double, release, lease) };
+    if pointer.is_null() {
+        let message = ffi::last_error();
+        // SAFETY: no tensor was made, so nobody else ends the lease.
+        unsafe { release(lease) };
+        return Err(failed(message));
+    }
+    // SAFETY: a new tensor handed over by the call.
+    Ok(unsafe { Tensor::from_ptr(pointer) })
 }
 
 macro_rules! slices {
@@ -237,6 +278,24 @@ mod tests {
         assert!(with_slice_f64(&x, |_| ()).is_err());
         let transposed = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).transpose(0, 1);
         assert!(with_slice_f32(&transposed, |_| ()).is_err());
+    }
+
+    #[test]
+    fn a_tensor_keeps_the_memory_it_lies_in() {
+        let arena = std::sync::Arc::new(thaw_shm::Arena::new(thaw_shm::Segment::create(64 << 20).unwrap(), 0));
+        let lease = arena.lease(4 << 20).unwrap();
+        let start = lease.start();
+        let tensor = tensor_in(lease, Kind::Double, 1 << 19).unwrap();
+        let view = tensor.narrow(0, 8, 8);
+        drop(tensor);
+        let _ = view.shallow_clone().fill_(3.0);
+        assert_eq!(start.addr() + 64, view.data_ptr().addr());
+        assert_eq!(arena.lease(4 << 20).unwrap().start().addr(), start.addr() + (4 << 20), "it is still in use");
+        assert_eq!(view.sum(Kind::Double).double_value(&[]), 24.0);
+        drop(view);
+        assert_eq!(arena.lease(4 << 20).unwrap().start(), start);
+        assert!(tensor_in(arena.lease(4).unwrap(), Kind::Float, 2).is_err());
+        assert!(tensor_in(arena.lease(64).unwrap(), Kind::Int64, 2).is_err());
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What a stage costs: estimates for people and for the scheduler, never read by training.
 
 use super::GraphFacts;
+use crate::sampler::ranks_shards;
+use crate::sampler::tree::maximal_subtrees;
 use thaw_proto::plan::StageCost;
 use thaw_proto::spec::{Optimizer, Precision, RunSpec};
 
@@ -41,12 +43,19 @@ pub(super) fn memory_bytes(
         .sum();
     let states = states_per_parameter(spec) + u64::from(spec.ema.is_some());
     let shards_per_trainer = u64::from(spec.logical_shards.div_ceil(spec.workers.max.max(1)));
-    // A trainer alone with one shard needs no second buffer; with several, one more holds what is added up.
-    let sums = u64::from(spec.workers.max > 1) + u64::from(shards_per_trainer > 1);
+    // Sums are made in the gradients themselves. With several shards one more buffer holds what is added up; where that is not one node of
+    // the tree, the sum needs its own.
+    let sums = u64::from(gives_several_parts(spec)) + u64::from(shards_per_trainer > 1);
     let pull = if spec.l2_sp.is_some() { parameters } else { 0 };
     let copies = if spec.precision == Precision::Bf16 { 2 * parameters } else { 0 };
     let kept = stored + trainable * (1 + sums + states) + ever + trainable * states + pull;
     element * kept + copies + activation_bytes(spec, graph, groups, eval_samples)
+}
+
+/// Whether some trainer's shards are not one node of the tree over all.
+fn gives_several_parts(spec: &RunSpec) -> bool {
+    let (trainers, shards) = (spec.workers.max.max(1), spec.logical_shards);
+    (0..trainers).any(|rank| maximal_subtrees(ranks_shards(rank, trainers, shards), shards).len() > 1)
 }
 
 /// The larger of what a micro-batch's backward reads and what a batch that is only computed forward holds at a time.

@@ -13,12 +13,13 @@ pub(crate) use step::{ShardBatch, StepPlan, StepReport, Votes};
 
 use super::hold::Hold;
 use super::optimizer::{Optimizer, OptimizerState};
-use super::reduce::{Exchange, Links, bytes_of};
+use super::reduce::{self, Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::snapshot::{Copier, Stamp};
 use buffers::NormBuffers;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use thaw_core::sampler;
 use thaw_data::batch::{ArrayData, Batch};
 use thaw_proto::ids::Step;
@@ -103,6 +104,11 @@ impl Replica {
     pub(crate) fn new(mut model: SegmentedModel, settings: Settings, links: Links) -> Result<Self, Error> {
         let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
+        // With several shards the sum is not made in the model's buffers, but in what they are added up in.
+        if links.gpus.is_none() && world_size > 1 && shards.len() == 1 {
+            let host = Arc::clone(&links.host);
+            model.set_gradient_memory(Box::new(move |elements, kind| reduce::shared(&*host, elements, kind)));
+        }
         let exchange = Exchange::new(links);
         let optimizer = Optimizer::new(&settings.optimizer, settings.ema)?;
         let pull = settings.l2_sp.map(|l2_sp| Pull::new(l2_sp, &model));

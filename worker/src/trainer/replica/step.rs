@@ -109,6 +109,7 @@ impl Replica {
         let several = self.settings.logical_shards > 1;
         let before = several.then(|| self.norms.statistics(&self.model, &self.trainable)).flatten();
         let counted = self.norms.counters(&self.model, &self.trainable).into_iter().map(Tensor::copy).collect();
+        let several_here = batches.len() > 1;
         let mut computed = self.compute(plan, batches, before.as_ref(), &votes)?;
         Hold::at(self.settings.hold.as_ref(), HoldPoint::AllReduce, plan.step.0);
         let (forward, backward) = (computed.forward, computed.backward);
@@ -118,7 +119,10 @@ impl Replica {
         let waited_before = self.copier.take_waited();
         let updated = Instant::now();
         let (grad_norm, applied, clipping) = self.update(plan, &summed.gradients)?;
-        self.exchange.recycle(summed.gradients.into_values().map(|(sum, _)| sum));
+        // Of a single shard they are the model's own buffers.
+        if several_here {
+            self.exchange.recycle(summed.gradients.into_values().map(|(sum, _)| sum));
+        }
         let waited = self.copier.take_waited();
         let optimizer = updated.elapsed() - clipping - waited;
         let numbers = match (summed.numbers, alone) {
@@ -171,7 +175,11 @@ impl Replica {
             let mut give = |group: usize, gradient: &Tensor, kept: bool| {
                 let tree = gradients.get_mut(&group).expect("one tree per trainable group");
                 // A later shard writes into the same buffer.
-                let own = if only || kept { gradient.shallow_clone() } else { gradient.copy() };
+                let own = match () {
+                    () if only || kept => gradient.shallow_clone(),
+                    () if index == 0 => exchange.own_copy(gradient),
+                    () => gradient.copy(),
+                };
                 tree.push(shard, own, add_tensor);
                 if index == last {
                     let parts = tree.take();

@@ -70,6 +70,7 @@ impl SegmentedModel {
             loss,
             training_loss: Loss::default(),
             channels_last,
+            gradient_memory: super::Memory::default(),
         })
     }
 }

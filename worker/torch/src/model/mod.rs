@@ -202,6 +202,9 @@ pub struct Loss {
     pub class_weights: Option<Tensor>,
 }
 
+/// Where gradients lie: makes room for so many elements of the master type, all zero; `None` where it has none.
+pub type GradientMemory = Box<dyn Fn(usize, Kind) -> Option<Tensor> + Send + Sync>;
+
 /// A thawed group's gradient: one flat buffer, and a view of it per parameter.
 #[derive(Debug)]
 struct GradientBuffer {
@@ -231,6 +234,17 @@ pub struct SegmentedModel {
     training_loss: Loss,
     /// `aten::contiguous`, where images are to lie channels last.
     channels_last: Option<crate::op::Operator>,
+    gradient_memory: Memory,
+}
+
+/// libtorch's own memory where there is none.
+#[derive(Default)]
+struct Memory(Option<GradientMemory>);
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "given" } else { "libtorch's" })
+    }
 }
 
 impl SegmentedModel {
@@ -256,6 +270,11 @@ impl SegmentedModel {
     #[must_use]
     pub fn device(&self) -> Device {
         self.options.device
+    }
+
+    /// Has the gradient buffers of groups that are thawed from now on lie in this memory, where it has room.
+    pub fn set_gradient_memory(&mut self, memory: GradientMemory) {
+        self.gradient_memory = Memory(Some(memory));
     }
 
     /// What training steps minimise from now on; plain cross-entropy at first.
@@ -293,7 +312,7 @@ impl SegmentedModel {
             if !trainable {
                 self.gradients[index] = None;
             } else if self.gradients[index].is_none() {
-                self.gradients[index] = Some(GradientBuffer::zeros_for(&self.groups[index])?);
+                self.gradients[index] = Some(GradientBuffer::zeros_for(&self.groups[index], &self.gradient_memory)?);
             }
             self.place_gradients(index);
         }
@@ -333,9 +352,10 @@ impl SegmentedModel {
 }
 
 impl GradientBuffer {
-    fn zeros_for(group: &GroupParameters) -> Result<Self, Error> {
+    fn zeros_for(group: &GroupParameters, memory: &Memory) -> Result<Self, Error> {
         let failed = || tensor_error("a gradient buffer");
-        let flat = group.flat.f_zeros_like().map_err(failed())?;
+        let given = memory.0.as_ref().and_then(|room| room(group.flat.numel(), group.flat.kind()));
+        let flat = given.map_or_else(|| group.flat.f_zeros_like(), Ok).map_err(failed())?;
         let views = group.parameters.iter().map(|parameter| parameter.view(&flat)).collect::<Result<_, _>>()?;
         Ok(Self { flat, views })
     }
