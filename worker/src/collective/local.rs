@@ -39,8 +39,8 @@ pub(super) const CONTROL_BYTES: usize = 4096;
 const WINDOW_BYTES: usize = 8 << 20;
 /// Bytes of a block, at least and at most.
 const BLOCK_BYTES: (usize, usize) = (16 << 10, 2 << 20);
-/// What is added at a time where the values lie: two of these stay in a core's cache.
-const STEP_BYTES: usize = 256 << 10;
+/// Of all ranks' values, what is added at a time where they lie: it is still in the core's cache when the sum is written to all.
+const STEP_BYTES: usize = 512 << 10;
 /// Values below this are copied sooner than met over.
 const DIRECT_BYTES: usize = 64 << 10;
 /// The place of values that do not lie in shared memory.
@@ -289,9 +289,9 @@ impl Reduction<'_> {
         beyond: Option<Beyond<'_, E>>,
     ) -> Result<(), Error> {
         let own = self.shares[self.local.place].clone();
-        let step = STEP_BYTES / size_of::<E>();
+        let step = STEP_BYTES / self.local.ranks.len() / size_of::<E>();
         let steps: Vec<Range<usize>> =
-            own.clone().step_by(step).map(|first| first..(first + step).min(own.end)).collect();
+            own.clone().step_by(step.max(1)).map(|first| first..(first + step).min(own.end)).collect();
         let at = |other: usize, range: &Range<usize>| places[other] + range.start * size_of::<E>();
         let spread = |range: &Range<usize>, sum: &[E]| {
             for (other, segment) in self.local.others() {
