@@ -42,24 +42,34 @@ impl Arena {
     /// So many bytes, at the first place where they fit; none where they do not.
     #[must_use]
     pub fn lease(self: &Arc<Self>, bytes: usize) -> Option<Lease> {
-        // Small ones share what would be one large page.
-        let (size, alignment) = if bytes < LARGE_PAGE { (PAGE, PAGE) } else { (PAGE, LARGE_PAGE) };
-        let size = bytes.max(1).checked_next_multiple_of(size)?;
         let mut leases = self.leases();
+        let place = self.first_place(&leases, bytes)?;
+        leases.insert(place.start, place.len());
+        drop(leases);
+        self.segment.touch(place.start, place.len());
+        Some(Lease { arena: Arc::clone(self), offset: place.start, bytes })
+    }
+
+    /// Has pages ready where the next leases will lie that come to so many bytes, if there is such a place. Nothing is held afterwards.
+    pub fn prepare(&self, bytes: usize) {
+        let place = self.first_place(&self.leases(), bytes);
+        if let Some(place) = place {
+            self.segment.touch(place.start, place.len());
+        }
+    }
+
+    fn first_place(&self, leases: &BTreeMap<usize, usize>, bytes: usize) -> Option<Range<usize>> {
+        // Small ones share what would be one large page.
+        let alignment = if bytes < LARGE_PAGE { PAGE } else { LARGE_PAGE };
+        let size = bytes.max(1).checked_next_multiple_of(PAGE)?;
         let mut offset = self.room.start;
-        for (start, taken) in leases.iter() {
+        for (start, taken) in leases {
             if offset.checked_add(size)? <= *start {
                 break;
             }
             offset = (start + taken).next_multiple_of(alignment);
         }
-        if offset.checked_add(size)? > self.room.end {
-            return None;
-        }
-        leases.insert(offset, size);
-        drop(leases);
-        self.segment.touch(offset, size);
-        Some(Lease { arena: Arc::clone(self), offset, bytes })
+        (offset.checked_add(size)? <= self.room.end).then_some(offset..offset + size)
     }
 
     /// Where numbers lie in the segment; none where they are not in one lease.
@@ -128,7 +138,8 @@ mod tests {
         let [first, .., big, _, _] = leases;
         let place = big.offset;
         drop(big);
-        assert_eq!(arena.lease(3 << 20).unwrap().offset, place);
+        arena.prepare(3 << 20);
+        assert_eq!(arena.lease(3 << 20).unwrap().offset, place, "what is prepared is not held");
         assert!(arena.lease(64 << 20).is_none());
         assert!(arena.lease(usize::MAX).is_none());
         drop(first);

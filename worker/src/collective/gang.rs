@@ -216,6 +216,12 @@ impl Collective for Tree {
         self.local.as_ref()?.lease(bytes)
     }
 
+    fn prepare_leases(&self, bytes: usize) {
+        if let Some(local) = &self.local {
+            local.prepare_leases(bytes);
+        }
+    }
+
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         self.peers.operate(Kind::AllGather, 0, |operation| {
             for rank in self.peers.others() {

@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn a_host_gives_the_largest_nodes_it_has_whole() {
         let gang = hosts("aabb", 8);
-        assert_eq!(gang.nodes_of_host(&[0, 1]), [0..4]);
+        assert_eq!(gang.nodes_of_host(&[0, 1]), std::slice::from_ref(&(0..4)));
         assert_eq!(hosts("abab", 8).nodes_of_host(&[0, 2]), [0..2, 4..6]);
         assert_eq!(gang.nodes_of_host(&[0, 1, 2]), [0..4, 4..6]);
         assert_eq!(hosts("aaaa", 2).nodes_of_host(&[0, 2]), Nodes::new(), "more ranks than shards");

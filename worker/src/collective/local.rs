@@ -136,6 +136,10 @@ impl Local {
         self.own.lease(bytes)
     }
 
+    pub(super) fn prepare_leases(&self, bytes: usize) {
+        self.own.prepare(bytes);
+    }
+
     /// Adds over all shards, in tree order. Where there are other hosts, `beyond` gets the elements that this rank adds.
     pub(super) fn reduce<E: Element>(
         &self,

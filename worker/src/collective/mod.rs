@@ -85,6 +85,9 @@ pub trait Collective: Send + Sync {
     /// room is left.
     fn lease(&self, bytes: usize) -> Option<Lease>;
 
+    /// Has the system find pages for leases that come to so many bytes: who takes them later does not wait for it.
+    fn prepare_leases(&self, bytes: usize);
+
     /// Gives every rank the bytes of every rank, in rank order. Lengths may differ.
     ///
     /// # Errors

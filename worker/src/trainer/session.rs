@@ -209,9 +209,11 @@ impl Session<'_> {
     fn touch_memory_of_next(&self, stage: &PlannedStage) {
         let next = self.job.plan.stages.get(self.state.position.stage.0 as usize + 1);
         let more = next.map_or(0, |next| next.memory_bytes.saturating_sub(stage.memory_bytes));
+        let gradients = next.map_or(0, |next| next.all_reduce_bytes.saturating_sub(stage.all_reduce_bytes));
         if more > 0 && self.replica.model().device() == Device::Cpu {
             // A thread that cannot start costs the next stage's begin a moment, nothing else.
-            let _ = std::thread::Builder::new().name("memory".to_owned()).spawn(move || runtime::touch_memory(more));
+            let touch = self.replica.touch_memory(more, gradients);
+            let _ = std::thread::Builder::new().name("memory".to_owned()).spawn(touch);
         }
     }
 

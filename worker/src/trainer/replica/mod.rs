@@ -16,6 +16,7 @@ use super::optimizer::{Optimizer, OptimizerState};
 use super::reduce::{self, Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::snapshot::{Copier, Stamp};
+use crate::collective::Collective;
 use buffers::NormBuffers;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -84,6 +85,8 @@ pub(crate) struct Replica {
     model: SegmentedModel,
     settings: Settings,
     exchange: Exchange,
+    /// Whose memory gradients lie in, where they lie where other ranks reach them.
+    lender: Option<Arc<dyn Collective>>,
     rank: u32,
     world_size: u32,
     shards: Range<u32>,
@@ -105,8 +108,8 @@ impl Replica {
         let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
         // With several shards the sum is not made in the model's buffers, but in what they are added up in.
-        if links.gpus.is_none() && world_size > 1 && shards.len() == 1 {
-            let host = Arc::clone(&links.host);
+        let lender = (links.gpus.is_none() && world_size > 1 && shards.len() == 1).then(|| Arc::clone(&links.host));
+        if let Some(host) = lender.clone() {
             model.set_gradient_memory(Box::new(move |elements, kind| reduce::shared(&*host, elements, kind)));
         }
         let exchange = Exchange::new(links);
@@ -125,6 +128,7 @@ impl Replica {
             model,
             settings,
             exchange,
+            lender,
             rank,
             world_size,
             shards,
@@ -137,6 +141,19 @@ impl Replica {
             stamps,
             last_stamp: Stamp::INITIAL,
         })
+    }
+
+    /// Has the system find memory for a stage that needs so many bytes more, of which so many are gradients. Ends with it; the caller need not
+    /// wait.
+    pub(crate) fn touch_memory(&self, bytes: u64, gradients: u64) -> impl FnOnce() + Send + 'static {
+        let lender = self.lender.clone();
+        move || {
+            let lent = if lender.is_some() { gradients.min(bytes) } else { 0 };
+            runtime::touch_memory(bytes - lent);
+            if let (Some(lender), Ok(lent)) = (lender, usize::try_from(lent)) {
+                lender.prepare_leases(lent);
+            }
+        }
     }
 
     pub(crate) fn rank(&self) -> u32 {
