@@ -53,7 +53,7 @@ pub(super) fn memory_bytes(
 }
 
 /// Whether some trainer's shards are not one node of the tree over all.
-fn gives_several_parts(spec: &RunSpec) -> bool {
+pub(super) fn gives_several_parts(spec: &RunSpec) -> bool {
     let (trainers, shards) = (spec.workers.max.max(1), spec.logical_shards);
     (0..trainers).any(|rank| maximal_subtrees(ranks_shards(rank, trainers, shards), shards).len() > 1)
 }

@@ -198,14 +198,21 @@ fn costs_follow_format_and_optimizer() {
     assert_eq!((single.trainable_parameters, single.all_reduce_bytes), (1036, 4144));
     // Eight samples: what three groups keep, the boundary, and two gradients of the largest value.
     let activations = 8 * (3 * 1000 + 512 + 2 * 300);
-    // Gradients, their sums, two moments; the best weights with their moments.
-    assert_eq!(single.memory_bytes, 4 * 11_036 + (4 + 3) * 4144 + activations);
+    // Gradients, in which they are summed, and two moments; the best weights with their moments.
+    assert_eq!(single.memory_bytes, 4 * 11_036 + (3 + 3) * 4144 + activations);
+    let mut other = spec(json!({}));
+    (other.workers.min, other.workers.max) = (1, 1);
+    // A trainer alone adds its two shards up in a copy.
+    assert_eq!(plan_of(&other).stages[1].memory_bytes, 4 * 11_036 + (4 + 3) * 4144 + activations);
+    assert!(!cost::gives_several_parts(&other));
+    (other.workers.max, other.logical_shards) = (2, 3);
+    assert!(cost::gives_several_parts(&other), "the second one has shards 1 and 2, and the tree joins 0 and 1 first");
     let checkpointed = stage(json!({"activation_checkpointing": true}));
     assert_eq!(single.memory_bytes - checkpointed.memory_bytes, 8 * (2 * 1000 - 3 * 512));
     assert_eq!(stage(json!({"precision": "fp64"})).all_reduce_bytes, 8288);
-    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 7 * 4144 + 2 * 11_036 + activations / 2);
+    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 6 * 4144 + 2 * 11_036 + activations / 2);
     let sgd = stage(json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}));
-    assert_eq!(sgd.memory_bytes, 4 * 11_036 + (2 + 1) * 4144 + activations);
+    assert_eq!(sgd.memory_bytes, 4 * 11_036 + (1 + 1) * 4144 + activations);
 }
 
 #[test]
