@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use thaw_core::manifest::{BlobRef, GroupState, Manifest, blob_name};
+use thaw_core::step_time::{self, StepSeconds};
 use thaw_proto::pb;
 use thaw_proto::plan::Plan;
 use thaw_proto::spec::OnEnter;
@@ -49,8 +50,10 @@ pub struct StageFacts {
     pub gradient_bytes: Pair,
     pub optimizer_bytes: Pair,
     pub checkpoint_bytes: Pair,
-    /// The plan's operations at the rate, and with the fixed cost, that fit this run's stages best.
+    /// The plan's work at rates that the run's first stages give (`thaw_core::step_time`): of the others a prediction.
     pub step_seconds: Pair,
+    /// Whether the rates come from this stage.
+    pub calibrates: bool,
     /// Of a trainer's tensors.
     pub memory_bytes: Pair,
 }
@@ -273,11 +276,15 @@ struct MetricsLine {
     step_time: Option<StepTime>,
     #[serde(default)]
     all_reduced_bytes: u64,
+    #[serde(default)]
+    prefix_computed: u64,
 }
 
 #[derive(Deserialize)]
 struct StepTime {
     whole: f64,
+    optimizer: f64,
+    prefix: f64,
 }
 
 fn metrics(folder: &Path) -> Result<Vec<MetricsLine>, Error> {
@@ -294,20 +301,10 @@ fn metrics(folder: &Path) -> Result<Vec<MetricsLine>, Error> {
 #[expect(clippy::cast_precision_loss, reason = "bytes and operations are compared by their ratio")]
 fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<StageFacts> {
     let of_stage = |index: usize| lines.iter().filter(move |line| line.stage as usize == index);
-    // The first epoch fills the cache and warms up; a stage of one epoch has no other.
-    let seconds = |index: usize| {
-        let later = of_stage(index).filter(|line| line.stage_step > plan.steps_per_epoch);
-        let times = |lines: &mut dyn Iterator<Item = &MetricsLine>| {
-            lines.filter_map(|line| line.step_time.as_ref().map(|time| time.whole)).collect::<Vec<f64>>()
-        };
-        let found = times(&mut later.into_iter());
-        median(if found.is_empty() { times(&mut of_stage(index).skip(1)) } else { found })
-    };
-    let measured: Vec<Option<f64>> = (0..plan.stages.len()).map(seconds).collect();
-    let operations = |index: usize| plan.stages[index].cost.step_flops as f64;
-    let points: Vec<(f64, f64)> =
-        measured.iter().enumerate().filter_map(|(index, seconds)| Some((operations(index), (*seconds)?))).collect();
-    let predicted = calibrate(&points);
+    let steps: Vec<Option<StepSeconds>> = (0..plan.stages.len())
+        .map(|index| step_seconds(&of_stage(index).collect::<Vec<_>>(), plan.steps_per_epoch))
+        .collect();
+    let predicted = step_time::predictions(plan, &steps);
     let ended = manifests.last().map(|manifest| &manifest.stage_results);
     let stage = |(index, stage): (usize, &thaw_proto::plan::PlannedStage)| {
         let trained: BTreeSet<usize> = stage.trainable_groups.iter().map(|group| group.0 as usize).collect();
@@ -342,10 +339,8 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
                 stage.cost.checkpoint_bytes,
                 manifest.map(|manifest| manifest.groups.iter().map(whole).sum()),
             ),
-            step_seconds: Pair {
-                planned: predicted.map(|(fixed, rate)| fixed + operations(index) * rate),
-                actual: measured[index],
-            },
+            step_seconds: Pair { planned: predicted[index].seconds, actual: steps[index].map(|step| step.whole) },
+            calibrates: predicted[index].calibrates,
             memory_bytes: pair(
                 stage.memory_bytes,
                 ended.and_then(|ended| ended.get(index)).map(|result| result.peak_memory_bytes),
@@ -355,45 +350,29 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
     plan.stages.iter().enumerate().map(stage).collect()
 }
 
+/// A stage's median step. Its first epoch fills the cache and warms up; a stage of one epoch has no other, and the time in the prefix is
+/// taken off.
+fn step_seconds(lines: &[&MetricsLine], steps_per_epoch: u32) -> Option<StepSeconds> {
+    let mut later: Vec<&MetricsLine> =
+        lines.iter().copied().filter(|line| line.stage_step > steps_per_epoch && line.prefix_computed == 0).collect();
+    if later.is_empty() {
+        later = lines.iter().copied().skip(1).collect();
+    }
+    let times = |part: fn(&MetricsLine, &StepTime) -> f64| {
+        median(later.iter().filter_map(|line| Some(part(line, line.step_time.as_ref()?))).collect())
+    };
+    let whole = times(|line, time| time.whole - if line.prefix_computed > 0 { time.prefix } else { 0.0 })?;
+    Some(StepSeconds { whole, update: times(|_, time| time.optimizer) })
+}
+
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }
 
-/// The fixed seconds and the seconds per operation that fit best, each stage's error as a share of its time; `None` for fewer than two stages.
-fn calibrate(points: &[(f64, f64)]) -> Option<(f64, f64)> {
-    let points: Vec<_> = points.iter().filter(|(operations, seconds)| *operations > 0.0 && *seconds > 0.0).collect();
-    if points.len() < 2 {
-        return None;
-    }
-    // Minimises the sum of (fixed / t + rate * x / t - 1)^2.
-    let (mut aa, mut ab, mut bb, mut a, mut b) = (0.0, 0.0, 0.0, 0.0, 0.0);
-    for (operations, seconds) in points {
-        let (one, per) = (1.0 / seconds, operations / seconds);
-        aa += one * one;
-        ab += one * per;
-        bb += per * per;
-        a += one;
-        b += per;
-    }
-    let determinant = aa * bb - ab * ab;
-    let (fixed, rate) = ((a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant);
-    let sound = fixed.is_finite() && fixed >= 0.0 && rate.is_finite() && rate >= 0.0;
-    Some(if sound { (fixed, rate) } else { (0.0, b / bb) })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_fixed_cost_and_a_rate_are_found() {
-        let (fixed, rate) = calibrate(&[(1.0, 3.0), (10.0, 12.0), (100.0, 102.0)]).unwrap();
-        assert!((fixed - 2.0).abs() < 1e-9 && (rate - 1.0).abs() < 1e-9, "{fixed} {rate}");
-        assert_eq!(calibrate(&[(1.0, 3.0)]), None);
-        let (fixed, rate) = calibrate(&[(10.0, 1.0), (20.0, 3.0)]).unwrap();
-        assert!(fixed == 0.0 && rate > 0.0, "no time is negative: {fixed} {rate}");
-    }
 
     #[test]
     fn a_folder_without_a_plan_is_no_run() {

@@ -79,6 +79,26 @@ pub struct StageCost {
     pub checkpoint_bytes: u64,
     /// For all samples, at the exported sizes.
     pub cache_bytes: u64,
+    /// Zeros in plans of the first versions.
+    #[serde(default)]
+    pub work: StepWork,
+}
+
+/// What one trainer does in one update, in a gang of `workers.max` trainers, once the frozen prefix costs nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StepWork {
+    /// Kernels that run.
+    pub operators: u64,
+    /// Of matrix products and convolutions, texts at the longest.
+    pub flops: u64,
+    /// Of activations and their gradients, for each time that one is read or written.
+    pub activation_bytes: u64,
+    /// Of weights, gradients and their sums, for each time that one is read or written before the update.
+    pub weight_bytes: u64,
+    /// Kernels of the update, norms included.
+    pub update_operators: u64,
+    /// Read and written by the update.
+    pub update_bytes: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

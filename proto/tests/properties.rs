@@ -257,7 +257,12 @@ proptest! {
                 memory_bytes: 3,
                 boundary_bytes_per_sample: 4,
                 thawed_groups: vec![GroupIndex(1)],
-                cost: thaw_proto::plan::StageCost { step_flops: 3, cache_bytes: 7, ..Default::default() },
+                cost: thaw_proto::plan::StageCost {
+                    step_flops: 3,
+                    cache_bytes: 7,
+                    work: thaw_proto::plan::StepWork { operators: 5, update_bytes: 11, ..Default::default() },
+                    ..Default::default()
+                },
                 plateau,
             }],
             classes: vec!["a".into(), "b".into()],

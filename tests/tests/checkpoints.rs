@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use thaw_tests::process::{self, Process};
+use thaw_tests::process::{self, Ended, Process};
 use thaw_tests::sandbox::{Sandbox, text_spec};
 
 /// The head, then a stage that never pays: its best weights stay the head's.
@@ -98,17 +98,20 @@ fn a_run_that_resumes_in_a_harmful_stage_still_ends_with_the_best_weights() {
     assert_eq!(summary["weights_blake3"], expected["weights_blake3"]);
 }
 
-/// `thaw verify` of the only run: exit code, document, stderr.
-fn verified(sandbox: &Sandbox, more: &[&str]) -> (Option<i32>, Value, String) {
+fn verify(sandbox: &Sandbox, output: &str) -> Ended {
     let run = sandbox.run_folder();
     let mut command = sandbox.thaw();
     command
         .arg("verify")
         .arg(run.file_name().unwrap())
-        .args(["-ojson", "--data-dir"])
-        .arg(sandbox.data_dir())
-        .args(more);
-    let ended = Process::start(&mut command).wait(Duration::from_secs(60));
+        .args(["--output", output, "--data-dir"])
+        .arg(sandbox.data_dir());
+    Process::start(&mut command).wait(Duration::from_secs(60))
+}
+
+/// `thaw verify` of the only run: exit code, document, stderr.
+fn verified(sandbox: &Sandbox) -> (Option<i32>, Value, String) {
+    let ended = verify(sandbox, "json");
     (ended.status.code(), serde_json::from_str(&ended.stdout).unwrap_or_default(), ended.stderr)
 }
 
@@ -120,7 +123,7 @@ fn a_runs_record_is_checked_again_beside_its_plan() {
                 logging_steps: 1\nverification: {trace: true}\n";
     let summary = sandbox.train_summary(&sandbox.spec(&text_spec(spec)), 2, &[]);
     assert_eq!(summary["state"], "SUCCEEDED");
-    let (code, found, errors) = verified(&sandbox, &[]);
+    let (code, found, errors) = verified(&sandbox);
     assert_eq!(code, Some(0), "{errors}");
     let details: Vec<&str> =
         found["checks"].as_array().unwrap().iter().map(|check| check["detail"].as_str().unwrap()).collect();
@@ -134,6 +137,14 @@ fn a_runs_record_is_checked_again_beside_its_plan() {
             assert!(planned > Some(0.0) && actual > Some(0.0), "{what} of {stage}");
         }
     }
+    // The first two tell how fast the machine is; the third is a prediction.
+    let calibrate: Vec<&Value> = found["stages"].as_array().unwrap().iter().map(|stage| &stage["calibrates"]).collect();
+    assert_eq!(calibrate, [true, true, false]);
+    let table = verify(&sandbox, "table").stdout;
+    assert!(table.contains("planned") && table.contains("measured"), "{table}");
+    for (what, rows) in [("memory ", 3), ("checkpoint ", 3), ("step (calibrates) ", 2), ("step ", 3)] {
+        assert_eq!(table.matches(what).count(), rows, "{what} in {table}");
+    }
 
     // A frozen group that changed, a sample used twice, a blob that is another.
     let run = sandbox.run_folder();
@@ -142,7 +153,7 @@ fn a_runs_record_is_checked_again_beside_its_plan() {
         fs::read_to_string(&steps).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     lines[0]["shards"][0]["samples"] = lines[1]["shards"][0]["samples"].clone();
     fs::write(&steps, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
-    let (code, _, errors) = verified(&sandbox, &[]);
+    let (code, _, errors) = verified(&sandbox);
     assert!(code == Some(1) && errors.contains("stage 0, epoch 0 used 4 samples twice"), "{errors}");
 
     let mut paths = files(&run.join("manifests"));
@@ -153,16 +164,16 @@ fn a_runs_record_is_checked_again_beside_its_plan() {
             .clone();
     first["groups"][0]["weights"] = head.clone();
     fs::write(&paths[0], first.to_string()).unwrap();
-    let (code, _, errors) = verified(&sandbox, &[]);
+    let (code, _, errors) = verified(&sandbox);
     assert!(code == Some(1) && errors.contains("and no stage in between trains it"), "{errors}");
 
     let hash = head["blake3"].as_str().unwrap();
     let blob = run.join("blobs").join(&hash[..2]).join(hash);
     fs::write(&blob, b"other").unwrap();
-    let (code, _, errors) = verified(&sandbox, &[]);
+    let (code, _, errors) = verified(&sandbox);
     assert!(code == Some(1) && errors.contains(&format!("{hash} has 5 bytes that hash to")), "{errors}");
     fs::remove_file(run.join("plan.json")).unwrap();
-    let (code, _, errors) = verified(&sandbox, &[]);
+    let (code, _, errors) = verified(&sandbox);
     assert!(code == Some(2) && errors.contains("plan.json cannot be read"), "{errors}");
 }
 

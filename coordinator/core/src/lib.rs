@@ -11,6 +11,7 @@ pub mod run_machine;
 pub mod sampler;
 pub mod schedule;
 pub mod stage_end;
+pub mod step_time;
 
 #[cfg(test)]
 mod test_support;

@@ -7,7 +7,9 @@ use comfy_table::{CellAlignment, Table};
 use std::fmt::Write as _;
 use std::process::ExitCode;
 use thaw_coordinator::verify::Verified;
+use thaw_core::step_time::Rates;
 use thaw_proto::pb;
+use thaw_proto::plan::StepWork;
 
 pub(super) fn run(run: &pb::Run, output: Format) -> Result<ExitCode, Failure> {
     print_as(run, output, || run_table(run));
@@ -88,7 +90,8 @@ pub(super) fn verified(found: &Verified) -> String {
         let seconds =
             |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{:.2} ms", 1000.0 * value));
         let time = stage.step_seconds;
-        let step = ("step", seconds(time.planned), seconds(time.actual), time.ratio());
+        let step = if stage.calibrates { "step (calibrates)" } else { "step" };
+        let step = (step, seconds(time.planned), seconds(time.actual), time.ratio());
         for (index, (what, planned, actual, ratio)) in rows.into_iter().chain([step]).enumerate() {
             let name = if index == 0 { stage.name.as_str() } else { "" };
             let ratio = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}"));
@@ -157,31 +160,50 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         ]);
     }
     align_right(&mut stages, &[1, 4, 5, 6]);
-    let mut costs =
-        table(&["stage", "flops a step", "of a full step", "cache gains", "optimizer", "checkpoint", "cache"]);
-    for stage in &plan.stages {
+    let headings = [
+        "stage",
+        "flops a step",
+        "of a full step",
+        "time of a step",
+        "cache gains",
+        "optimizer",
+        "checkpoint",
+        "cache",
+    ];
+    let mut costs = table(&headings);
+    let times: Vec<f64> = plan.stages.iter().map(step_time_on_a_common_core).collect();
+    let longest = times.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    for (stage, time) in plan.stages.iter().zip(times) {
         let cost = stage.cost.unwrap_or_default();
         costs.add_row([
             stage.name.clone(),
             count(cost.step_flops),
             format!("{:.1} %", 100.0 * ratio(cost.step_flops, cost.full_step_flops)),
+            format!("{:.1} %", 100.0 * time / longest),
             gain(&cost),
             bytes(cost.optimizer_bytes),
             bytes(cost.checkpoint_bytes),
             if cost.cache_bytes == 0 { "-".to_owned() } else { bytes(cost.cache_bytes) },
         ]);
     }
-    align_right(&mut costs, &[1, 2, 3, 4, 5, 6]);
+    align_right(&mut costs, &[1, 2, 3, 4, 5, 6, 7]);
     let _ = write!(
         text,
         "{groups}\n{stages}\n{costs}\n\
          flops a step: of all trainers, from the stage's second epoch on, when the frozen prefix costs nothing; no engine can go below that. \
+         time of a step: of the longest stage's, on a common processor core; thaw verify has it in seconds, from a run's first two stages. \
          cache gains: how much faster that makes a step, at most."
     );
     for note in &plan.notes {
         let _ = write!(text, "\nnote: {note}");
     }
     text
+}
+
+/// Seconds. Only their proportions mean anything before a machine is known.
+fn step_time_on_a_common_core(stage: &pb::PlannedStage) -> f64 {
+    let work = stage.cost.and_then(|cost| cost.work).unwrap_or_default();
+    Rates::COMMON.seconds(&StepWork::from(&work))
 }
 
 /// How much faster a step can become when the frozen prefix costs nothing.

@@ -5,9 +5,9 @@
 
 use super::{Planned, SpecPlanner};
 use crate::folder::local_path;
-use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts};
+use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts, Work};
 use thaw_data::{Dataset, Index, Part, fit, index};
-use thaw_graph::{Activations, Archive, Summary};
+use thaw_graph::{Activations, Archive, GroupWork, Summary};
 use thaw_proto::spec::RunSpec;
 use thaw_proto::violation::Violations;
 use thaw_runtime::chain;
@@ -30,9 +30,9 @@ impl SpecPlanner for FilesPlanner {
                 return Err(all);
             }
         };
-        let (archive, summary, activations) = summarize(spec, &archive, index.classes().len())?;
+        let (archive, summary, held) = summarize(spec, &archive, index.classes().len())?;
         let fits = check_fit(spec, &archive, &summary, &index);
-        let planned = thaw_core::planner::plan(spec, &graph_facts(&summary, &activations), &data_facts(&index));
+        let planned = thaw_core::planner::plan(spec, &graph_facts(&summary, &held), &data_facts(&index));
         let mut plan = match (fits, planned) {
             (Ok(()), Ok(plan)) => plan,
             (fits, planned) => {
@@ -58,12 +58,14 @@ fn open_archive(spec: &RunSpec) -> Result<Archive, Violations> {
     Ok(archive)
 }
 
+/// What training each layer group takes.
+struct Training {
+    activations: Vec<Activations>,
+    work: Vec<GroupWork>,
+}
+
 /// The archive with the run's head, and what the planner needs of it.
-fn summarize(
-    spec: &RunSpec,
-    archive: &Archive,
-    classes: usize,
-) -> Result<(Archive, Summary, Vec<Activations>), Violations> {
+fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archive, Summary, Training), Violations> {
     let wanted = fit::head(spec, classes);
     let archive = archive.with_head(&wanted).map_err(|error| Violations::one("backbone.head", chain(&error)))?;
     let rules = fit::group_rules(spec);
@@ -72,9 +74,12 @@ fn summarize(
     let segmented = thaw_graph::segment(&graph, &rules).map_err(|error| Violations::one(field, chain(&error)))?;
     let fingerprint = archive.fingerprint().map_err(|error| graph_mistake(chain(&error)))?;
     let summary = thaw_graph::summary(&segmented, fingerprint);
-    let longest = u64::from(fit::data(spec, &summary).max_length);
-    let activations = thaw_graph::activations(&segmented, Some(longest));
-    Ok((archive, summary, activations))
+    let longest = Some(u64::from(fit::data(spec, &summary).max_length));
+    let training = Training {
+        activations: thaw_graph::activations(&segmented, longest),
+        work: thaw_graph::work(&segmented, longest),
+    };
+    Ok((archive, summary, training))
 }
 
 /// Opens the data as a trainer will, and loads one sample.
@@ -165,27 +170,37 @@ fn data_facts(index: &Index) -> DataFacts {
     DataFacts { classes: index.classes().to_vec(), summary: index.summary(), shard_sizes: index.shard_sizes() }
 }
 
-fn graph_facts(summary: &Summary, activations: &[Activations]) -> GraphFacts {
+fn graph_facts(summary: &Summary, training: &Training) -> GraphFacts {
     // The planner wants what crosses the cut below a group: what leaves the one before it.
     let below = std::iter::once(0).chain(summary.groups.iter().map(|group| group.boundary_bytes_per_sample));
-    let group = |((group, below), held): ((&thaw_graph::GroupSummary, u64), &Activations)| GroupFacts {
-        name: group.name.clone(),
-        parameters: group.parameters,
-        decay_parameters: group.decay_parameters,
-        buffers: group.buffers,
-        // A multiply-add is two operations.
-        forward_flops: group.forward_flops / 2,
-        embedding: group.embedding,
-        boundary_bytes_per_sample: below,
-        saved_bytes_per_sample: held.saved,
-        alive_bytes_per_sample: held.alive,
-        largest_bytes_per_sample: held.largest,
-    };
+    let each = training.activations.iter().zip(&training.work);
+    let group =
+        |((group, below), (held, work)): ((&thaw_graph::GroupSummary, u64), (&Activations, &GroupWork))| GroupFacts {
+            name: group.name.clone(),
+            parameters: group.parameters,
+            decay_parameters: group.decay_parameters,
+            buffers: group.buffers,
+            // A multiply-add is two operations.
+            forward_flops: group.forward_flops / 2,
+            embedding: group.embedding,
+            boundary_bytes_per_sample: below,
+            saved_bytes_per_sample: held.saved,
+            alive_bytes_per_sample: held.alive,
+            largest_bytes_per_sample: held.largest,
+            forward: work_facts(work.forward),
+            backward: work_facts(work.backward),
+            lowest_backward: work_facts(work.lowest_backward),
+        };
     GraphFacts {
-        groups: summary.groups.iter().zip(below).zip(activations).map(group).collect(),
+        groups: summary.groups.iter().zip(below).zip(each).map(group).collect(),
         feature_size: u32::try_from(summary.feature_size).unwrap_or(u32::MAX),
         convolutional: summary.convolutional,
     }
+}
+
+fn work_facts(work: thaw_graph::Work) -> Work {
+    let thaw_graph::Work { flops, bytes, weight_bytes, operators } = work;
+    Work { flops, bytes, weight_bytes, operators }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::spec;
 use super::{each, required};
 use crate::ids::GroupIndex;
 use crate::pb;
-use crate::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
+use crate::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost, StepWork};
 use crate::violation::Violations;
 
 impl TryFrom<&pb::Plan> for Plan {
@@ -170,25 +170,27 @@ impl From<&PlannedStage> for pb::PlannedStage {
 
 /// Both forms of a cost hold the same numbers.
 macro_rules! same_numbers {
-    ($from:ty => $to:ty) => {
-        impl From<&$from> for $to {
-            fn from(cost: &$from) -> Self {
-                Self {
-                    step_flops: cost.step_flops,
-                    uncached_step_flops: cost.uncached_step_flops,
-                    full_step_flops: cost.full_step_flops,
-                    gradient_bytes: cost.gradient_bytes,
-                    optimizer_bytes: cost.optimizer_bytes,
-                    checkpoint_bytes: cost.checkpoint_bytes,
-                    cache_bytes: cost.cache_bytes,
-                }
+    ($one:ty, $other:ty { $($number:ident),* } $(with $part:ident: $to:expr, $back:expr)?) => {
+        impl From<&$one> for $other {
+            fn from(cost: &$one) -> Self {
+                Self { $($number: cost.$number,)* $($part: $to(&cost.$part))? }
+            }
+        }
+        impl From<&$other> for $one {
+            fn from(cost: &$other) -> Self {
+                Self { $($number: cost.$number,)* $($part: $back(&cost.$part))? }
             }
         }
     };
 }
 
-same_numbers!(pb::StageCost => StageCost);
-same_numbers!(StageCost => pb::StageCost);
+same_numbers!(
+    pb::StepWork,
+    StepWork { operators, flops, activation_bytes, weight_bytes, update_operators, update_bytes }
+);
+same_numbers!(pb::StageCost, StageCost {
+    step_flops, uncached_step_flops, full_step_flops, gradient_bytes, optimizer_bytes, checkpoint_bytes, cache_bytes
+} with work: |work: &Option<pb::StepWork>| work.as_ref().map(Into::into).unwrap_or_default(), |work: &StepWork| Some(work.into()));
 
 impl From<&pb::LayerGroup> for LayerGroup {
     fn from(raw: &pb::LayerGroup) -> Self {

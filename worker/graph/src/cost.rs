@@ -7,8 +7,13 @@ use crate::operators;
 
 /// Operations of one forward pass of the node over the exported example batch.
 pub(crate) fn forward_flops(graph: &Graph, node: &Node) -> u64 {
-    let shape = |value: Option<ValueId>| value.and_then(|value| graph.hinted_shape(value));
-    let result = node.makes().first().copied().and_then(|value| graph.hinted_shape(value));
+    flops(node, |value| graph.hinted_shape(value))
+}
+
+/// Operations of one forward pass of the node over a batch of these sizes.
+pub(crate) fn flops(node: &Node, shape: impl Fn(ValueId) -> Option<Vec<i64>>) -> u64 {
+    let result = node.makes().first().copied().and_then(&shape);
+    let shape = |value: Option<ValueId>| value.and_then(&shape);
     let made = result.as_deref().map_or(0, elements);
     let name = node.operator.strip_prefix("aten::").unwrap_or(&node.operator);
     match name {

@@ -24,8 +24,12 @@ pub mod payload;
 pub mod reader;
 mod schema;
 pub mod segment;
+mod sizes;
 pub mod summary;
 pub mod symbols;
+#[cfg(test)]
+mod test_support;
+mod work;
 pub mod writer;
 
 pub use archive::{Archive, TensorBytes};
@@ -37,3 +41,4 @@ pub use init::{Init, buffer_init, scratch_init};
 pub use memory::{Activations, activations};
 pub use segment::{Segment, SegmentedGraph};
 pub use summary::{GroupSummary, InputSummary, Summary, parameter_decays, summary};
+pub use work::{GroupWork, Work, work};

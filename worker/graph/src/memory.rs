@@ -5,11 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::cost::elements;
 use crate::flow::{Memory, first_tensor};
 use crate::ir::{Graph, Node, ValueId};
 use crate::operators;
 use crate::segment::{Segment, SegmentedGraph};
+use crate::sizes::Sizes;
 
 /// Bytes of one sample's activations in one layer group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,42 +32,6 @@ pub fn activations(segmented: &SegmentedGraph, tokens: Option<u64>) -> Vec<Activ
     segmented.segments.iter().map(|segment| of_segment(graph, segment, &sizes, &memory, &kept)).collect()
 }
 
-/// Bytes of values, per sample.
-struct Sizes<'a> {
-    graph: &'a Graph,
-    symbols: BTreeMap<String, i64>,
-    batch: u64,
-}
-
-impl<'a> Sizes<'a> {
-    fn of(graph: &'a Graph, tokens: Option<u64>) -> Self {
-        let mut symbols: BTreeMap<String, i64> =
-            graph.symbols.iter().map(|(name, symbol)| (name.clone(), symbol.hint)).collect();
-        for (name, &(_, dimension)) in &graph.symbol_sources {
-            if let (1, Some(tokens)) = (dimension, tokens) {
-                symbols.insert(name.clone(), i64::try_from(tokens).unwrap_or(i64::MAX));
-            }
-        }
-        let mut sizes = Self { graph, symbols, batch: 1 };
-        let first = graph.inputs.first().and_then(|input| sizes.shape(input.value));
-        sizes.batch = first.and_then(|shape| shape.first().copied()).map_or(1, |size| size.unsigned_abs().max(1));
-        sizes
-    }
-
-    fn shape(&self, value: ValueId) -> Option<Vec<i64>> {
-        self.graph.shape_at(value, &self.symbols)
-    }
-
-    fn elements(&self, value: ValueId) -> u64 {
-        self.shape(value).map_or(0, |shape| elements(&shape)) / self.batch
-    }
-
-    fn bytes(&self, value: ValueId) -> u64 {
-        let size = self.graph.value(value).tensor.as_ref().map_or(0, |tensor| tensor.dtype.size() as u64);
-        self.elements(value).saturating_mul(size)
-    }
-}
-
 /// The classes of memory that some operator's backward reads, or that cross a cut.
 fn kept(graph: &Graph, segmented: &SegmentedGraph, memory: &Memory) -> BTreeSet<usize> {
     let cuts = segmented.segments.iter().flat_map(|segment| segment.outputs.iter().copied());
@@ -75,7 +39,7 @@ fn kept(graph: &Graph, segmented: &SegmentedGraph, memory: &Memory) -> BTreeSet<
 }
 
 /// The values of a node that its backward reads, as libtorch's derivative formulas have it.
-fn keeps(node: &Node) -> Vec<ValueId> {
+pub(crate) fn keeps(node: &Node) -> Vec<ValueId> {
     let name = node.operator.strip_prefix("aten::").unwrap_or(&node.operator).trim_end_matches('_');
     let made = node.makes();
     let read = |names: &[&str]| names.iter().filter_map(|name| node.tensor(name)).collect::<Vec<_>>();

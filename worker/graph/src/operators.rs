@@ -3,7 +3,7 @@
 //! OP-1: integer arithmetic of the exporter (`_operator.mul`, ...) becomes an operator in the namespace `python`, from the closed list
 //! [`PYTHON`]; its arguments are `a`, `b` (`x` for `trunc`; `b`, `t`, `f` for `sym_ite`) and its result is a number, never a tensor.
 
-use crate::ir::Node;
+use crate::ir::{Arg, Node};
 
 /// The operators on plain numbers: `python::NAME`, with Python's meaning on integers (floor division, modulo with the divisor's sign).
 pub const PYTHON: [(&str, &str); 24] = [
@@ -197,6 +197,15 @@ pub fn out_of_place(operator: &str) -> Option<String> {
 #[must_use]
 pub fn is_random(node: &Node) -> bool {
     RANDOM.contains(&node.operator.as_str()) || DROPOUTS.contains(&node.operator.as_str())
+}
+
+/// Whether the node drops elements while training, and does nothing else.
+pub(crate) fn is_dropout(node: &Node) -> bool {
+    let is_active = match node.argument("p") {
+        Some(Arg::Float(p)) => *p > 0.0,
+        Some(_) | None => true,
+    };
+    is_active && node.operator.contains("dropout")
 }
 
 /// The number operator for an exporter target such as `_operator.mul`.

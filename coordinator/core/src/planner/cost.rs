@@ -1,6 +1,6 @@
 //! What a stage costs: estimates for people and for the scheduler, never read by training.
 
-use super::GraphFacts;
+use super::{GraphFacts, work};
 use crate::sampler::ranks_shards;
 use crate::sampler::tree::maximal_subtrees;
 use thaw_proto::plan::StageCost;
@@ -61,7 +61,7 @@ pub(super) fn gives_several_parts(spec: &RunSpec) -> bool {
 /// The larger of what a micro-batch's backward reads and what a batch that is only computed forward holds at a time.
 fn activation_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize], eval_samples: u64) -> u64 {
     let boundary = groups.first().copied().unwrap_or(0);
-    let shard = u64::from(spec.global_batch_size.div_ceil(spec.logical_shards.max(1)));
+    let shard = shard_samples(spec);
     let micro = shard.div_ceil(u64::from(spec.gradient_accumulation_steps.max(1)));
     let (below, above) = graph.groups.split_at(boundary);
     let largest = above.iter().map(|group| group.largest_bytes_per_sample).max().unwrap_or(0);
@@ -124,17 +124,24 @@ pub(super) fn of_stage(
         optimizer_bytes,
         checkpoint_bytes: weights.saturating_mul(element).saturating_add(optimizer_bytes),
         cache_bytes: boundary_bytes_per_sample(graph, groups).saturating_mul(samples),
+        work: work::of_stage(spec, graph, groups, thawed),
     }
 }
 
-fn states_per_parameter(spec: &RunSpec) -> u64 {
+/// Samples of a step in the largest logical shard.
+pub(super) fn shard_samples(spec: &RunSpec) -> u64 {
+    u64::from(spec.global_batch_size.div_ceil(spec.logical_shards.max(1)))
+}
+
+/// Tensors of optimizer state as large as the weights.
+pub(super) fn states_per_parameter(spec: &RunSpec) -> u64 {
     match spec.optimizer {
         Optimizer::AdamW { .. } => 2,
         Optimizer::Sgd { momentum, .. } => u64::from(momentum > 0.0),
     }
 }
 
-fn element_bytes(precision: Precision) -> u64 {
+pub(super) fn element_bytes(precision: Precision) -> u64 {
     match precision {
         Precision::Fp32 | Precision::Bf16 => 4,
         Precision::Fp64 => 8,

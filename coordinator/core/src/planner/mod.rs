@@ -10,6 +10,7 @@
 mod cost;
 mod rates;
 mod strategy;
+mod work;
 
 #[cfg(test)]
 mod tests;
@@ -58,6 +59,24 @@ pub struct GroupFacts {
     pub alive_bytes_per_sample: u64,
     /// Bytes of one sample's largest value.
     pub largest_bytes_per_sample: u64,
+    pub forward: Work,
+    /// Where a group below is trained, too.
+    pub backward: Work,
+    /// Where this is the lowest group that is trained.
+    pub lowest_backward: Work,
+}
+
+/// What one direction of a layer group does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Of matrix products and convolutions, per sample.
+    pub flops: u64,
+    /// Of values read and written, per sample.
+    pub bytes: u64,
+    /// Of weights read and gradients written, per batch.
+    pub weight_bytes: u64,
+    /// Kernels that run, per batch.
+    pub operators: u64,
 }
 
 /// What the planner needs to know of the data.

@@ -4,6 +4,7 @@ use super::*;
 use crate::test_support::{data, graph, plan_of, reference, spec};
 use proptest::prelude::*;
 use serde_json::json;
+use thaw_proto::plan::StepWork;
 
 fn groups(plan: &Plan, stage: usize) -> Vec<&str> {
     plan.stages[stage].trainable_groups.iter().map(|group| plan.groups[group.0 as usize].name.as_str()).collect()
@@ -213,6 +214,41 @@ fn costs_follow_format_and_optimizer() {
     assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 6 * 4144 + 2 * 11_036 + activations / 2);
     let sgd = stage(json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}));
     assert_eq!(sgd.memory_bytes, 4 * 11_036 + (1 + 1) * 4144 + activations);
+}
+
+/// Two trainers of eight samples each; the sixth layer, a pooling without weights, the head.
+#[test]
+fn work_4_a_step_is_forward_backward_sum_and_update() {
+    let work = |changes| plan_of(&spec(changes)).stages[1].cost.work;
+    let found = work(json!({}));
+    let expected = StepWork {
+        // Forward, backward, and the sums of two groups' gradients.
+        operators: 3 * 10 + (15 + 20 + 20) + 2 * 2,
+        flops: 8 * (2 * (4000 + 50 + 33) + (3 * 4000 + 4 * 50 + 4 * 33)),
+        // With the boundary's 512 bytes, read and written.
+        activation_bytes: 8 * (3 * 2000 + (2500 + 3000 + 3000) + 2 * 512),
+        weight_bytes: 4 * 1036 + (7 * 1000 + 8 * 36) + 6 * 4144,
+        update_operators: 4 * 2,
+        // AdamW: the norm reads the gradient; weights and two moments are read and written, the gradient read.
+        update_bytes: 8 * 4144,
+    };
+    assert_eq!(found, expected);
+    let uncached = work(json!({"prefix_cache": {"mode": "off"}}));
+    assert_eq!(uncached.flops - found.flops, 8 * 2 * (10 + 5 * 4000), "the frozen prefix runs in every step");
+    let again = work(json!({"activation_checkpointing": true}));
+    assert_eq!(again.flops - found.flops, 8 * 2 * (4000 + 50), "all but the head runs twice");
+    let parts = work(json!({"gradient_accumulation_steps": 4}));
+    assert_eq!((parts.flops, parts.operators), (found.flops, 4 * 85 + 4));
+    let clipped = work(json!({"max_grad_norm": 1.0}));
+    assert_eq!(clipped.update_bytes - found.update_bytes, 2 * 4144);
+    let alone = work(json!({"workers": {"min": 1, "max": 1, "threads_per_trainer": 1}}));
+    assert_eq!((alone.flops, alone.update_bytes), (2 * found.flops, found.update_bytes));
+    // Two batches' weights; the second shard's gradient is put aside and added.
+    assert_eq!(alone.weight_bytes, 2 * (4 * 1036 + 7 * 1000 + 8 * 36) + 5 * 4144);
+    // A stage above what an earlier one trained has a prefix that no cache keeps.
+    let stages = json!([stage_json("a", &["head", "encoder.layer.5"]), stage_json("b", &["head"])]);
+    let plan = plan_of(&spec(json!({"strategy": "custom", "stages": stages})));
+    assert_eq!(plan.stages[1].cost.work.flops, 8 * (2 * (10 + 6 * 4000 + 50 + 33) + 3 * 33));
 }
 
 #[test]
