@@ -7,6 +7,7 @@ pub mod gang;
 pub mod lr_find;
 pub mod manifest;
 pub mod planner;
+pub mod prefix;
 pub mod run_machine;
 pub mod sampler;
 pub mod schedule;

@@ -1,6 +1,7 @@
 //! One small run for the tests of every module, as the first version would have stored it: embeddings, six layers, a head; 200 samples in two shards.
 
 use crate::planner::{DataFacts, GraphFacts, GroupFacts, Work, plan};
+use crate::prefix::SampleSize;
 use serde_json::{Value, json};
 use thaw_proto::plan::{DataSummary, Plan};
 use thaw_proto::run::{Evaluation, Position};
@@ -59,8 +60,9 @@ pub(crate) fn graph() -> GraphFacts {
         embedding,
         boundary_bytes_per_sample: 512,
         saved_bytes_per_sample: 1000,
+        rise_bytes_per_sample: 300,
         alive_bytes_per_sample: 600,
-        largest_bytes_per_sample: 300,
+        weight_gradient_bytes: 40,
         forward: Work { flops: 2 * forward_flops, bytes: 2000, weight_bytes: 4 * parameters, operators: 10 },
         backward: Work { flops: 4 * forward_flops, bytes: 3000, weight_bytes: 8 * parameters, operators: 20 },
         lowest_backward: Work { flops: 3 * forward_flops, bytes: 2500, weight_bytes: 7 * parameters, operators: 15 },
@@ -69,7 +71,7 @@ pub(crate) fn graph() -> GraphFacts {
     groups.extend((0..6).map(|layer| group(&format!("encoder.layer.{layer}"), 1000, 4000, false)));
     groups.push(group("pooling", 0, 50, false));
     groups.push(group("head", 36, 33, false));
-    GraphFacts { groups, feature_size: 11, convolutional: false }
+    GraphFacts { groups, feature_size: 11, convolutional: false, sample: SampleSize::Tokens(64) }
 }
 
 pub(crate) fn data() -> DataFacts {

@@ -6,6 +6,7 @@
 use super::{Planned, SpecPlanner};
 use crate::folder::local_path;
 use thaw_core::planner::{DataFacts, GraphFacts, GroupFacts, Work};
+use thaw_core::prefix::SampleSize;
 use thaw_data::{Dataset, Index, Part, fit, index};
 use thaw_graph::{Activations, Archive, GroupWork, Summary};
 use thaw_proto::spec::RunSpec;
@@ -62,6 +63,7 @@ fn open_archive(spec: &RunSpec) -> Result<Archive, Violations> {
 struct Training {
     activations: Vec<Activations>,
     work: Vec<GroupWork>,
+    sample: SampleSize,
 }
 
 /// The archive with the run's head, and what the planner needs of it.
@@ -74,8 +76,12 @@ fn summarize(spec: &RunSpec, archive: &Archive, classes: usize) -> Result<(Archi
     let segmented = thaw_graph::segment(&graph, &rules).map_err(|error| Violations::one(field, chain(&error)))?;
     let fingerprint = archive.fingerprint().map_err(|error| graph_mistake(chain(&error)))?;
     let summary = thaw_graph::summary(&segmented, fingerprint);
-    let longest = Some(u64::from(fit::data(spec, &summary).max_length));
+    let tokens = u64::from(fit::data(spec, &summary).max_length);
+    let longest = Some(tokens);
+    let image = summary.inputs.first().filter(|input| input.dtype.is_float());
+    let sizes = image.map(|image| image.shape.iter().skip(1).flatten().map(|size| size.unsigned_abs()));
     let training = Training {
+        sample: sizes.map_or(SampleSize::Tokens(tokens), |sizes| SampleSize::Elements(sizes.product())),
         activations: thaw_graph::activations(&segmented, longest),
         work: thaw_graph::work(&segmented, longest),
     };
@@ -186,7 +192,8 @@ fn graph_facts(summary: &Summary, training: &Training) -> GraphFacts {
             boundary_bytes_per_sample: below,
             saved_bytes_per_sample: held.saved,
             alive_bytes_per_sample: held.alive,
-            largest_bytes_per_sample: held.largest,
+            rise_bytes_per_sample: held.rise,
+            weight_gradient_bytes: held.weight_gradients,
             forward: work_facts(work.forward),
             backward: work_facts(work.backward),
             lowest_backward: work_facts(work.lowest_backward),
@@ -195,6 +202,7 @@ fn graph_facts(summary: &Summary, training: &Training) -> GraphFacts {
         groups: summary.groups.iter().zip(below).zip(each).map(group).collect(),
         feature_size: u32::try_from(summary.feature_size).unwrap_or(u32::MAX),
         convolutional: summary.convolutional,
+        sample: training.sample,
     }
 }
 

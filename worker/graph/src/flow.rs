@@ -17,9 +17,21 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn of(graph: &Graph) -> Self {
+        Self::where_shared(graph, |node| operators::is_in_place(&node.operator) || operators::is_view(&node.operator))
+    }
+
+    /// While training, dropout makes values of its own.
+    pub(crate) fn in_training(graph: &Graph) -> Self {
+        Self::where_shared(graph, |node| {
+            let views = operators::is_view(&node.operator) && !operators::is_dropout(node);
+            operators::is_in_place(&node.operator) || views
+        })
+    }
+
+    fn where_shared(graph: &Graph, shares: impl Fn(&Node) -> bool) -> Self {
         let mut memory = Self { parent: (0..graph.values.len()).collect() };
         for node in &graph.nodes {
-            let shares = operators::is_in_place(&node.operator) || operators::is_view(&node.operator);
+            let shares = shares(node);
             if let Some(base) = first_tensor(node).filter(|_| shares) {
                 for made in node.makes() {
                     memory.join(base, made);

@@ -5,31 +5,40 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::flow::{Memory, first_tensor};
-use crate::ir::{Graph, Node, ValueId};
+use crate::cost::elements;
+use crate::flow::Memory;
+use crate::ir::{Arg, Graph, Node, ValueId};
 use crate::operators;
 use crate::segment::{Segment, SegmentedGraph};
 use crate::sizes::Sizes;
 
-/// Bytes of one sample's activations in one layer group.
+/// One layer group's values: bytes of one sample, but for the last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Activations {
     /// Kept from forward to backward, where the group or one below it is trained.
     pub saved: u64,
-    /// The most that is alive at one time while the group only computes its outputs.
+    /// The most that its backward holds more than what was saved: gradients, less what is let go by then.
+    pub rise: u64,
+    /// The most that is alive at one time while the group only computes its outputs, its inputs included.
     pub alive: u64,
-    /// The largest single value.
-    pub largest: u64,
+    /// Of all samples: gradients of its weights that wait to be put in their places.
+    pub weight_gradients: u64,
 }
 
 /// Of each layer group, for samples of `tokens` tokens where the graph's inputs are texts of any length.
 #[must_use]
 pub fn activations(segmented: &SegmentedGraph, tokens: Option<u64>) -> Vec<Activations> {
     let graph = &segmented.graph;
-    let sizes = Sizes::of(graph, tokens);
-    let memory = Memory::of(graph);
-    let kept = kept(graph, segmented, &memory);
-    segmented.segments.iter().map(|segment| of_segment(graph, segment, &sizes, &memory, &kept)).collect()
+    let memory = Memory::in_training(graph);
+    let training = Training { graph, sizes: Sizes::of(graph, tokens), kept: kept(graph, segmented, &memory), memory };
+    let computing = Memory::of(graph);
+    let of_segment = |segment: &Segment| Activations {
+        saved: training.saved(segment).values().sum::<u64>() + training.hidden(segment),
+        rise: training.rise(segment),
+        alive: alive(graph, segment, &training.sizes, &computing),
+        weight_gradients: weight_gradients(graph, segment),
+    };
+    segmented.segments.iter().map(of_segment).collect()
 }
 
 /// The classes of memory that some operator's backward reads, or that cross a cut.
@@ -62,31 +71,161 @@ pub(crate) fn keeps(node: &Node) -> Vec<ValueId> {
     }
 }
 
-/// What a node keeps that is no value of the graph.
+/// What a node keeps in training that is no value of the graph.
 fn hidden(node: &Node, sizes: &Sizes<'_>) -> u64 {
     let made = node.makes().first().map_or(0, |value| sizes.elements(*value));
     match node.operator.strip_prefix("aten::").unwrap_or(&node.operator) {
         // The positions of the largest elements, eight bytes each.
         "max_pool2d" | "max_pool1d" => 8 * made,
-        // What each element is multiplied by.
-        "dropout" => 4 * made,
+        // A byte for each element that tells whether it stays.
+        _ if operators::is_dropout(node) && !is_attention(node) => made,
+        // Attention with dropout is made of products: queries and keys scaled, the weights before and after dropout, and their bytes.
+        _ if is_noisy_attention(node) => 4 * (query(node, sizes) + key(node, sizes)) + 9 * weights(node, sizes),
         _ => 0,
     }
 }
 
-fn of_segment(
-    graph: &Graph,
-    segment: &Segment,
-    sizes: &Sizes<'_>,
-    memory: &Memory,
-    kept: &BTreeSet<usize>,
-) -> Activations {
-    let weights: BTreeSet<usize> = [&graph.parameters, &graph.buffers, &graph.constants]
-        .into_iter()
-        .flatten()
-        .map(|weight| memory.class(weight.value))
-        .collect();
-    let outside: BTreeSet<usize> = segment.inputs.iter().map(|value| memory.class(*value)).chain(weights).collect();
+/// What a node's backward makes on the way to the gradients of its inputs.
+fn on_the_way(node: &Node, sizes: &Sizes<'_>) -> u64 {
+    // The gradients of the weights, after and before their softmax.
+    if is_noisy_attention(node) { 4 * 2 * weights(node, sizes) } else { 0 }
+}
+
+fn is_attention(node: &Node) -> bool {
+    node.operator == "aten::scaled_dot_product_attention"
+}
+
+fn is_noisy_attention(node: &Node) -> bool {
+    let share = node.argument("dropout_p");
+    is_attention(node) && share.is_some_and(|share| !matches!(share, Arg::Float(share) if *share <= 0.0))
+}
+
+/// Elements.
+fn query(node: &Node, sizes: &Sizes<'_>) -> u64 {
+    node.tensor("query").map_or(0, |value| sizes.elements(value))
+}
+
+/// Elements.
+fn key(node: &Node, sizes: &Sizes<'_>) -> u64 {
+    node.tensor("key").map_or(0, |value| sizes.elements(value))
+}
+
+/// Elements of attention's weights: one for each query and key of a head.
+fn weights(node: &Node, sizes: &Sizes<'_>) -> u64 {
+    let shape = |name: &str| node.tensor(name).and_then(|value| sizes.shape(value)).unwrap_or_default();
+    let (width, keys) = (shape("query").last().copied(), shape("key").iter().rev().nth(1).copied());
+    let (width, keys) = (width.unwrap_or(1).unsigned_abs().max(1), keys.unwrap_or(0).unsigned_abs());
+    query(node, sizes) / width * keys
+}
+
+struct Training<'a> {
+    graph: &'a Graph,
+    sizes: Sizes<'a>,
+    memory: Memory,
+    kept: BTreeSet<usize>,
+}
+
+impl Training<'_> {
+    fn nodes(&self, segment: &Segment) -> Vec<&Node> {
+        segment.nodes.iter().map(|id| self.graph.node(*id)).collect()
+    }
+
+    /// The classes that a segment makes and that are kept, with their bytes.
+    fn saved(&self, segment: &Segment) -> BTreeMap<usize, u64> {
+        let outside = outside(self.graph, segment, &self.memory);
+        let mut saved = BTreeMap::new();
+        for value in self.nodes(segment).into_iter().flat_map(Node::makes) {
+            let class = self.memory.class(value);
+            if self.kept.contains(&class) && !outside.contains(&class) {
+                saved.entry(class).or_insert_with(|| self.sizes.bytes(value));
+            }
+        }
+        saved
+    }
+
+    fn hidden(&self, segment: &Segment) -> u64 {
+        self.nodes(segment).into_iter().map(|node| hidden(node, &self.sizes)).sum()
+    }
+
+    /// See [`Activations::rise`]: the backward pass, node by node.
+    fn rise(&self, segment: &Segment) -> u64 {
+        let nodes = self.nodes(segment);
+        let tracked = self.tracked(segment, &nodes);
+        let saved = self.saved(segment);
+        // The cuts' own values stay to the end of the step.
+        let cuts: BTreeSet<usize> = segment.outputs.iter().map(|value| self.memory.class(*value)).collect();
+        let mut readers: BTreeMap<usize, usize> = BTreeMap::new();
+        let classes = |values: Vec<ValueId>| values.into_iter().map(|value| self.memory.class(value));
+        for class in nodes.iter().flat_map(|node| classes(keeps(node)).collect::<BTreeSet<_>>()) {
+            *readers.entry(class).or_default() += 1;
+        }
+        let mut gradients: BTreeMap<usize, u64> =
+            segment.outputs.iter().map(|value| (self.memory.class(*value), self.sizes.bytes(*value))).collect();
+        let (mut rise, mut let_go) = (0_u64, 0_u64);
+        for node in nodes.iter().rev() {
+            let made: BTreeSet<usize> = classes(node.makes()).collect();
+            let wanted: Vec<ValueId> = node.reads().into_iter().filter(|value| tracked.contains(value)).collect();
+            let held: u64 = gradients.values().sum();
+            // Views, and what is written in place, have their gradient in the same class; that of a write is made anew.
+            let in_place = operators::is_in_place(&node.operator) && !passes_on(node);
+            let anew = in_place.then(|| wanted.first().map_or(0, |value| self.sizes.bytes(*value)));
+            let more: u64 = if passes_on(node) {
+                0
+            } else {
+                let new = wanted.iter().filter(|value| !made.contains(&self.memory.class(**value)));
+                new.map(|value| self.sizes.bytes(*value)).sum::<u64>() + anew.unwrap_or(0)
+            };
+            rise = rise.max((held + more + on_the_way(node, &self.sizes)).saturating_sub(let_go));
+            for value in &wanted {
+                gradients.entry(self.memory.class(*value)).or_insert_with(|| self.sizes.bytes(*value));
+            }
+            // Two that get the same gradient share it until one of them gets another.
+            if passes_on(node) && wanted.len() > 1 {
+                let last = wanted.last().map(|value| self.memory.class(*value));
+                last.filter(|class| !made.contains(class)).map(|class| gradients.insert(class, 0));
+            }
+            let read: BTreeSet<usize> = wanted.iter().map(|value| self.memory.class(*value)).collect();
+            gradients.retain(|class, _| read.contains(class) || !made.contains(class));
+            let_go += hidden(node, &self.sizes);
+            for class in classes(keeps(node)).collect::<BTreeSet<_>>() {
+                let left = readers.entry(class).or_insert(1);
+                *left -= 1;
+                if *left == 0 && !cuts.contains(&class) {
+                    let_go += saved.get(&class).copied().unwrap_or(0);
+                }
+            }
+        }
+        rise
+    }
+
+    /// Values whose gradients a backward computes: those that depend on a weight, or come from below.
+    fn tracked(&self, segment: &Segment, nodes: &[&Node]) -> BTreeSet<ValueId> {
+        let mut tracked: BTreeSet<ValueId> = segment.inputs.iter().copied().collect();
+        let weights: BTreeSet<ValueId> = self.graph.parameters.iter().map(|weight| weight.value).collect();
+        for node in nodes {
+            if node.reads().iter().any(|value| tracked.contains(value) || weights.contains(value)) {
+                tracked.extend(node.makes());
+            }
+        }
+        tracked
+    }
+}
+
+/// Whether a node hands the gradient of its result to its inputs as it is.
+fn passes_on(node: &Node) -> bool {
+    let name = node.operator.strip_prefix("aten::").unwrap_or(&node.operator);
+    matches!(name, "add" | "add_") || (operators::is_view(&node.operator) && !operators::is_dropout(node))
+}
+
+/// The classes that a segment does not make: weights, and what comes through the cut.
+fn outside(graph: &Graph, segment: &Segment, memory: &Memory) -> BTreeSet<usize> {
+    let weights =
+        [&graph.parameters, &graph.buffers, &graph.constants].into_iter().flatten().map(|weight| weight.value);
+    weights.chain(segment.inputs.iter().copied()).map(|value| memory.class(value)).collect()
+}
+
+/// See [`Activations::alive`].
+fn alive(graph: &Graph, segment: &Segment, sizes: &Sizes<'_>, memory: &Memory) -> u64 {
     let nodes: Vec<&Node> = segment.nodes.iter().map(|id| graph.node(*id)).collect();
     let mut last_use: BTreeMap<usize, usize> = BTreeMap::new();
     for (place, node) in nodes.iter().enumerate() {
@@ -97,38 +236,39 @@ fn of_segment(
     for value in &segment.outputs {
         last_use.insert(memory.class(*value), nodes.len());
     }
-    let (mut found, mut now, mut held) = (Activations::default(), 0_u64, BTreeMap::new());
+    let outside = outside(graph, segment, memory);
+    let inputs = segment.inputs.iter().map(|value| (memory.class(*value), sizes.bytes(*value)));
+    let mut held: BTreeMap<usize, u64> = inputs.collect();
+    let mut most = 0;
     for (place, node) in nodes.iter().enumerate() {
-        found.saved += hidden(node, sizes);
         for value in node.makes() {
             let class = memory.class(value);
-            if outside.contains(&class)
-                || held.contains_key(&class)
-                || first_tensor(node).is_some_and(|base| memory.class(base) == class)
-            {
-                continue;
-            }
-            let bytes = sizes.bytes(value);
-            held.insert(class, bytes);
-            now += bytes;
-            found.largest = found.largest.max(bytes);
-            if kept.contains(&class) {
-                found.saved += bytes;
+            if !outside.contains(&class) {
+                held.entry(class).or_insert_with(|| sizes.bytes(value));
             }
         }
-        found.alive = found.alive.max(now);
-        let ended: Vec<usize> = held.keys().copied().filter(|class| last_use.get(class) == Some(&place)).collect();
-        for class in ended {
-            now -= held.remove(&class).unwrap_or(0);
-        }
+        most = most.max(held.values().sum());
+        held.retain(|class, _| last_use.get(class).is_some_and(|last| *last > place));
     }
-    found
+    most
+}
+
+/// Layers and tables write their gradients where they belong; other operators' wait there for the group's end.
+fn weight_gradients(graph: &Graph, segment: &Segment) -> u64 {
+    let nodes = || segment.nodes.iter().map(|id| graph.node(*id));
+    let at_home: BTreeSet<ValueId> = nodes()
+        .filter(|node| matches!(node.operator.as_str(), "aten::linear" | "aten::embedding"))
+        .flat_map(Node::reads)
+        .collect();
+    let parameters = segment.parameters.iter().map(|&index| &graph.parameters[index]);
+    let waiting = parameters.filter(|weight| !at_home.contains(&weight.value));
+    waiting.map(|weight| elements(&weight.shape) * weight.dtype.size() as u64).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{Arg, Argument};
+    use crate::ir::Argument;
 
     #[test]
     fn what_a_backward_reads_is_kept() {

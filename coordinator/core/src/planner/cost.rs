@@ -6,9 +6,6 @@ use crate::sampler::tree::maximal_subtrees;
 use thaw_proto::plan::StageCost;
 use thaw_proto::spec::{Optimizer, Precision, RunSpec};
 
-/// Samples of an evaluation that are computed at a time, at most.
-const EVALUATION_BATCH: u64 = 64;
-
 /// Elements.
 pub(super) fn trainable_parameters(graph: &GraphFacts, groups: &[usize]) -> u64 {
     groups.iter().map(|&group| graph.groups[group].parameters).sum()
@@ -19,71 +16,10 @@ pub(super) fn all_reduce_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usi
     trainable_parameters(graph, groups).saturating_mul(element_bytes(spec.precision))
 }
 
-/// Peak bytes of a trainer's tensors. `thawed`: the groups trained so far, this stage's included.
-///
-/// The peak is where a forward ends: weights, gradients, their sums with other trainers, optimizer state, the best weights with theirs, and
-/// all that the backward pass will read.
-pub(super) fn memory_bytes(
-    spec: &RunSpec,
-    graph: &GraphFacts,
-    groups: &[usize],
-    thawed: &[bool],
-    eval_samples: u64,
-) -> u64 {
-    let element = element_bytes(spec.precision);
-    let stored: u64 = graph.groups.iter().map(|group| group.parameters + group.buffers).sum();
-    let parameters: u64 = graph.groups.iter().map(|group| group.parameters).sum();
-    let trainable = trainable_parameters(graph, groups);
-    let ever: u64 = graph
-        .groups
-        .iter()
-        .zip(thawed)
-        .filter(|(_, thawed)| **thawed)
-        .map(|(group, _)| group.parameters + group.buffers)
-        .sum();
-    let states = states_per_parameter(spec) + u64::from(spec.ema.is_some());
-    let shards_per_trainer = u64::from(spec.logical_shards.div_ceil(spec.workers.max.max(1)));
-    // Sums are made in the gradients themselves. With several shards one more buffer holds what is added up; where that is not one node of
-    // the tree, the sum needs its own.
-    let sums = u64::from(gives_several_parts(spec)) + u64::from(shards_per_trainer > 1);
-    let pull = if spec.l2_sp.is_some() { parameters } else { 0 };
-    let copies = if spec.precision == Precision::Bf16 { 2 * parameters } else { 0 };
-    let kept = stored + trainable * (1 + sums + states) + ever + trainable * states + pull;
-    element * kept + copies + activation_bytes(spec, graph, groups, eval_samples)
-}
-
 /// Whether some trainer's shards are not one node of the tree over all.
 pub(super) fn gives_several_parts(spec: &RunSpec) -> bool {
     let (trainers, shards) = (spec.workers.max.max(1), spec.logical_shards);
     (0..trainers).any(|rank| maximal_subtrees(ranks_shards(rank, trainers, shards), shards).len() > 1)
-}
-
-/// The larger of what a micro-batch's backward reads and what a batch that is only computed forward holds at a time.
-fn activation_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize], eval_samples: u64) -> u64 {
-    let boundary = groups.first().copied().unwrap_or(0);
-    let shard = shard_samples(spec);
-    let micro = shard.div_ceil(u64::from(spec.gradient_accumulation_steps.max(1)));
-    let (below, above) = graph.groups.split_at(boundary);
-    let largest = above.iter().map(|group| group.largest_bytes_per_sample).max().unwrap_or(0);
-    let saved: u64 = if spec.activation_checkpointing {
-        // The cuts, and one group at a time.
-        let cuts: u64 = above.iter().map(|group| group.boundary_bytes_per_sample).sum();
-        cuts + above.iter().map(|group| group.saved_bytes_per_sample).max().unwrap_or(0)
-    } else {
-        above.iter().map(|group| group.saved_bytes_per_sample).sum()
-    };
-    // The gradients of the values at hand: what an operator gets and what it gives.
-    let training = micro * (saved + boundary_bytes_per_sample(graph, groups) + 2 * largest);
-    let prefix = below.iter().map(|group| group.alive_bytes_per_sample).max().unwrap_or(0);
-    let whole = graph.groups.iter().map(|group| group.alive_bytes_per_sample).max().unwrap_or(0);
-    let evaluated = eval_samples.div_ceil(u64::from(spec.workers.max.max(1))).min(EVALUATION_BATCH);
-    let bytes = training.max(shard * prefix).max(evaluated * whole);
-    match spec.precision {
-        Precision::Fp32 => bytes,
-        Precision::Fp64 => 2 * bytes,
-        // Matrix products and what follows them take half; norms and losses do not.
-        Precision::Bf16 => bytes / 2,
-    }
 }
 
 /// Bytes of one sample at the cut below the lowest trainable group; 0 where nothing is frozen below it.

@@ -8,6 +8,7 @@
 //! The planner never looks at names other than to match those of custom stages.
 
 mod cost;
+mod memory;
 mod rates;
 mod strategy;
 mod work;
@@ -15,6 +16,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+use crate::prefix::SampleSize;
 use crate::{sampler, schedule};
 use rates::Levels;
 use strategy::Draft;
@@ -35,6 +37,8 @@ pub struct GraphFacts {
     pub feature_size: u32,
     /// Whether the backbone is a convolution net.
     pub convolutional: bool,
+    /// The longest text, or an image.
+    pub sample: SampleSize,
 }
 
 /// One layer group.
@@ -55,10 +59,12 @@ pub struct GroupFacts {
     pub boundary_bytes_per_sample: u64,
     /// Bytes of one sample's values that its backward pass reads.
     pub saved_bytes_per_sample: u64,
+    /// The most bytes that its backward pass holds more than that, of one sample.
+    pub rise_bytes_per_sample: u64,
     /// The most bytes of one sample's values that are alive at one time while it only computes its outputs.
     pub alive_bytes_per_sample: u64,
-    /// Bytes of one sample's largest value.
-    pub largest_bytes_per_sample: u64,
+    /// Bytes of gradients of its weights that are copied to where they belong when its backward pass is done.
+    pub weight_gradient_bytes: u64,
     pub forward: Work,
     /// Where a group below is trained, too.
     pub backward: Work,
@@ -116,8 +122,8 @@ pub fn plan(spec: &RunSpec, graph: &GraphFacts, data: &DataFacts) -> Result<Plan
     let steps_per_epoch = sampler::steps_per_epoch(spec.global_batch_size, &data.shard_sizes);
     let mut thawed = vec![false; graph.groups.len()];
     let mut stages = Vec::with_capacity(drafts.len());
-    for (index, draft) in drafts.iter().enumerate() {
-        stages.push(stage(spec, graph, &levels, draft, index == 0, steps_per_epoch, &data.summary, &mut thawed));
+    for index in 0..drafts.len() {
+        stages.push(stage(spec, graph, &levels, &drafts, index, steps_per_epoch, &data.summary, &mut thawed));
     }
     data_notes(spec, data, &mut notes);
     Ok(Plan {
@@ -230,12 +236,14 @@ fn stage(
     spec: &RunSpec,
     graph: &GraphFacts,
     levels: &Levels,
-    draft: &Draft,
-    first: bool,
+    drafts: &[Draft],
+    index: usize,
     steps_per_epoch: u32,
     data: &DataSummary,
     thawed: &mut [bool],
 ) -> PlannedStage {
+    let draft = &drafts[index];
+    let before = index.checked_sub(1).map(|before| drafts[before].groups.as_slice());
     let mut thawed_groups = Vec::new();
     for &group in &draft.groups {
         if !std::mem::replace(&mut thawed[group], true) {
@@ -249,6 +257,7 @@ fn stage(
     }
     let by_epochs = until.max_epochs.map_or(u32::MAX, |epochs| epochs.saturating_mul(steps_per_epoch));
     let max_steps = by_epochs.min(until.max_steps.unwrap_or(u32::MAX));
+    let later: Vec<usize> = drafts[index + 1..].iter().filter_map(|later| later.groups.first().copied()).collect();
     let schedule = draft.scheduler.kind.unwrap_or(match until.early_stopping {
         Some(_) => LrSchedulerType::Constant,
         None => LrSchedulerType::Linear,
@@ -257,13 +266,24 @@ fn stage(
         name: draft.name.clone(),
         trainable_groups: draft.groups.iter().copied().map(group_index).collect(),
         learning_rates: rates::of_stage(spec, graph, levels, draft, backbone_thawed),
-        on_enter: if first { OnEnter::Keep } else { draft.on_enter },
+        on_enter: if before.is_none() { OnEnter::Keep } else { draft.on_enter },
         schedule,
         warmup_steps: schedule::warmup_steps(schedule, given_warmup(&draft.scheduler, max_steps), max_steps),
         max_steps,
         trainable_parameters: cost::trainable_parameters(graph, &draft.groups),
         all_reduce_bytes: cost::all_reduce_bytes(spec, graph, &draft.groups),
-        memory_bytes: cost::memory_bytes(spec, graph, &draft.groups, thawed, data.eval_samples),
+        memory_bytes: memory::bytes(
+            spec,
+            graph,
+            &memory::Stage {
+                groups: &draft.groups,
+                before,
+                thawed,
+                later: &later,
+                goes_on_after_an_evaluation: spec.eval_steps.unwrap_or(steps_per_epoch) < max_steps,
+                eval_samples: data.eval_samples,
+            },
+        ),
         boundary_bytes_per_sample: cost::boundary_bytes_per_sample(graph, &draft.groups),
         cost: cost::of_stage(
             spec,

@@ -197,8 +197,8 @@ fn costs_follow_format_and_optimizer() {
     let stage = |changes| plan_of(&spec(changes)).stages[1].clone();
     let single = stage(json!({}));
     assert_eq!((single.trainable_parameters, single.all_reduce_bytes), (1036, 4144));
-    // Eight samples: what three groups keep, the boundary, and two gradients of the largest value.
-    let activations = 8 * (3 * 1000 + 512 + 2 * 300);
+    // Eight samples at the head's backward: what three groups keep, what the boundary gives, the rise; the head's weights' gradients.
+    let activations = 8 * (512 + 3 * 1000 + 300) + 40;
     // Gradients, in which they are summed, and two moments; the best weights with their moments.
     assert_eq!(single.memory_bytes, 4 * 11_036 + (3 + 3) * 4144 + activations);
     let mut other = spec(json!({}));
@@ -209,9 +209,10 @@ fn costs_follow_format_and_optimizer() {
     (other.workers.max, other.logical_shards) = (2, 3);
     assert!(cost::gives_several_parts(&other), "the second one has shards 1 and 2, and the tree joins 0 and 1 first");
     let checkpointed = stage(json!({"activation_checkpointing": true}));
-    assert_eq!(single.memory_bytes - checkpointed.memory_bytes, 8 * (2 * 1000 - 3 * 512));
+    assert_eq!(single.memory_bytes - checkpointed.memory_bytes, 8 * (2 * 1000 - 2 * 512));
     assert_eq!(stage(json!({"precision": "fp64"})).all_reduce_bytes, 8288);
-    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 6 * 4144 + 2 * 11_036 + activations / 2);
+    let halves = 8 * (512 + 3 * 1000 + 300) / 2 + 40;
+    assert_eq!(stage(json!({"precision": "bf16"})).memory_bytes, 4 * 11_036 + 6 * 4144 + 2 * 11_036 + halves);
     let sgd = stage(json!({"optimizer": {"sgd": {"weight_decay": 0.0, "momentum": 0.0, "nesterov": false}}}));
     assert_eq!(sgd.memory_bytes, 4 * 11_036 + (1 + 1) * 4144 + activations);
 }
@@ -249,6 +250,28 @@ fn work_4_a_step_is_forward_backward_sum_and_update() {
     let stages = json!([stage_json("a", &["head", "encoder.layer.5"]), stage_json("b", &["head"])]);
     let plan = plan_of(&spec(json!({"strategy": "custom", "stages": stages})));
     assert_eq!(plan.stages[1].cost.work.flops, 8 * (2 * (10 + 6 * 4000 + 50 + 33) + 3 * 33));
+}
+
+/// Which moment is the fullest (MEM-3), and whose the best weights are by then (MEM-4).
+#[test]
+fn mem_3_and_4_follow_the_stage() {
+    let of = |changes: serde_json::Value, stage: usize| plan_of(&spec(changes)).stages[stage].memory_bytes;
+    let weights = 4 * 11_036;
+    // The head, 36 weights: a chunk of 16 texts of 64 tokens through the prefix, and the boundaries of the later stages.
+    let chunk = 16 * (64 * 24 + 600 + 4 * 512);
+    assert_eq!(of(json!({}), 0), weights + (4 + 3) * 4 * 36 + chunk);
+    let larger = json!({"prefix_cache": {"mode": "auto", "chunk_size": 32}});
+    assert_eq!(of(larger, 0), weights + 7 * 4 * 36 + 2 * chunk);
+    // Without a cache every batch has the prefix; an evaluation is the largest, with all its 20 samples' inputs.
+    let off = json!({"prefix_cache": {"mode": "off"}});
+    assert_eq!(of(off, 0), weights + 7 * 4 * 36 + 20 * (64 * 24 + 600));
+    // A stage of one evaluation, at its end: a step has the best weights of the stage before, with their moments.
+    let short = json!({"until": {"max_epochs": 1, "max_steps": null, "early_stopping": null}});
+    let (two, three) = (1036 + 1000, 1036 + 3000);
+    let step = 8 * (512 + 6 * 1000 + 300) + 40;
+    assert_eq!(of(short, 3), weights + 4 * three * (4 + 1) + 4 * two * 2 + step);
+    // Of several: its own.
+    assert_eq!(of(json!({}), 3), weights + 4 * three * (4 + 1) + 4 * three * 2 + step);
 }
 
 #[test]
@@ -327,7 +350,7 @@ fn data_that_cannot_be_trained_on_is_refused() {
     let found: Vec<String> =
         plan(&spec(json!({})), &graph(), &facts).unwrap_err().0.iter().map(|mistake| mistake.path.clone()).collect();
     assert_eq!(found, ["data.train", "data.train", "data.eval", "logical_shards"]);
-    let empty = GraphFacts { groups: Vec::new(), feature_size: 0, convolutional: false };
+    let empty = GraphFacts { groups: Vec::new(), feature_size: 0, ..graph() };
     assert_eq!(plan(&spec(json!({})), &empty, &data()).unwrap_err().0.len(), 2);
 }
 

@@ -1,23 +1,18 @@
 //! The shapes a prefix is computed in: functions of a sample's length and the spec, of nothing else (PFX-1).
 
 use crate::trainer::job::Job;
+use thaw_core::prefix::{SampleSize, chunk_samples};
 use thaw_data::index::Part;
 use thaw_graph::ir::Dim;
 
 /// Texts are padded up to a multiple of this.
 const TOKEN_STEP: usize = 16;
-/// Tokens of a chunk, about: enough for a matrix product to run at full speed, few enough that a rare length wastes little.
-const CHUNK_TOKENS: usize = 1024;
-/// Elements of a chunk of images, about (eight of 3 x 224 x 224).
-const CHUNK_ELEMENTS: usize = 8 * 3 * 224 * 224;
-/// Samples of a chunk, at least and at most.
-const CHUNK_SAMPLES: (usize, usize) = (8, 64);
 
 /// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Shapes {
     /// Samples per chunk, where the spec says.
-    given: Option<usize>,
+    given: Option<u32>,
     kind: Kind,
 }
 
@@ -50,7 +45,7 @@ impl Shapes {
                 Kind::Images { elements: usize::try_from(elements).unwrap_or(1).max(1) }
             }
         };
-        Self { given: job.spec.prefix_cache.chunk_size.map(|size| size as usize), kind }
+        Self { given: job.spec.prefix_cache.chunk_size, kind }
     }
 
     pub(super) fn are_texts(&self) -> bool {
@@ -70,11 +65,11 @@ impl Shapes {
 
     /// Samples of a chunk of that class.
     pub(super) fn samples(&self, class: usize) -> usize {
-        let derived = match &self.kind {
-            Kind::Texts { .. } => CHUNK_TOKENS / class.max(1),
-            Kind::Images { elements } => CHUNK_ELEMENTS / elements,
+        let size = match &self.kind {
+            Kind::Texts { .. } => SampleSize::Tokens(class as u64),
+            Kind::Images { elements } => SampleSize::Elements(*elements as u64),
         };
-        self.given.unwrap_or(derived.clamp(CHUNK_SAMPLES.0, CHUNK_SAMPLES.1))
+        usize::try_from(chunk_samples(self.given, size)).expect("a chunk is a number of samples that fit in memory")
     }
 
     /// How many samples to look ahead for companions of a chunk.
