@@ -269,6 +269,7 @@ fn weight_gradients(graph: &Graph, segment: &Segment) -> u64 {
 mod tests {
     use super::*;
     use crate::ir::Argument;
+    use crate::test_support::Builder;
 
     #[test]
     fn what_a_backward_reads_is_kept() {
@@ -287,5 +288,50 @@ mod tests {
         assert_eq!(keeps(&node("aten::relu_", &[("self", 1)], 3)), [ValueId(3)]);
         assert_eq!(keeps(&node("aten::add", &[("self", 1), ("other", 2)], 3)), []);
         assert_eq!(keeps(&node("aten::batch_norm", &[("input", 1), ("weight", 2)], 3)), [ValueId(1)]);
+    }
+
+    fn tensors(arguments: &[(&'static str, ValueId)]) -> Vec<(&'static str, Arg)> {
+        arguments.iter().map(|&(name, value)| (name, Arg::Tensor(value))).collect()
+    }
+
+    /// Two samples; eight features, 32 bytes a sample, through a layer, dropout and gelu, then a layer beside which they pass, and tanh.
+    #[test]
+    fn mem_1_a_step_by_hand() {
+        let mut builder = Builder::new();
+        builder.segment("a", &[]);
+        let x = builder.input(&[2, 4]);
+        let h = builder.linear(x, 2, 4, 8);
+        let dropout = [("input", Arg::Tensor(h)), ("p", Arg::Float(0.1)), ("train", Arg::Bool(true))];
+        let d = builder.node("dropout", &dropout, &[2, 8]);
+        let g = builder.node("gelu", &tensors(&[("self", d)]), &[2, 8]);
+        builder.segment("b", &[g]);
+        let z = builder.linear(g, 2, 8, 8);
+        let s = builder.node("add", &tensors(&[("self", z), ("other", g)]), &[2, 8]);
+        let t = builder.node("tanh", &tensors(&[("self", s)]), &[2, 8]);
+        let found = activations(&builder.finish(t), None);
+        // What gelu reads, a byte for each of eight elements, and what crosses the cut. Two gradients at gelu. The layer's result and gelu's:
+        // without training, dropout makes nothing.
+        assert_eq!(found[0], Activations { saved: 32 + 8 + 32, rise: 64, alive: 64, weight_gradients: 0 });
+        // Tanh's result; two gradients; at the sum, both of its operands and itself.
+        assert_eq!(found[1], Activations { saved: 32, rise: 64, alive: 96, weight_gradients: 0 });
+    }
+
+    #[test]
+    fn attention_keeps_its_weights_only_with_dropout() {
+        let saved = |share: f64| {
+            let mut builder = Builder::new();
+            builder.segment("a", &[]);
+            let x = builder.input(&[2, 3, 5, 4]);
+            let weight = builder.parameter(&[4]);
+            let q = builder.node("mul", &tensors(&[("self", x), ("other", weight)]), &[2, 3, 5, 4]);
+            let mut arguments = tensors(&[("query", q), ("key", q), ("value", q)]);
+            arguments.push(("dropout_p", Arg::Float(share)));
+            let made = builder.node("scaled_dot_product_attention", &arguments, &[2, 3, 5, 4]);
+            activations(&builder.finish(made), None)[0]
+        };
+        // The result and what it is made of, 240 bytes each; the scale's four gradients wait for their place.
+        assert_eq!((saved(0.0).saved, saved(0.0).weight_gradients), (2 * 240, 16));
+        // Queries and keys once more, and 3 x 5 x 5 weights: before and after, and a byte each.
+        assert_eq!(saved(0.1).saved, 2 * 240 + 2 * 240 + 9 * 75);
     }
 }

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Builder, Weights, same_bits};
+use thaw_graph::Activations;
 use thaw_graph::ir::{Arg, DType};
 use thaw_graph::segment::SegmentedGraph;
 use thaw_torch::model::Options;
@@ -35,6 +36,13 @@ fn deep() -> SegmentedGraph {
     builder.finish(value)
 }
 
+/// The most that a backward pass holds, going down from each segment.
+fn planned(groups: &[Activations]) -> u64 {
+    let kept = |top: usize| groups[..=top].iter().map(|group| group.saved).sum::<u64>();
+    let most = (0..groups.len()).map(|top| kept(top) + groups[top].rise).max().unwrap();
+    most * u64::try_from(ROWS).unwrap()
+}
+
 /// The most that a step holds beyond what was there before it, and its gradients.
 fn step(model: &mut SegmentedModel, x: &Tensor, labels: &Tensor) -> (u64, Vec<Tensor>) {
     runtime::manual_seed(5).unwrap();
@@ -51,6 +59,7 @@ fn checkpointing_holds_one_segments_activations_and_gives_the_same_gradients() {
     assert!(runtime::keep_memory());
     runtime::set_num_threads(1).unwrap();
     let graph = deep();
+    let activations = thaw_graph::activations(&graph, None);
     let weights = Weights::random(&graph.graph);
     let options = Options::new(Precision::Fp32, Device::Cpu);
     let mut model = SegmentedModel::new(graph, &mut |name| weights.read(name), options).unwrap();
@@ -58,6 +67,9 @@ fn checkpointing_holds_one_segments_activations_and_gives_the_same_gradients() {
     let x = Tensor::randn([ROWS, WIDTH], (Kind::Float, Device::Cpu));
     let labels = Tensor::zeros([ROWS], (Kind::Int64, Device::Cpu));
     let (whole, expected) = step(&mut model, &x, &labels);
+    let planned = planned(&activations);
+    let ratio = whole as f64 / planned as f64;
+    assert!((ratio - 1.0).abs() < 0.05, "a step holds {whole} bytes, {planned} by the graph");
     model.set_activation_checkpointing(true);
     let (checkpointed, found) = step(&mut model, &x, &labels);
     assert!(found.iter().zip(&expected).all(|(left, right)| same_bits(left, right)));
