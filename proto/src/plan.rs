@@ -77,7 +77,7 @@ pub struct StageCost {
     /// Per trainer.
     pub optimizer_bytes: u64,
     pub checkpoint_bytes: u64,
-    /// For all samples, at the exported sizes.
+    /// For all samples and their views, at the exported sizes.
     pub cache_bytes: u64,
     /// Zeros in plans of the first versions.
     #[serde(default)]

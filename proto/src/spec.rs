@@ -147,11 +147,22 @@ pub struct PrefixCache {
     pub disk_mib: Option<u32>,
     /// Samples that a prefix is computed for at a time; `None`: by the size of a sample.
     pub chunk_size: Option<u32>,
+    /// Draws of each augmented sample; `None`: a new one in every epoch.
+    #[serde(default)]
+    pub views: Option<u32>,
+}
+
+impl RunSpec {
+    /// Random changes of training images.
+    #[must_use]
+    pub fn augmentation(&self) -> Option<&ImageAugmentation> {
+        self.data.image.as_ref()?.augmentation.as_ref()
+    }
 }
 
 impl Default for PrefixCache {
     fn default() -> Self {
-        Self { mode: PrefixCacheMode::Auto, memory_mib: None, disk_mib: None, chunk_size: None }
+        Self { mode: PrefixCacheMode::Auto, memory_mib: None, disk_mib: None, chunk_size: None, views: None }
     }
 }
 
@@ -277,6 +288,47 @@ pub struct ImageTransform {
     /// One entry per channel (1 or 3).
     pub mean: Vec<f64>,
     pub std: Vec<f64>,
+    /// Of training images only.
+    #[serde(default)]
+    pub augmentation: Option<ImageAugmentation>,
+}
+
+/// Random changes of an image; at least one is at work.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ImageAugmentation {
+    pub random_resized_crop: Option<RandomRectangle>,
+    /// Probability.
+    pub horizontal_flip: f64,
+    pub color_jitter: Option<ColorJitter>,
+    pub random_erasing: Option<RandomErasing>,
+}
+
+/// Bounds of a random rectangle within an image.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RandomRectangle {
+    /// Smallest and largest share of the area.
+    pub scale: [f64; 2],
+    /// Smallest and largest ratio of its sides; which over which is its user's.
+    pub ratio: [f64; 2],
+}
+
+/// Widths of the factors' intervals around 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ColorJitter {
+    pub brightness: f64,
+    pub contrast: f64,
+    pub saturation: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RandomErasing {
+    pub probability: f64,
+    /// Ratios are height over width.
+    pub rectangle: RandomRectangle,
 }
 
 /// At least one bound is present.

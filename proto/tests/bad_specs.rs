@@ -252,6 +252,62 @@ fn data_rules() {
 }
 
 #[test]
+fn augmentation_rules() {
+    let spec = |more: &str, image: &str| {
+        let source = "train: {path: /d, format: image_folder}";
+        let start = format!("name: a\nbackbone: {{graph: /m.pt2}}\nglobal_batch_size: 8\n{more}");
+        mistakes(&format!("{start}data: {{{source}, image: {{augmentation: {image}}}}}\n"))
+    };
+    let table = [
+        (
+            "{}",
+            "data.image.augmentation: changes nothing: give random_resized_crop, horizontal_flip, color_jitter or random_erasing, or leave it out (line 4)",
+        ),
+        (
+            "{horizontal_flip: 1.5}",
+            "data.image.augmentation.horizontal_flip: must be in [0, 1], not 1.5; leave it out for 0 (line 4)",
+        ),
+        (
+            "{random_resized_crop: {scale: [0.5], ratio: [2, 1]}}",
+            "data.image.augmentation.random_resized_crop.scale: must have two numbers (smallest, largest), not 1 (line 4)\n\
+             data.image.augmentation.random_resized_crop.ratio: must ascend (smallest, largest), not 2, 1: exchange the two (line 4)",
+        ),
+        (
+            "{random_resized_crop: {scale: [0, 1]}}",
+            "data.image.augmentation.random_resized_crop.scale[0]: must be in (0, 1], not 0; leave it out for 0.08 (line 4)",
+        ),
+        (
+            "{color_jitter: {contrast: 0}}",
+            "data.image.augmentation.color_jitter: changes nothing: give brightness, contrast or saturation above 0, or leave it out (line 4)",
+        ),
+        (
+            "{color_jitter: {brightness: 2}}",
+            "data.image.augmentation.color_jitter.brightness: must be in [0, 1], not 2; leave it out for 0 (line 4)",
+        ),
+        (
+            "{random_erasing: {probability: 0, ratio: [0.001, 1]}}",
+            "data.image.augmentation.random_erasing.probability: must be in (0, 1], not 0; leave it out for 0.5 (line 4)\n\
+             data.image.augmentation.random_erasing.ratio[0]: must be in [0.01, 100], not 0.001; leave it out for 0.3 (line 4)",
+        ),
+    ];
+    for (image, expected) in table {
+        assert_eq!(spec("", image), expected, "{image}");
+    }
+    assert_eq!(
+        spec("", "{color_jitter: {saturation: 0.1}}, mean: [0.5], std: [0.5]"),
+        "data.image.augmentation.color_jitter.saturation: needs three channels, and data.image.mean has one (grey): leave it out (line 4)"
+    );
+    assert_eq!(
+        spec("prefix_cache: {views: 0}\n", "{horizontal_flip: 0.5}"),
+        "prefix_cache.views: must be in 1-256, not 0; leave it out for a new draw in every epoch (line 4)"
+    );
+    assert_eq!(
+        mistakes(&format!("{GOOD}prefix_cache: {{views: 2}}\n")),
+        "prefix_cache.views: is 2, and samples that nothing changes have one view: set data.image.augmentation, or leave views out (line 5)"
+    );
+}
+
+#[test]
 fn a_relative_path_is_refused_without_a_folder() {
     let raw = text::parse_spec(&GOOD.replace("/m.pt2", "models/m.pt2")).unwrap();
     let violations = thaw_proto::convert::spec::check(&raw).unwrap_err();

@@ -104,6 +104,28 @@ fn policies_and_their_defaults() {
 }
 
 #[test]
+fn changes_of_images_and_their_defaults() {
+    let base =
+        "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\ndata: {train: {path: ../d, format: image_folder}";
+    assert_eq!(check(&format!("{base}}}\n")).augmentation(), None);
+    let full = check(&format!(
+        "{base}, image: {{augmentation: {{random_resized_crop: {{}}, horizontal_flip: 0.5, color_jitter: {{contrast: 0.4}}, \
+         random_erasing: {{scale: [0.1, 0.2]}}}}}}}}\nprefix_cache: {{views: 8}}\n"
+    ));
+    let found = full.augmentation().unwrap();
+    let crop = found.random_resized_crop.unwrap();
+    assert_eq!((crop.scale, crop.ratio), ([0.08, 1.0], [3.0 / 4.0, 4.0 / 3.0]));
+    let jitter = found.color_jitter.unwrap();
+    assert_eq!((jitter.brightness, jitter.contrast, jitter.saturation), (0.0, 0.4, 0.0));
+    let erasing = found.random_erasing.unwrap();
+    assert_eq!((erasing.probability, erasing.rectangle.scale, erasing.rectangle.ratio), (0.5, [0.1, 0.2], [0.3, 3.3]));
+    assert_eq!((found.horizontal_flip, full.prefix_cache.views), (0.5, Some(8)));
+    let raw = pb::RunSpec::from(&full);
+    assert_eq!(convert::spec::check(&text::parse_spec(&text::to_yaml(&raw)).unwrap()).unwrap(), full);
+    assert_eq!(convert::spec::check(&text::parse_spec(&text::to_json(&raw)).unwrap()).unwrap(), full);
+}
+
+#[test]
 fn a_part_with_its_own_source_takes_no_share() {
     let base = "name: a\nbackbone: {graph: m.pt2}\nglobal_batch_size: 8\n";
     let shares = |parts: &str| {

@@ -69,7 +69,7 @@ prop_compose! {
             ema: ema.map(|(decay, evaluate)| pb::Ema { decay, evaluate }),
             learning_rates,
             memory_format,
-            prefix_cache: Some(pb::PrefixCache { chunk_size, ..Default::default() }),
+            prefix_cache: Some(pb::PrefixCache { chunk_size, views: steps, ..Default::default() }),
             batch_norm: norm.map(|(frozen_groups, thawed_groups, minimum_batch)| pb::BatchNorm { frozen_groups, thawed_groups, minimum_batch }),
             lr_scheduler: scheduler.map(|(kind, warmup_steps, warmup_ratio, factor, patience)| {
                 pb::LrScheduler { r#type: kind, warmup_steps, warmup_ratio, factor, patience }
@@ -112,12 +112,32 @@ prop_compose! {
 }
 
 prop_compose! {
+    /// Changes of images, right or wrong.
+    fn raw_augmentation()(
+        flip in option::of(not_nan()), crop in option::of((bounds(), bounds())), erasing in option::of((option::of(not_nan()), bounds(), bounds())),
+        jitter in option::of((option::of(not_nan()), option::of(not_nan()), option::of(not_nan()))),
+    ) -> pb::ImageAugmentation {
+        pb::ImageAugmentation {
+            random_resized_crop: crop.map(|(scale, ratio)| pb::RandomResizedCrop { scale, ratio }),
+            horizontal_flip: flip,
+            color_jitter: jitter.map(|(brightness, contrast, saturation)| pb::ColorJitter { brightness, contrast, saturation }),
+            random_erasing: erasing.map(|(probability, scale, ratio)| pb::RandomErasing { probability, scale, ratio }),
+        }
+    }
+}
+
+fn bounds() -> impl Strategy<Value = Vec<f64>> {
+    prop::collection::vec(not_nan(), 0..4)
+}
+
+prop_compose! {
     /// Any message, right or wrong.
     fn raw_spec()(
         name in any_text(), graph in any_text(), hidden in prop::collection::vec(any::<u32>(), 0..3), train in source(),
         eval in option::of(source()), shares in option::of((0.0..1.0f64, 0.0..1.0f64)), strategy in 0..6, batch in any::<u32>(),
         rate in option::of(any::<f64>()), seed in any::<u64>(), stages in prop::collection::vec(stage(), 0..3),
         flag in option::of(any::<bool>()), mean in prop::collection::vec(any::<f64>(), 0..4), policies in raw_policies(),
+        augmentation in option::of(raw_augmentation()),
     ) -> pb::RunSpec {
         pb::RunSpec {
             name,
@@ -130,7 +150,7 @@ prop_compose! {
                 train: Some(train),
                 eval,
                 split: shares.map(|(train, eval)| pb::Split { train, eval, test: 1.0 - train - eval, stratified: flag }),
-                image: Some(pb::ImageTransform { mean: mean.into_iter().filter(|mean| !mean.is_nan()).collect(), ..Default::default() }),
+                image: Some(pb::ImageTransform { mean: mean.into_iter().filter(|mean| !mean.is_nan()).collect(), augmentation, ..Default::default() }),
                 ..Default::default()
             }),
             strategy,
@@ -151,6 +171,7 @@ prop_compose! {
         decay in option::of(0.01..=1.0f64), epochs in option::of(1..100u32), stopping in option::of((0..4, 1..9u32)),
         min in option::of(1..4u32), max in option::of(4..9u32), images in any::<bool>(), own_eval in any::<bool>(),
         sgd in any::<bool>(), seed in any::<u64>(), shards in option::of(8..9u32), policies in good_policies(),
+        (flip, views) in (option::of(0.01..=1.0f64), option::of(1..=256u32)),
     ) -> pb::RunSpec {
         let source = || pb::DataSource {
             path: "/d".into(),
@@ -164,7 +185,21 @@ prop_compose! {
         pb::RunSpec {
             name,
             backbone: Some(pb::Backbone { graph: "s3://models/m.pt2".into(), ..Default::default() }),
-            data: Some(pb::Data { train: Some(source()), eval: own_eval.then(source), ..Default::default() }),
+            data: Some(pb::Data {
+                train: Some(source()),
+                eval: own_eval.then(source),
+                image: flip.filter(|_| images).map(|flip| pb::ImageTransform {
+                    augmentation: Some(pb::ImageAugmentation {
+                        horizontal_flip: Some(flip),
+                        random_resized_crop: sgd.then(Default::default),
+                        random_erasing: own_eval.then(Default::default),
+                        color_jitter: sgd.then_some(pb::ColorJitter { saturation: Some(flip), ..Default::default() }),
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            prefix_cache: views.filter(|_| images && flip.is_some()).map(|views| pb::PrefixCache { views: Some(views), ..Default::default() }),
             strategy,
             global_batch_size: batch,
             precision,

@@ -6,6 +6,7 @@
 //! - TREE-1: sums over shards are taken in one fixed binary tree, so they have the same bits at every world size.
 
 use std::ops::Range;
+use thaw_proto::spec::RunSpec;
 
 /// Rounds of the Feistel network: enough that every output bit depends on every input bit at any width.
 const ROUNDS: usize = 8;
@@ -127,6 +128,13 @@ pub fn shard_seed(seed: u64, step: u64, shard: u32) -> i64 {
     i64::from_le_bytes(first) & i64::MAX
 }
 
+/// Which draw of the spec's random changes every training sample takes in an epoch, counted from the run's start; `None` where nothing changes.
+#[must_use]
+pub fn view(spec: &RunSpec, epoch: u32) -> Option<u32> {
+    spec.augmentation()?;
+    Some(spec.prefix_cache.views.map_or(epoch, |views| epoch % views.max(1)))
+}
+
 /// Shards that a rank runs: `[rank * S / W, (rank + 1) * S / W)`. Empty where there are more ranks than shards.
 #[must_use]
 pub fn ranks_shards(rank: u32, world: u32, shards: u32) -> Range<u32> {
@@ -187,6 +195,7 @@ pub mod tree {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use serde_json::json;
     use std::collections::BTreeSet;
 
     #[test]
@@ -200,6 +209,22 @@ mod tests {
     // Changing these changes every run's result: they may change only with the API's version.
     const GOLDEN_ORDER: [u32; 10] = [5, 4, 6, 3, 8, 9, 0, 7, 2, 1];
     const GOLDEN_SEEDS: [i64; 3] = [5033027887019559995, 4748423348240702881, 5499617546501209346];
+
+    #[test]
+    fn views_come_in_turn_and_new_ones_without_end() {
+        let views = |augmentation: serde_json::Value, views: Option<u32>| {
+            let mut spec = serde_json::to_value(crate::test_support::spec(json!({}))).unwrap();
+            spec["data"]["image"] = json!({"size": 8, "mean": [0.5], "std": [0.5], "augmentation": augmentation});
+            spec["prefix_cache"]["views"] = json!(views);
+            let spec = serde_json::from_value(spec).unwrap();
+            (0..5).map(|epoch| view(&spec, epoch)).collect::<Vec<_>>()
+        };
+        let flips =
+            json!({"random_resized_crop": null, "horizontal_flip": 0.5, "color_jitter": null, "random_erasing": null});
+        assert_eq!(views(flips.clone(), Some(2)), [0, 1, 0, 1, 0].map(Some));
+        assert_eq!(views(flips, None), [0, 1, 2, 3, 4].map(Some));
+        assert_eq!(views(json!(null), Some(1)), [None; 5]);
+    }
 
     #[test]
     fn batches_add_up_to_the_global_batch() {

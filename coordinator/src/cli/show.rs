@@ -190,7 +190,7 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
     let _ = write!(
         text,
         "{groups}\n{stages}\n{costs}\n\
-         flops a step: of all trainers, from the stage's second epoch on, when the frozen prefix costs nothing; no engine can go below that. \
+         flops a step: of all trainers, when the frozen prefix costs nothing, as from the stage's second epoch on where nothing is augmented; no engine can go below that. \
          time of a step: of the longest stage's, on a common processor core; thaw verify has it in seconds, from a run's first two stages. \
          cache gains: how much faster that makes a step, at most."
     );

@@ -94,7 +94,7 @@ fn check_fit(spec: &RunSpec, archive: &Archive, summary: &Summary, index: &Index
         fit::tokenizer(spec, archive).map_err(|error| Violations::one("data.train.tokenizer", chain(&error)))?;
     let dataset = Dataset::open(index.clone(), &fit::data(spec, summary), tokenizer.as_deref(), &fit::wants(summary))
         .map_err(|error| Violations::one(fit_path(&error), chain(&error)))?;
-    let batch = dataset.load(Part::Train, &[0]).map_err(|error| Violations::one("data.train", chain(&error)))?;
+    let batch = dataset.load(Part::Train, &[0], None).map_err(|error| Violations::one("data.train", chain(&error)))?;
     let mut violations = Violations::default();
     for (array, input) in batch.inputs.iter().zip(&summary.inputs) {
         let ranks_differ = array.shape.len() != input.shape.len();

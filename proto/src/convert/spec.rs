@@ -2,6 +2,7 @@
 //!
 //! What depends on the graph or the data (that a stage names a group, that classes agree) is the planner's.
 
+mod augmentation;
 mod data;
 mod policies;
 mod stage;
@@ -352,6 +353,18 @@ fn prefix_cache(at: &mut Checker, spec: &pb::RunSpec) -> PrefixCache {
         memory_mib: at.whole_or_none("memory_mib", raw.memory_mib, 0..=MOST_MIB, free),
         disk_mib: at.whole_or_none("disk_mib", raw.disk_mib, 0..=MOST_MIB, free),
         chunk_size: at.whole_or_none("chunk_size", raw.chunk_size, 1..=4096, "a size that suits the samples"),
+        views: {
+            let image = spec.data.as_ref().and_then(|data| data.image.as_ref());
+            if let Some(views @ 2..) = raw.views
+                && image.is_none_or(|image| image.augmentation.is_none())
+            {
+                at.refuse(
+                    "views",
+                    format!("is {views}, and samples that nothing changes have one view: set data.image.augmentation, or leave views out"),
+                );
+            }
+            at.whole_or_none("views", raw.views, 1..=256, "a new draw in every epoch")
+        },
     }
 }
 

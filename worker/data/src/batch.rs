@@ -1,7 +1,8 @@
 //! Micro-batches: the arrays a graph takes, in plain vectors.
 //!
-//! `DATA-3`: what `load` gives depends on the index, the part and the positions, and on nothing else.
+//! `DATA-3`: what `load` gives depends on the index, the part, the positions and the view, and on nothing else.
 
+use crate::augment::{self, Draw, View};
 use crate::image::Transform;
 use crate::index::{self, Index, Part, Source, csv_text, jsonl_text};
 use crate::text::{Tokenizer, Tokens};
@@ -158,11 +159,12 @@ impl Dataset {
         &self.0.index
     }
 
-    /// The samples at `positions` of a part, in that order. No positions give arrays of zero rows.
+    /// The samples at `positions` of a part, in that order: as they are, or that view of each, where images change at random. No positions
+    /// give arrays of zero rows.
     ///
     /// # Errors
     /// Unreadable, changed or undecodable files, by name; a position beyond the part.
-    pub fn load(&self, part: Part, positions: &[u32]) -> Result<Batch, Error> {
+    pub fn load(&self, part: Part, positions: &[u32], view: Option<View>) -> Result<Batch, Error> {
         let index = &self.0.index;
         let mut labels = Vec::with_capacity(positions.len());
         let mut records = Vec::with_capacity(positions.len());
@@ -173,7 +175,7 @@ impl Dataset {
         }
         let (inputs, lengths) = match &self.0.preparation {
             Preparation::Text { tokenizer, .. } => self.load_texts(part, &records, tokenizer)?,
-            Preparation::Images(transform) => (vec![self.load_images(part, &records, transform)?], Vec::new()),
+            Preparation::Images(transform) => (vec![self.load_images(part, &records, view, transform)?], Vec::new()),
         };
         Ok(Batch { inputs, labels, samples: positions.to_vec(), lengths })
     }
@@ -220,9 +222,21 @@ impl Dataset {
         let source = self.0.index.source(part);
         let preparation = match &self.0.preparation {
             Preparation::Text { identity, .. } => identity.to_hex().to_string(),
-            Preparation::Images(transform) => format!("{transform:?}"),
+            Preparation::Images(ImageTransform { size, mean, std, .. }) => {
+                format!("ImageTransform {{ size: {size:?}, mean: {mean:?}, std: {std:?} }}")
+            }
         };
         format!("{} {:?} {:?} {preparation}", source.hash, source.format, source.text)
+    }
+
+    /// What the views of a part's records hold: the same for equal records, changes and seeds. `None` where nothing changes.
+    #[must_use]
+    pub fn views_identity(&self, part: Part) -> Option<String> {
+        let augmentation = match &self.0.preparation {
+            Preparation::Text { .. } => None,
+            Preparation::Images(transform) => transform.augmentation.as_ref(),
+        }?;
+        Some(format!("{} changed by {augmentation:?} with seed {}", self.records_identity(part), self.0.index.seed()))
     }
 
     fn load_texts(
@@ -251,7 +265,13 @@ impl Dataset {
         text.ok_or_else(|| Error::Changed { path: source.path.clone(), record })
     }
 
-    fn load_images(&self, part: Part, records: &[u32], spec: &ImageTransform) -> Result<InputArray, Error> {
+    fn load_images(
+        &self,
+        part: Part,
+        records: &[u32],
+        view: Option<View>,
+        spec: &ImageTransform,
+    ) -> Result<InputArray, Error> {
         let source = self.0.index.source(part);
         let mut transform = Transform::new(spec).map_err(|source| Error::Transform { source })?;
         let mut planes = Vec::new();
@@ -261,7 +281,14 @@ impl Dataset {
                 Ok(bytes) => bytes,
                 Err(source) => return Err(Error::Read { path, source }),
             };
-            transform.apply(&bytes, &mut planes).map_err(|source| Error::Image { path, source })?;
+            let draw = |width, height| match (&spec.augmentation, view) {
+                (Some(augmentation), Some(view)) => {
+                    let key = augment::Key { seed: self.0.index.seed(), record: *record, view };
+                    augment::draw(augmentation, key, width, height, spec.size)
+                }
+                (Some(_) | None, _) => Draw::default(),
+            };
+            transform.apply_changed(&bytes, draw, &mut planes).map_err(|source| Error::Image { path, source })?;
         }
         let mut shape = vec![records.len() as i64];
         shape.extend(transform.shape());

@@ -3,6 +3,7 @@
 //!
 //! Only PNG and JPEG, recognized by their first bytes, never by name.
 
+use crate::augment::{self, Draw};
 use fast_image_resize::images::Image;
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::{DynamicImage, GrayImage, ImageFormat, ImageReader};
@@ -75,6 +76,19 @@ impl Transform {
     /// # Errors
     /// Where the bytes are no image that decodes.
     pub fn apply(&mut self, bytes: &[u8], planes: &mut Vec<f32>) -> Result<(), Error> {
+        self.apply_changed(bytes, |_, _| Draw::default(), planes)
+    }
+
+    /// The same of an image that changes by what `draw` says for its width and height.
+    ///
+    /// # Errors
+    /// As [`Transform::apply`].
+    pub fn apply_changed(
+        &mut self,
+        bytes: &[u8],
+        draw: impl FnOnce(u32, u32) -> Draw,
+        planes: &mut Vec<f32>,
+    ) -> Result<(), Error> {
         let decoded = decode_all(bytes)?;
         let (width, height) = (decoded.width(), decoded.height());
         if width == 0 || height == 0 {
@@ -84,13 +98,30 @@ impl Transform {
             1 => (gray(decoded).into_raw(), PixelType::U8),
             _ => (decoded.into_rgb8().into_raw(), PixelType::U8x3),
         };
-        let pixels = self.resize(pixels, kind, width, height)?;
         let channels = self.mean.len();
+        let draw = draw(width, height);
+        let mut pixels = match draw.crop {
+            Some(part) => {
+                let part_alone = augment::cropped(&pixels, channels, width, part);
+                self.resize(part_alone, kind, part.width, part.height)?
+            }
+            None => self.resize(pixels, kind, width, height)?,
+        };
+        if draw.flip {
+            augment::flip(&mut pixels, channels, self.size);
+        }
+        for (tint, factor) in draw.tints {
+            augment::tint(&mut pixels, channels, tint, factor);
+        }
+        let start = planes.len();
         planes.reserve(pixels.len());
         for (channel, (mean, std)) in self.mean.iter().zip(&self.std).enumerate() {
             planes.extend(
                 pixels.iter().skip(channel).step_by(channels).map(|value| (f32::from(*value) / 255.0 - mean) / std),
             );
+        }
+        if let Some(part) = draw.erased {
+            augment::erase(&mut planes[start..], self.size, part);
         }
         Ok(())
     }
@@ -132,18 +163,12 @@ fn has_end(bytes: &[u8], format: ImageFormat) -> bool {
     tail.windows(marker.len()).any(|window| window == marker)
 }
 
-/// ITU-R 601 luma in 16-bit fixed point, as PIL's "L"; the decoder's own conversion weighs by Rec. 709.
+/// The decoder's own conversion weighs by Rec. 709; PIL's does not.
 fn gray(decoded: DynamicImage) -> GrayImage {
     if !decoded.color().has_color() {
         return decoded.into_luma8();
     }
     let colored = decoded.into_rgb8();
-    let luma = colored
-        .pixels()
-        .map(|pixel| {
-            let [red, green, blue] = pixel.0.map(u32::from);
-            ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16) as u8
-        })
-        .collect();
+    let luma = colored.pixels().map(|pixel| augment::grey(&pixel.0)).collect();
     GrayImage::from_raw(colored.width(), colored.height(), luma).expect("one value for each pixel")
 }

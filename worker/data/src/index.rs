@@ -110,6 +110,11 @@ pub fn build(spec: &Data, seed: u64, shards: u32) -> Result<Index, Error> {
 }
 
 impl Index {
+    /// What everything random of the run follows from.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Class names in label order.
     pub fn classes(&self) -> &[String] {
         &self.classes

@@ -8,6 +8,7 @@
 //! The first error ends the stream, at its own place in the order. Dropping stops and joins the threads: each ends after the batch
 //! it is loading. How long `next` waits is the caller's to measure ("data wait").
 
+use crate::augment::View;
 use crate::batch::{Batch, Dataset, Error};
 use crate::index::Part;
 use std::any::Any;
@@ -23,6 +24,8 @@ pub struct Work {
     pub part: Part,
     /// Positions within the part; may be empty.
     pub samples: Vec<u32>,
+    /// Which view of each; `None`: as they are.
+    pub view: Option<View>,
 }
 
 /// Batches in order, loaded ahead.
@@ -59,7 +62,7 @@ impl Prefetch {
     where
         W: Iterator<Item = Work> + Send + 'static,
     {
-        Self::spawn_with(move |work| dataset.load(work.part, &work.samples), work, depth, threads)
+        Self::spawn_with(move |work| dataset.load(work.part, &work.samples, work.view), work, depth, threads)
     }
 
     fn spawn_with<L, W>(load: L, work: W, depth: usize, threads: usize) -> io::Result<Self>
@@ -183,7 +186,7 @@ mod tests {
     }
 
     fn works(count: u32) -> impl Iterator<Item = Work> + Send + 'static {
-        (0..count).map(|number| Work { part: Part::Train, samples: vec![number] })
+        (0..count).map(|number| Work { part: Part::Train, samples: vec![number], view: None })
     }
 
     #[test]

@@ -23,7 +23,7 @@ impl Stream {
         Self { reader: hasher.finalize_xof(), buffer: [0; 1024], used: 1024 }
     }
 
-    fn next_u64(&mut self) -> u64 {
+    pub(crate) fn next_u64(&mut self) -> u64 {
         if self.used == self.buffer.len() {
             self.reader.fill(&mut self.buffer);
             self.used = 0;
@@ -34,7 +34,7 @@ impl Stream {
     }
 
     /// Uniform in `0..bound` without bias (Lemire, "Fast random integer generation in an interval", 2019).
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         let reject_below = bound.wrapping_neg() % bound;
         loop {
             let product = u128::from(self.next_u64()) * u128::from(bound);
@@ -42,6 +42,12 @@ impl Stream {
                 return (product >> 64) as u64;
             }
         }
+    }
+
+    /// Uniform in `[0, 1)`: a multiple of 2^-53.
+    pub(crate) fn unit(&mut self) -> f64 {
+        const STEP: f64 = 1.0 / (1_u64 << 53) as f64;
+        (self.next_u64() >> 11) as f64 * STEP
     }
 
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {

@@ -65,7 +65,7 @@ fn seeks_survive_quotes_line_ends_and_marks() {
     let dataset = open(&folder.spec("x.csv", "csv"));
     for part in Part::ALL {
         for position in 0..dataset.index().size(part) {
-            let batch = dataset.load(part, &[position]).unwrap();
+            let batch = dataset.load(part, &[position], None).unwrap();
             let record = dataset.index().records(part)[position as usize];
             assert_eq!(i64s(&batch.inputs[0].data), ids(&texts[record as usize]));
             assert_eq!(batch.labels, [i64::from(record % 2)]);
@@ -81,7 +81,7 @@ fn jsonl_records_are_found_again() {
     let dataset = open(&folder.spec("x.jsonl", "jsonl"));
     for position in 0..dataset.index().size(Part::Train) {
         let record = dataset.index().records(Part::Train)[position as usize];
-        let batch = dataset.load(Part::Train, &[position]).unwrap();
+        let batch = dataset.load(Part::Train, &[position], None).unwrap();
         assert_eq!(i64s(&batch.inputs[0].data), ids(&format!("b{record}")));
         assert_eq!(batch.labels, [i64::from(record % 3)]);
     }
@@ -92,10 +92,13 @@ fn empty_batches_and_bad_positions() {
     let folder = Folder::new();
     folder.write("x.csv", csv(&["a", "b"], 10));
     let dataset = open(&folder.spec("x.csv", "csv"));
-    let batch = dataset.load(Part::Train, &[]).unwrap();
+    let batch = dataset.load(Part::Train, &[], None).unwrap();
     assert_eq!(batch.inputs[1].shape, [0, 0]);
     assert!(batch.labels.is_empty());
-    assert!(matches!(dataset.load(Part::Eval, &[4]), Err(Error::Position { part: Part::Eval, position: 4, size: 4 })));
+    assert!(matches!(
+        dataset.load(Part::Eval, &[4], None),
+        Err(Error::Position { part: Part::Eval, position: 4, size: 4 })
+    ));
 }
 
 #[test]
@@ -138,12 +141,12 @@ fn images_become_normalized_planes() {
     folder.write("images/dog/deep/er.jpg", encoded(&picture(9, 20, 30), image::ImageFormat::Jpeg));
     let data = checked(&folder.spec("images", "image_folder"));
     let dataset = Dataset::open(build(&data, 1, 1).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap();
-    let batch = dataset.load(Part::Train, &[2, 0]).unwrap();
+    let batch = dataset.load(Part::Train, &[2, 0], None).unwrap();
     assert_eq!((batch.inputs[0].name.as_str(), batch.inputs[0].shape.as_slice()), ("x", [2, 3, 8, 8].as_slice()));
     let ArrayData::F32(values) = &batch.inputs[0].data else { panic!("expected f32") };
     assert_eq!(values.len(), 2 * 3 * 64);
     assert!(values.iter().all(|value| (-1.0..=1.0).contains(value)));
-    assert_eq!(dataset.load(Part::Train, &[]).unwrap().inputs[0].shape, [0, 3, 8, 8]);
+    assert_eq!(dataset.load(Part::Train, &[], None).unwrap().inputs[0].shape, [0, 3, 8, 8]);
 
     let same = serde_json::from_value(json!({"size": 8, "mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]})).unwrap();
     let (source, mut planes) = (picture(5, 8, 8), Vec::new());
@@ -166,7 +169,7 @@ fn an_image_that_stops_decoding_is_named_in_its_place() {
     let record = dataset.index().records(Part::Train)[3];
     let name = format!("{}/{:03}.png", ["cat", "dog"][record as usize / 10], record % 10);
     let broken = folder.write(&format!("images/{name}"), "not any more");
-    let work = (0..size).map(|position| Work { part: Part::Train, samples: vec![position] });
+    let work = (0..size).map(|position| Work { part: Part::Train, samples: vec![position], view: None });
     let mut prefetch = Prefetch::spawn(dataset, work, 4, 2).unwrap();
     for position in 0..3 {
         assert_eq!(prefetch.next().unwrap().unwrap().samples, [position]);
@@ -182,7 +185,7 @@ fn a_source_that_shrinks_under_the_run_is_an_error() {
     let path = folder.write("x.csv", csv(&["a", "b"], 10));
     let dataset = open(&folder.spec("x.csv", "csv"));
     fs::File::options().write(true).open(path).unwrap().set_len(12).unwrap();
-    assert!(matches!(dataset.load(Part::Train, &[0]), Err(Error::Read { .. })));
+    assert!(matches!(dataset.load(Part::Train, &[0], None), Err(Error::Read { .. })));
 }
 
 proptest! {
@@ -194,15 +197,15 @@ proptest! {
         let folder = Folder::new();
         folder.write("x.csv", csv(&["a", "bcd"], 20));
         let dataset = open(&folder.spec("x.csv", "csv"));
-        let batch = dataset.load(Part::Train, &picks).unwrap();
+        let batch = dataset.load(Part::Train, &picks, None).unwrap();
         let columns = batch.inputs[0].shape[1] as usize;
         for (row, pick) in i64s(&batch.inputs[0].data).chunks(columns).zip(&picks) {
-            let alone = dataset.load(Part::Train, &[*pick]).unwrap();
+            let alone = dataset.load(Part::Train, &[*pick], None).unwrap();
             let alone = i64s(&alone.inputs[0].data);
             prop_assert_eq!(&row[..alone.len()], alone);
             prop_assert!(row[alone.len()..].iter().all(|id| *id == 0));
         }
-        let work = std::iter::repeat_n(Work { part: Part::Train, samples: picks }, 5);
+        let work = std::iter::repeat_n(Work { part: Part::Train, samples: picks, view: None }, 5);
         for loaded in Prefetch::spawn(dataset, work, 3, threads).unwrap() {
             prop_assert_eq!(loaded.unwrap(), batch.clone());
         }
@@ -214,9 +217,9 @@ fn gathered_rows_are_what_loading_them_together_gives() {
     let folder = Folder::new();
     folder.write("x.csv", csv(&["x", "y"], 9));
     let dataset = open(&folder.spec("x.csv", "csv"));
-    let one = dataset.load(Part::Train, &[0, 3, 1]).unwrap();
-    let other = dataset.load(Part::Train, &[2]).unwrap();
-    let whole = dataset.load(Part::Train, &[3, 2, 0]).unwrap();
+    let one = dataset.load(Part::Train, &[0, 3, 1], None).unwrap();
+    let other = dataset.load(Part::Train, &[2], None).unwrap();
+    let whole = dataset.load(Part::Train, &[3, 2, 0], None).unwrap();
     let columns = whole.inputs[0].shape[1] as usize;
     assert_eq!(dataset.gather(&[(&one, 1), (&other, 0), (&one, 0)], columns), whole);
     let wider = dataset.gather(&[(&one, 1)], columns + 3);
@@ -234,8 +237,8 @@ fn gathered_images_keep_their_pixels_and_identity_follows_contents_not_the_split
         Dataset::open(build(&data, seed, 2).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap()
     };
     let dataset = open(3);
-    let one = dataset.load(Part::Train, &[1, 0]).unwrap();
-    let whole = dataset.load(Part::Train, &[0, 1]).unwrap();
+    let one = dataset.load(Part::Train, &[1, 0], None).unwrap();
+    let whole = dataset.load(Part::Train, &[0, 1], None).unwrap();
     assert_eq!(dataset.gather(&[(&one, 1), (&one, 0)], 0), whole);
     assert_eq!(dataset.records_identity(Part::Train), open(4).records_identity(Part::Eval));
     folder.write("images/x/000.png", support::png(77));

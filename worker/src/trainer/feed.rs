@@ -3,11 +3,14 @@
 use super::prefix::{self, Prefix, Source};
 use super::replica::ShardBatch;
 use std::ops::Range;
+use std::sync::Arc;
 use thaw_core::sampler::{self, ShardSampler};
+use thaw_data::augment::View;
 use thaw_data::batch::Dataset;
 use thaw_data::index::Part;
 use thaw_data::prefetch::Work;
 use thaw_proto::plan::Plan;
+use thaw_proto::spec::RunSpec;
 use thaw_torch::SegmentedModel;
 
 /// Samples per evaluation batch; fixed, so that evaluation does not depend on the world size (EVAL-1).
@@ -21,10 +24,12 @@ pub(crate) struct Order {
     samplers: Vec<ShardSampler>,
     shards: u32,
     steps_per_epoch: u32,
+    spec: Arc<RunSpec>,
 }
 
 impl Order {
-    pub(crate) fn new(plan: &Plan, seed: u64, shard_sizes: &[u64]) -> Self {
+    pub(crate) fn new(plan: &Plan, spec: &RunSpec, shard_sizes: &[u64]) -> Self {
+        let seed = spec.seed;
         let shards = plan.logical_shards;
         let sampler = |shard: u32| ShardSampler {
             seed,
@@ -32,7 +37,12 @@ impl Order {
             len: u32::try_from(shard_sizes[shard as usize]).expect("the index counts samples in 32 bits"),
             batch: sampler::shard_batch(plan.global_batch_size, shards, shard),
         };
-        Self { samplers: (0..shards).map(sampler).collect(), shards, steps_per_epoch: plan.steps_per_epoch }
+        Self {
+            samplers: (0..shards).map(sampler).collect(),
+            shards,
+            steps_per_epoch: plan.steps_per_epoch,
+            spec: Arc::new(spec.clone()),
+        }
     }
 
     /// Positions in the training part that `shard` takes at `stage_step` of a stage that began with epoch `first_epoch`.
@@ -40,6 +50,11 @@ impl Order {
         let (epoch, step) = (stage_step / self.steps_per_epoch, stage_step % self.steps_per_epoch);
         let within = self.samplers[shard as usize].micro_batch(first_epoch + epoch, step);
         within.into_iter().map(|index| shard + index * self.shards).collect()
+    }
+
+    /// The view that all samples of a step are taken in.
+    pub(crate) fn view(&self, first_epoch: u32, stage_step: u32) -> Option<View> {
+        sampler::view(&self.spec, first_epoch + stage_step / self.steps_per_epoch).map(View)
     }
 
     /// Samples of a step over all shards.
@@ -74,9 +89,11 @@ impl Feed {
             let order = order.clone();
             of_step.clone().flat_map(move |shard| {
                 let samples = order.samples(first_epoch, step, shard);
+                let view = order.view(first_epoch, step);
                 (0..parts).map(move |part| Work {
                     part: Part::Train,
                     samples: samples[cut(samples.len(), part, parts)].to_vec(),
+                    view,
                 })
             })
         });
@@ -126,7 +143,7 @@ pub(crate) fn evaluation_source(
     let size = dataset.index().size(part);
     let work = batches.map(move |batch| {
         let start = batch * EVALUATION_BATCH;
-        Work { part, samples: (start..(start + EVALUATION_BATCH).min(size)).collect() }
+        Work { part, samples: (start..(start + EVALUATION_BATCH).min(size)).collect(), view: None }
     });
     Source::start(dataset, work, AHEAD, prefix)
 }

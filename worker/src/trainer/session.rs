@@ -155,7 +155,7 @@ impl Session<'_> {
             self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
         }
         let steps = self.state.position.stage_step..stage.max_steps;
-        let order = Order::new(&self.job.plan, self.job.spec.seed, &self.job.shard_sizes);
+        let order = Order::new(&self.job.plan, &self.job.spec, &self.job.shard_sizes);
         let (dataset, shards) = (&self.job.dataset, self.replica.shards());
         let parts = self.job.spec.gradient_accumulation_steps;
         let first_epoch = self.state.first_epoch;

@@ -89,6 +89,7 @@ impl Trace {
             "stage_step": step.position.stage_step,
             "restored": restored.map(|(step, _)| step),
             "restore_seconds": restored.map(|(_, took)| took.as_secs_f64()),
+            "view": order.view(step.first_epoch, step.position.stage_step).map(|view| view.0),
             "shards": shards,
             "rates": step.plan.rates,
             "loss": step.loss,

@@ -3,8 +3,8 @@
 use super::{GraphFacts, work};
 use crate::sampler::ranks_shards;
 use crate::sampler::tree::maximal_subtrees;
-use thaw_proto::plan::StageCost;
-use thaw_proto::spec::{Optimizer, Precision, RunSpec};
+use thaw_proto::plan::{DataSummary, PlannedStage, StageCost};
+use thaw_proto::spec::{Optimizer, Precision, PrefixCacheMode, RunSpec};
 
 /// Elements.
 pub(super) fn trainable_parameters(graph: &GraphFacts, groups: &[usize]) -> u64 {
@@ -30,7 +30,16 @@ pub(super) fn boundary_bytes_per_sample(graph: &GraphFacts, groups: &[usize]) ->
     }
 }
 
-/// `thawed`: the groups trained so far, this stage's included; `samples`: of all parts.
+/// Samples and views of them that a stage's cache holds once it is full.
+pub(super) fn cached_samples(spec: &RunSpec, data: &DataSummary) -> u64 {
+    let views = match spec.augmentation() {
+        None => 1,
+        Some(_) => spec.prefix_cache.views.unwrap_or(0),
+    };
+    data.train_samples.saturating_mul(u64::from(views)) + data.eval_samples + data.test_samples
+}
+
+/// `thawed`: the groups trained so far, this stage's included; `samples`: that the cache holds.
 pub(super) fn of_stage(
     spec: &RunSpec,
     graph: &GraphFacts,
@@ -82,4 +91,22 @@ pub(super) fn element_bytes(precision: Precision) -> u64 {
         Precision::Fp32 | Precision::Bf16 => 4,
         Precision::Fp64 => 8,
     }
+}
+
+/// From when on the frozen prefix of augmented samples costs nothing.
+pub(super) fn view_note(spec: &RunSpec, stages: &[PlannedStage]) -> Option<String> {
+    spec.augmentation()?;
+    let is_kept = spec.prefix_cache.mode != PrefixCacheMode::Off;
+    if !is_kept || stages.iter().all(|stage| stage.cost.uncached_step_flops == stage.cost.step_flops) {
+        return None;
+    }
+    Some(match spec.prefix_cache.views {
+        Some(1) => "Every training sample has one view: frozen groups run on it in a stage's first epoch alone.".to_owned(),
+        Some(views) => format!(
+            "Every training sample has {views} views, one an epoch in turn: frozen groups run on them in the first {views} epochs and cost nothing from epoch {} on.",
+            views + 1
+        ),
+        None => "Augmentation draws anew in every epoch, so frozen groups run on every training sample each time; prefix_cache.views keeps so many draws of each."
+            .to_owned(),
+    })
 }

@@ -126,6 +126,7 @@ pub fn plan(spec: &RunSpec, graph: &GraphFacts, data: &DataFacts) -> Result<Plan
         stages.push(stage(spec, graph, &levels, &drafts, index, steps_per_epoch, &data.summary, &mut thawed));
     }
     data_notes(spec, data, &mut notes);
+    notes.extend(cost::view_note(spec, &stages));
     Ok(Plan {
         groups: graph.groups.iter().map(layer_group).collect(),
         stages,
@@ -285,13 +286,7 @@ fn stage(
             },
         ),
         boundary_bytes_per_sample: cost::boundary_bytes_per_sample(graph, &draft.groups),
-        cost: cost::of_stage(
-            spec,
-            graph,
-            &draft.groups,
-            thawed,
-            data.train_samples + data.eval_samples + data.test_samples,
-        ),
+        cost: cost::of_stage(spec, graph, &draft.groups, thawed, cost::cached_samples(spec, data)),
         thawed_groups,
         until,
         plateau: draft.scheduler.plateau,

@@ -177,6 +177,28 @@ fn a_stage_states_what_no_engine_can_go_below() {
 }
 
 #[test]
+fn the_cache_holds_every_view_of_a_training_sample() {
+    let planned = |augmentation: serde_json::Value, views: Option<u32>| {
+        let mut changes = json!({"prefix_cache": {"mode": "auto", "memory_mib": null, "disk_mib": null, "chunk_size": null, "views": views}});
+        let mut data = serde_json::to_value(spec(json!({})).data).unwrap();
+        data["image"] = json!({"size": 8, "mean": [0.5], "std": [0.5], "augmentation": augmentation});
+        changes["data"] = data;
+        let plan = plan_of(&spec(changes));
+        let noted = plan.notes.iter().find(|note| note.contains("frozen groups run")).cloned();
+        (plan.stages[0].cost.cache_bytes / 512, noted)
+    };
+    let flips =
+        json!({"random_resized_crop": null, "horizontal_flip": 0.5, "color_jitter": null, "random_erasing": null});
+    assert_eq!(planned(json!(null), None), (200, None));
+    let (samples, note) = planned(flips.clone(), Some(4));
+    assert_eq!(samples, 4 * 160 + 40);
+    assert!(note.unwrap().contains("in the first 4 epochs and cost nothing from epoch 5 on"));
+    let (samples, note) = planned(flips, None);
+    assert_eq!(samples, 40, "new views are not kept");
+    assert!(note.unwrap().contains("prefix_cache.views"));
+}
+
+#[test]
 fn warmup_may_be_a_share_and_class_weights_fit_the_classes() {
     let plan = plan_of(&spec(json!({"lr_scheduler": {"kind": "linear", "warmup_steps": null, "warmup_ratio": 0.1}})));
     let stage = &plan.stages[0];

@@ -1,5 +1,6 @@
 //! The data part of the run spec: sources, the split, image preparation.
 
+use super::augmentation;
 use crate::convert::checker::{Checker, Interval};
 use crate::pb;
 use crate::spec::{Data, DataFormat, DataSource, ImageTransform, Split};
@@ -129,7 +130,9 @@ fn image_transform(at: &mut Checker, raw: &pb::ImageTransform) -> ImageTransform
     if well_formed(&mean) && well_formed(&std) && mean.len() != std.len() {
         at.refuse("std", format!("must have as many numbers as mean ({}), not {}: give both", mean.len(), std.len()));
     }
-    ImageTransform { size, mean, std }
+    let augmentation = raw.augmentation.as_ref();
+    let augmentation = augmentation.map(|raw| at.within("augmentation", |at| augmentation::read(at, raw, mean.len())));
+    ImageTransform { size, mean, std, augmentation }
 }
 
 fn channels(at: &mut Checker, field: &str, given: &[f64], default: &[f64], interval: Interval) -> Vec<f64> {

@@ -3,9 +3,9 @@
 use crate::convert::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, Checkpoint, ClassWeights, Data, DataFormat, DataSource, EarlyStopping, Head, ImageTransform,
-    LayerGroupRule, LrScheduler, Optimizer, PrefixCache, RateDecay, RunSpec, Split, Stage, Until, Verification,
-    Workers,
+    Backbone, Checkpoint, ClassWeights, Data, DataFormat, DataSource, EarlyStopping, Head, ImageAugmentation,
+    ImageTransform, LayerGroupRule, LrScheduler, Optimizer, PrefixCache, RateDecay, RunSpec, Split, Stage, Until,
+    Verification, Workers,
 };
 use url::Url;
 
@@ -70,6 +70,7 @@ impl From<&PrefixCache> for pb::PrefixCache {
             memory_mib: cache.memory_mib,
             disk_mib: cache.disk_mib,
             chunk_size: cache.chunk_size,
+            views: cache.views,
         }
     }
 }
@@ -135,7 +136,33 @@ impl From<&Split> for pb::Split {
 
 impl From<&ImageTransform> for pb::ImageTransform {
     fn from(image: &ImageTransform) -> Self {
-        Self { size: Some(image.size), mean: image.mean.clone(), std: image.std.clone() }
+        Self {
+            size: Some(image.size),
+            mean: image.mean.clone(),
+            std: image.std.clone(),
+            augmentation: image.augmentation.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl From<&ImageAugmentation> for pb::ImageAugmentation {
+    fn from(augmentation: &ImageAugmentation) -> Self {
+        let crop = augmentation.random_resized_crop;
+        Self {
+            random_resized_crop: crop
+                .map(|crop| pb::RandomResizedCrop { scale: crop.scale.to_vec(), ratio: crop.ratio.to_vec() }),
+            horizontal_flip: Some(augmentation.horizontal_flip),
+            color_jitter: augmentation.color_jitter.map(|jitter| pb::ColorJitter {
+                brightness: Some(jitter.brightness),
+                contrast: Some(jitter.contrast),
+                saturation: Some(jitter.saturation),
+            }),
+            random_erasing: augmentation.random_erasing.map(|erasing| pb::RandomErasing {
+                probability: Some(erasing.probability),
+                scale: erasing.rectangle.scale.to_vec(),
+                ratio: erasing.rectangle.ratio.to_vec(),
+            }),
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //!                 └──────────────── assemble ◀──────────────────────────────────┘
 //! ```
 //!
-//! PFX-1: what a sample's prefix gives is a function of the untouched groups below the boundary, of the sample, and of the shape it is
+//! PFX-1: what a sample's prefix gives is a function of the untouched groups below the boundary, of the sample and its view, and of the shape it is
 //!        computed in; that shape follows from the sample alone (its length, rounded up), never from its batch, its rank, or the cache.
 //!        So kept, evicted, recomputed, or read from another run are the same bits.
 //! PFX-2: a prefix is used only while no group below the boundary has ever been trained in this run, and none of its parameters is shared
@@ -26,8 +26,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use thaw_data::augment::View;
 use thaw_data::batch::{Batch, Dataset};
 use thaw_data::index::Part;
+use thaw_data::prefetch::Work;
 use thaw_graph::{Boundary, CutDim, InputNeed};
 use thaw_proto::plan::PlannedStage;
 use thaw_torch::SegmentedModel;
@@ -79,6 +81,14 @@ impl Micro {
 /// One sample's record in its source; the same whatever the split.
 type Record = u32;
 
+/// A sample to run the prefix on.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    batch: &'a Batch,
+    row: usize,
+    view: Option<View>,
+}
+
 /// Rows of a chunk that has just been computed.
 #[derive(Clone)]
 struct Fresh {
@@ -116,7 +126,7 @@ pub(crate) struct Prefix {
     shelves: Vec<Shelf>,
     shapes: Shapes,
     /// Computed and not yet used.
-    fresh: BTreeMap<(Part, u32), Fresh>,
+    fresh: BTreeMap<(Part, u32, Option<View>), Fresh>,
     counts: Counts,
     scratch: Vec<u8>,
 }
@@ -154,18 +164,19 @@ impl Prefix {
     }
 
     /// Whether a sample's row is at hand, computed or kept.
-    fn has(&self, part: Part, position: u32) -> bool {
-        self.fresh.contains_key(&(part, position)) || self.shelves[0].contains(part, self.record(part, position))
+    fn has(&self, part: Part, position: u32, view: Option<View>) -> bool {
+        let is_fresh = self.fresh.contains_key(&(part, position, view));
+        is_fresh || self.shelves[0].contains(part, self.record(part, position), view)
     }
 
     /// Runs the prefix over one chunk: rows of loaded batches of one length class, at most a chunk's worth.
-    fn compute(&mut self, model: &mut SegmentedModel, part: Part, rows: &[(&Batch, usize)]) -> Result<(), Error> {
+    fn compute(&mut self, model: &mut SegmentedModel, part: Part, rows: &[Row<'_>]) -> Result<(), Error> {
         let began = Instant::now();
-        let (batch, row) = rows[0];
-        let class = self.shapes.class(batch.lengths.get(row).copied());
-        let mut padded = rows.to_vec();
+        let first = rows[0];
+        let class = self.shapes.class(first.batch.lengths.get(first.row).copied());
+        let mut padded: Vec<(&Batch, usize)> = rows.iter().map(|row| (row.batch, row.row)).collect();
         // Always full (PFX-1): kernels may choose their way by the number of rows.
-        padded.resize(self.shapes.samples(class), rows[0]);
+        padded.resize(self.shapes.samples(class), padded[0]);
         let chunk = self.dataset.gather(&padded, class);
         let inputs = super::replica::input_tensors(&chunk, model.master_kind());
         let boundaries: Vec<&Boundary> = self.shelves.iter().map(Shelf::boundary).collect();
@@ -173,14 +184,14 @@ impl Prefix {
         for (index, values) in found.iter().enumerate() {
             let values = values.iter().map(Rows::of).collect::<Result<Vec<_>, _>>()?;
             let values = Rc::new(values);
-            for (row, (batch, place)) in rows.iter().enumerate() {
-                let position = batch.samples[*place];
-                let length = batch.lengths.get(*place).copied().unwrap_or(0);
+            for (row, Row { batch, row: place, view }) in rows.iter().copied().enumerate() {
+                let position = batch.samples[place];
+                let length = batch.lengths.get(place).copied().unwrap_or(0);
                 let fresh = Fresh { values: Rc::clone(&values), row, length };
                 let record = self.record(part, position);
-                self.shelves[index].keep(part, record, &fresh);
+                self.shelves[index].keep(part, record, view, &fresh);
                 if index == 0 {
-                    self.fresh.insert((part, position), fresh);
+                    self.fresh.insert((part, position, view), fresh);
                 }
             }
         }
@@ -192,17 +203,18 @@ impl Prefix {
     }
 
     /// The rows of a micro-batch, whose samples are all at hand. `Err(position)`: that one is not, after all.
-    fn assemble(&mut self, part: Part, batch: Batch) -> Result<Result<Micro, u32>, Error> {
+    fn assemble(&mut self, work: &Work, batch: Batch) -> Result<Result<Micro, u32>, Error> {
+        let (part, view) = (work.part, work.view);
         let began = Instant::now();
         let mut kept = Vec::with_capacity(batch.samples.len());
         for &position in &batch.samples {
-            if let Some(fresh) = self.fresh.get(&(part, position)) {
+            if let Some(fresh) = self.fresh.get(&(part, position, view)) {
                 kept.push(Kept::Fresh(fresh.clone()));
                 continue;
             }
             let record = self.record(part, position);
             let start = self.scratch.len();
-            let Some(forms) = self.shelves[0].read(part, record, &mut self.scratch) else {
+            let Some(forms) = self.shelves[0].read(part, record, view, &mut self.scratch) else {
                 self.scratch.clear();
                 return Ok(Err(position));
             };
@@ -210,7 +222,7 @@ impl Prefix {
             self.counts.cached += 1;
         }
         for position in &batch.samples {
-            self.fresh.remove(&(part, *position));
+            self.fresh.remove(&(part, *position, view));
         }
         let columns = batch.inputs.first().and_then(|input| input.shape.get(1)).copied();
         let mut values = Vec::with_capacity(self.boundary.values.len());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_cache::{Config, Key, Put, Store, Tensor, Tier, TierName, Which};
+use thaw_data::augment::View;
 use thaw_data::batch::Dataset;
 use thaw_data::index::Part;
 use thaw_graph::{Boundary, prefix_identity};
@@ -89,8 +90,10 @@ pub(super) struct Form {
 /// See the module.
 pub(super) struct Shelf {
     boundary: Boundary,
-    stores: Stores,
+    stores: Option<Stores>,
     keeping: Keeping,
+    /// Whether views are written, where they can be kept.
+    keeps_views: bool,
 }
 
 /// Whether rows are written.
@@ -109,18 +112,37 @@ enum Keeping {
 #[derive(Clone)]
 pub(super) struct Known {
     dataset: Dataset,
-    stores: Stores,
+    stores: Option<Stores>,
 }
 
-/// By part; parts with the same records share a store. `None` where the cache cannot be opened: then nothing is kept, and the prefix is
-/// computed in the same shapes all the same (PFX-1, PFX-3).
-type Stores = Option<[Arc<Store>; 3]>;
+/// Where rows are. Without it, where the cache cannot be opened, nothing is kept, and the prefix is computed in the same shapes all the same
+/// (PFX-1, PFX-3).
+#[derive(Clone)]
+struct Stores {
+    /// Samples as they are, by part; parts with the same records share a store.
+    plain: [Arc<Store>; 3],
+    /// Views of training samples. `None` where every epoch has new ones, which nobody reads again.
+    views: Option<Arc<Store>>,
+}
+
+impl Stores {
+    /// The store of a part, and the number of the view in it.
+    fn of(&self, part: Part, view: Option<View>) -> Option<(&Arc<Store>, u16)> {
+        match view {
+            None => Some((&self.plain[part as usize], 0)),
+            Some(View(view)) => Some((self.views.as_ref()?, u16::try_from(view).ok()?)),
+        }
+    }
+
+    fn contains(&self, part: Part, record: u32, view: Option<View>) -> bool {
+        self.of(part, view).is_some_and(|(store, view)| store.contains(record, view))
+    }
+}
 
 impl Known {
-    pub(super) fn contains(&self, part: Part, position: u32) -> bool {
+    pub(super) fn contains(&self, part: Part, position: u32, view: Option<View>) -> bool {
         let record = self.dataset.index().records(part).get(position as usize);
-        let store = self.stores.as_ref().map(|stores| &stores[part as usize]);
-        record.zip(store).is_some_and(|(record, store)| store.contains(*record, 0))
+        record.zip(self.stores.as_ref()).is_some_and(|(record, stores)| stores.contains(part, *record, view))
     }
 }
 
@@ -189,33 +211,38 @@ impl Shelf {
                 None
             }
         };
-        Ok(Some(Self { boundary, stores, keeping }))
+        // A stage reads its first view again once it has been through all.
+        let keeps_views = !is_present || epochs > job.spec.prefix_cache.views.unwrap_or(1);
+        Ok(Some(Self { boundary, stores, keeping, keeps_views }))
     }
 
-    fn open_stores(job: &Job, prefix: &str) -> Result<[Arc<Store>; 3], thaw_cache::Error> {
+    fn open_stores(job: &Job, prefix: &str) -> Result<Stores, thaw_cache::Error> {
         let mut config = job.cache.config(&job.spec.prefix_cache);
         let writer = uuid::Uuid::new_v4().to_string();
-        let mut stores: Vec<Arc<Store>> = Vec::new();
+        let mut open = |identity: &str| {
+            let key = Key::of(&[("prefix", prefix.as_bytes()), ("records", identity.as_bytes())]);
+            let opened = match Store::open(&config, key, &writer) {
+                Err(problem @ thaw_cache::Error::NotMemory { .. }) => {
+                    tracing::warn!(%problem, "the frozen prefix is kept on disk only");
+                    config.memory.max_bytes = 0;
+                    Store::open(&config, key, &writer)
+                }
+                opened => opened,
+            };
+            opened.map(Arc::new)
+        };
+        let mut plain: Vec<Arc<Store>> = Vec::new();
         let identities = Part::ALL.map(|part| job.dataset.records_identity(part));
         for (place, identity) in identities.iter().enumerate() {
             let same = identities[..place].iter().position(|other| other == identity);
-            stores.push(match same {
-                Some(same) => Arc::clone(&stores[same]),
-                None => {
-                    let key = Key::of(&[("prefix", prefix.as_bytes()), ("records", identity.as_bytes())]);
-                    let opened = match Store::open(&config, key, &writer) {
-                        Err(problem @ thaw_cache::Error::NotMemory { .. }) => {
-                            tracing::warn!(%problem, "the frozen prefix is kept on disk only");
-                            config.memory.max_bytes = 0;
-                            Store::open(&config, key, &writer)
-                        }
-                        opened => opened,
-                    };
-                    Arc::new(opened?)
-                }
+            plain.push(match same {
+                Some(same) => Arc::clone(&plain[same]),
+                None => open(identity)?,
             });
         }
-        Ok(stores.try_into().expect("one for each part"))
+        let views = job.dataset.views_identity(Part::Train).filter(|_| job.spec.prefix_cache.views.is_some());
+        let views = views.map(|identity| open(&identity)).transpose()?;
+        Ok(Stores { plain: plain.try_into().expect("one for each part"), views })
     }
 
     pub(super) fn boundary(&self) -> &Boundary {
@@ -226,26 +253,24 @@ impl Shelf {
         Known { dataset: dataset.clone(), stores: self.stores.clone() }
     }
 
-    pub(super) fn contains(&self, part: Part, record: u32) -> bool {
-        self.store(part).is_some_and(|store| store.contains(record, 0))
-    }
-
-    fn store(&self, part: Part) -> Option<&Arc<Store>> {
-        self.stores.as_ref().map(|stores| &stores[part as usize])
+    pub(super) fn contains(&self, part: Part, record: u32, view: Option<View>) -> bool {
+        self.stores.as_ref().is_some_and(|stores| stores.contains(part, record, view))
     }
 
     /// Writes a row, where that pays and there is room.
-    pub(super) fn keep(&mut self, part: Part, record: u32, row: &Fresh) {
-        if matches!(self.keeping, Keeping::No) || self.contains(part, record) {
+    pub(super) fn keep(&mut self, part: Part, record: u32, view: Option<View>, row: &Fresh) {
+        let is_wanted = view.is_none() || self.keeps_views;
+        if matches!(self.keeping, Keeping::No) || !is_wanted || self.contains(part, record, view) {
             return;
         }
-        let Some(store) = self.store(part).map(Arc::clone) else { return };
+        let found = self.stores.as_ref().and_then(|stores| stores.of(part, view));
+        let Some((store, view)) = found.map(|(store, view)| (Arc::clone(store), view)) else { return };
         let began = Instant::now();
         let by_tokens = |index: usize| self.boundary.values[index].dims.first() == Some(&thaw_graph::CutDim::Tokens);
         let pieces: Vec<&[u8]> = (0..row.values.len()).map(|index| row.bytes(index, by_tokens(index))).collect();
         let describe = |(index, piece): (usize, &&[u8])| Form { bytes: piece.len(), ..row.form(index) }.describe();
         let tensors: Vec<Tensor> = pieces.iter().enumerate().map(describe).collect();
-        match store.put(record, 0, &tensors, &pieces) {
+        match store.put(record, view, &tensors, &pieces) {
             Ok(Put::Stored(_) | Put::Present) => {}
             Ok(Put::Full) => {
                 tracing::info!(
@@ -265,14 +290,16 @@ impl Shelf {
     }
 
     /// Reads a row behind what `into` holds. `None` where it is not kept, or damaged.
-    pub(super) fn read(&self, part: Part, record: u32, into: &mut Vec<u8>) -> Option<Vec<Form>> {
-        let found = self.store(part)?.get(record, 0, into)?;
+    pub(super) fn read(&self, part: Part, record: u32, view: Option<View>, into: &mut Vec<u8>) -> Option<Vec<Form>> {
+        let (store, view) = self.stores.as_ref()?.of(part, view)?;
+        let found = store.get(record, view, into)?;
         found.tensors().iter().map(Form::described).collect()
     }
 
     /// Learns what other trainers and runs have kept meanwhile.
     pub(super) fn refresh(&self) {
-        for store in self.stores.iter().flatten() {
+        let stores = self.stores.iter().flat_map(|stores| stores.plain.iter().chain(&stores.views));
+        for store in stores {
             if let Err(problem) = store.refresh() {
                 tracing::warn!(error = thaw_runtime::chain(&problem), "cannot look into the prefix cache");
             }

@@ -1,6 +1,6 @@
 //! Micro-batches in a given order, loaded ahead, each entering at the stage's boundary where there is one.
 
-use super::{Error, Micro, Prefix};
+use super::{Error, Micro, Prefix, Row};
 use std::collections::VecDeque;
 use thaw_data::batch::{Batch, Dataset};
 use thaw_data::prefetch::{Prefetch, Work};
@@ -30,8 +30,8 @@ impl Source {
     {
         let known = prefix.filter(|prefix| !prefix.needs_inputs()).map(Prefix::known);
         let loading = order.clone().map(move |work| match &known {
-            Some(known) if work.samples.iter().all(|sample| known.contains(work.part, *sample)) => {
-                Work { part: work.part, samples: Vec::new() }
+            Some(known) if work.samples.iter().all(|sample| known.contains(work.part, *sample, work.view)) => {
+                Work { samples: Vec::new(), ..work }
             }
             Some(_) | None => work,
         });
@@ -68,9 +68,9 @@ impl Source {
                 Some(_) | None => self.bare(&work),
             };
             if needs_inputs && batch.is_none() {
-                bare = self.dataset.load(work.part, &work.samples)?;
+                bare = self.dataset.load(work.part, &work.samples, work.view)?;
             }
-            match prefix.assemble(work.part, bare)? {
+            match prefix.assemble(&work, bare)? {
                 Ok(micro) => return Ok(micro),
                 // The cache lost it since; it is computed now.
                 Err(_) => self.queue.push_front(Loaded { work, batch }),
@@ -82,13 +82,13 @@ impl Source {
     fn fill(&mut self, prefix: &mut Prefix, model: &mut SegmentedModel) -> Result<(), Error> {
         loop {
             let front = self.queue.front_mut().expect("the caller loaded it");
-            let part = front.work.part;
-            let Some(missing) = front.work.samples.iter().position(|sample| !prefix.has(part, *sample)) else {
+            let (part, view) = (front.work.part, front.work.view);
+            let Some(missing) = front.work.samples.iter().position(|sample| !prefix.has(part, *sample, view)) else {
                 return Ok(());
             };
             let batch = match front.batch.take() {
                 Some(batch) => batch,
-                None => self.dataset.load(part, &front.work.samples)?,
+                None => self.dataset.load(part, &front.work.samples, view)?,
             };
             let class = prefix.shapes.class(batch.lengths.get(missing).copied());
             front.batch = Some(batch);
@@ -102,8 +102,11 @@ impl Source {
                 }
                 rows = self.companions(prefix, class, most);
             }
-            let rows: Vec<(&Batch, usize)> =
-                rows.into_iter().filter_map(|(place, row)| Some((self.queue[place].batch.as_ref()?, row))).collect();
+            let row = |(place, row): (usize, usize)| {
+                let Loaded { work, batch } = &self.queue[place];
+                Some(Row { batch: batch.as_ref()?, row, view: work.view })
+            };
+            let rows: Vec<Row<'_>> = rows.into_iter().filter_map(row).collect();
             prefix.compute(model, part, &rows)?;
         }
     }
@@ -118,11 +121,13 @@ impl Source {
                 if found.len() == most {
                     return found;
                 }
+                let view = loaded.work.view;
                 let is_twice = found.iter().any(|(place, row): &(usize, usize)| {
-                    self.queue[*place].batch.as_ref().is_some_and(|batch| batch.samples[*row] == *sample)
+                    let Loaded { work, batch } = &self.queue[*place];
+                    work.view == view && batch.as_ref().is_some_and(|batch| batch.samples[*row] == *sample)
                 });
                 let same_class = prefix.shapes.class(batch.lengths.get(row).copied()) == class;
-                if same_class && !is_twice && !prefix.has(part, *sample) {
+                if same_class && !is_twice && !prefix.has(part, *sample, view) {
                     found.push((place, row));
                 }
             }
