@@ -14,8 +14,10 @@ use crate::{Key, TierName};
 /// Payloads start at cache lines.
 const PAYLOAD_ALIGN: u64 = 64;
 const PAGE: u64 = 4096;
-/// Files grow by this, or by a 64th of a budget where that is less: rarely, and leaving little unused.
+/// Files grow by as much as they hold, within these, and by a 64th of a budget at most: rarely, and leaving little unused. What is reserved
+/// costs the system time, whether it is used or not.
 const LARGEST_EXTENT: u64 = 64 << 20;
+const FIRST_EXTENT: u64 = 1 << 20;
 const SMALLEST_EXTENT: u64 = 16 << 10;
 /// An index is read in pieces of this.
 const CHUNK: u64 = 1 << 20;
@@ -59,7 +61,7 @@ impl Extents {
         if data <= self.data_reserved && index <= self.index_reserved {
             return None;
         }
-        let extent = (max_bytes / 64).clamp(SMALLEST_EXTENT, LARGEST_EXTENT);
+        let extent = (max_bytes / 64).clamp(SMALLEST_EXTENT, LARGEST_EXTENT).min(self.data_used.max(FIRST_EXTENT));
         Some([(extent, extent / 1024), (0, 0)].map(|(data_spare, index_spare)| {
             let data = length(data, self.data_reserved, data_spare);
             let index = length(index, self.index_reserved, index_spare);

@@ -97,8 +97,9 @@ impl Feed {
                 })
             })
         });
-        let ahead = AHEAD * shards.len() * parts as usize;
-        Ok(Self { source: Source::start(dataset, work, ahead, prefix)?, shards, parts })
+        let micros = shards.len() * parts as usize;
+        let window = prefix.map_or(1, Prefix::steps_ahead) * micros;
+        Ok(Self { source: Source::start(dataset, work, AHEAD * micros, window, prefix)?, shards, parts })
     }
 
     /// The next step's batches in shard order; `None` after the last step.
@@ -145,7 +146,7 @@ pub(crate) fn evaluation_source(
         let start = batch * EVALUATION_BATCH;
         Work { part, samples: (start..(start + EVALUATION_BATCH).min(size)).collect(), view: None }
     });
-    Source::start(dataset, work, AHEAD, prefix)
+    Source::start(dataset, work, AHEAD, 1, prefix)
 }
 
 #[cfg(test)]

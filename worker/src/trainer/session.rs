@@ -152,7 +152,7 @@ impl Session<'_> {
             self.enter(stage)?;
         } else {
             self.replica.set_trainable(indices(stage))?;
-            self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
+            self.prefix = Prefix::of_stage(self.job, stage, &self.replica)?;
         }
         let steps = self.state.position.stage_step..stage.max_steps;
         let order = Order::new(&self.job.plan, &self.job.spec, &self.job.shard_sizes);
@@ -230,7 +230,7 @@ impl Session<'_> {
             best.groups.extend(self.replica.snapshot(&new, None));
         }
         self.replica.set_trainable(indices(stage))?;
-        self.prefix = Prefix::of_stage(self.job, stage, self.replica.model())?;
+        self.prefix = Prefix::of_stage(self.job, stage, &self.replica)?;
         if let Some(trace) = &mut self.trace {
             trace.enter(restored);
         }

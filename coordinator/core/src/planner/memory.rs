@@ -6,7 +6,7 @@
 //!        ones are the stage's own with its optimizer state, and before that the last stage's.
 
 use super::{GraphFacts, cost};
-use crate::prefix::{SampleSize, chunk_samples};
+use crate::prefix::{Processor, SampleSize, chunk_samples};
 use thaw_proto::spec::{Precision, PrefixCacheMode, RunSpec};
 
 /// Samples of an evaluation that are computed at a time, at most.
@@ -101,7 +101,7 @@ impl Values<'_> {
     }
 
     fn chunk(&self) -> u64 {
-        chunk_samples(self.spec.prefix_cache.chunk_size, self.graph.sample)
+        chunk_samples(self.spec.prefix_cache.chunk_size, self.graph.sample, Processor::Cpu)
     }
 
     fn evaluation(&self) -> u64 {

@@ -11,6 +11,8 @@
 //! PFX-2: a prefix is used only while no group below the boundary has ever been trained in this run, and none of its parameters is shared
 //!        with a group above.
 //! PFX-3: a cache that is full, slow or damaged costs time and never changes a result.
+//! PFX-4: where lengths differ, all ranks run their prefixes in the same steps, for as many steps ahead: ranks wait for each other in every
+//!        step, so chunks that fall into different ones would cost the sum of both.
 
 mod chunk;
 mod shelf;
@@ -20,6 +22,7 @@ pub use shelf::CacheFolders;
 pub(crate) use source::Source;
 
 use super::job::Job;
+use super::replica::Replica;
 use chunk::Shapes;
 use shelf::{Form, Known, Shelf};
 use std::collections::BTreeMap;
@@ -125,6 +128,8 @@ pub(crate) struct Prefix {
     /// The stage's boundary first, then those of later stages that are filled in the same pass.
     shelves: Vec<Shelf>,
     shapes: Shapes,
+    /// Steps that it is run for at a time (PFX-4).
+    steps_ahead: usize,
     /// Computed and not yet used.
     fresh: BTreeMap<(Part, u32, Option<View>), Fresh>,
     counts: Counts,
@@ -133,13 +138,17 @@ pub(crate) struct Prefix {
 
 impl Prefix {
     /// The prefix below a stage's lowest group. `None` where there is nothing to gain, with the reason in the log.
-    pub(crate) fn of_stage(job: &Job, stage: &PlannedStage, model: &SegmentedModel) -> Result<Option<Self>, Error> {
+    pub(crate) fn of_stage(job: &Job, stage: &PlannedStage, replica: &Replica) -> Result<Option<Self>, Error> {
+        let model = replica.model();
+        let shapes = Shapes::of(job, model.device());
+        let steps_ahead = shapes.steps_ahead(job, stage, replica.world_size());
         match shelf::open_stage(job, stage, model) {
             Ok(Some((boundary, shelves))) => Ok(Some(Self {
                 dataset: job.dataset.clone(),
                 boundary: Arc::new(boundary),
                 shelves,
-                shapes: Shapes::of(job),
+                shapes,
+                steps_ahead,
                 fresh: BTreeMap::new(),
                 counts: Counts::default(),
                 scratch: Vec::new(),
@@ -153,6 +162,10 @@ impl Prefix {
                 Ok(None)
             }
         }
+    }
+
+    pub(crate) fn steps_ahead(&self) -> usize {
+        self.steps_ahead
     }
 
     pub(crate) fn take_counts(&mut self) -> Counts {
@@ -195,6 +208,7 @@ impl Prefix {
                 }
             }
         }
+        tracing::debug!(columns = class, samples = rows.len(), room = padded.len(), took = ?began.elapsed(), "ran a chunk of the frozen prefix");
         self.counts.computed += rows.len() as u64;
         self.counts.time += began.elapsed();
         self.shelves.iter_mut().for_each(|shelf| shelf.judge(rows.len(), began.elapsed()));

@@ -18,7 +18,7 @@ use thaw_torch::rows::Layout;
 use thaw_torch::tch::Kind;
 
 /// Changes whenever the same prefix would give other bytes.
-const FORMAT: &str = "thaw prefix rows 1";
+const FORMAT: &str = "thaw prefix rows 2";
 /// Boundaries of later stages that one pass fills beside the present one's.
 const DEEPER: usize = 2;
 /// Element types of what crosses, by their number in a row's description.

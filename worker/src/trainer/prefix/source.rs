@@ -13,6 +13,10 @@ pub(crate) struct Source {
     order: Box<dyn Iterator<Item = Work> + Send>,
     prefetch: Prefetch,
     queue: VecDeque<Loaded>,
+    /// Micro-batches whose prefixes are computed together.
+    window: usize,
+    /// Micro-batches at the front of the queue whose prefixes are at hand.
+    ready: usize,
 }
 
 /// One micro-batch, asked for and perhaps loaded.
@@ -23,8 +27,15 @@ struct Loaded {
 }
 
 impl Source {
-    /// Begins to load, `ahead` micro-batches at a time. `prefix` is the one that [`Source::next`] will be given.
-    pub(crate) fn start<I>(dataset: &Dataset, order: I, ahead: usize, prefix: Option<&Prefix>) -> Result<Self, Error>
+    /// Begins to load, `ahead` micro-batches at a time. `prefix` is the one that [`Source::next`] will be given; it runs for `window`
+    /// micro-batches (at least one) at a time.
+    pub(crate) fn start<I>(
+        dataset: &Dataset,
+        order: I,
+        ahead: usize,
+        window: usize,
+        prefix: Option<&Prefix>,
+    ) -> Result<Self, Error>
     where
         I: Iterator<Item = Work> + Clone + Send + 'static,
     {
@@ -36,7 +47,14 @@ impl Source {
             Some(_) | None => work,
         });
         let prefetch = Prefetch::spawn(dataset.clone(), loading, ahead, 1)?;
-        Ok(Self { dataset: dataset.clone(), order: Box::new(order), prefetch, queue: VecDeque::new() })
+        Ok(Self {
+            dataset: dataset.clone(),
+            order: Box::new(order),
+            prefetch,
+            queue: VecDeque::new(),
+            window: window.max(1),
+            ready: 0,
+        })
     }
 
     /// The next micro-batch; `None` after the last.
@@ -59,8 +77,12 @@ impl Source {
 
     /// The front of the queue, entering at the boundary.
     fn cut(&mut self, prefix: &mut Prefix, model: &mut SegmentedModel) -> Result<Micro, Error> {
+        if self.ready == 0 {
+            self.prepare(prefix, model)?;
+        }
+        self.ready -= 1;
         loop {
-            self.fill(prefix, model)?;
+            self.fill(0, prefix, model)?;
             let Loaded { work, batch } = self.queue.pop_front().expect("the caller loaded it");
             let needs_inputs = prefix.needs_inputs();
             let mut bare = match &batch {
@@ -78,10 +100,22 @@ impl Source {
         }
     }
 
-    /// Computes what the front of the queue lacks, chunk by chunk, with companions from further back.
-    fn fill(&mut self, prefix: &mut Prefix, model: &mut SegmentedModel) -> Result<(), Error> {
+    /// Computes what the next window lacks.
+    fn prepare(&mut self, prefix: &mut Prefix, model: &mut SegmentedModel) -> Result<(), Error> {
+        while self.queue.len() < self.window {
+            match self.load() {
+                Some(loaded) => loaded?,
+                None => break,
+            }
+        }
+        self.ready = self.queue.len().min(self.window);
+        (0..self.ready).try_for_each(|place| self.fill(place, prefix, model))
+    }
+
+    /// Computes what a place of the queue lacks, chunk by chunk, with companions from the rest of it and from further back.
+    fn fill(&mut self, place: usize, prefix: &mut Prefix, model: &mut SegmentedModel) -> Result<(), Error> {
         loop {
-            let front = self.queue.front_mut().expect("the caller loaded it");
+            let front = self.queue.get_mut(place).expect("the caller loaded it");
             let (part, view) = (front.work.part, front.work.view);
             let Some(missing) = front.work.samples.iter().position(|sample| !prefix.has(part, *sample, view)) else {
                 return Ok(());
