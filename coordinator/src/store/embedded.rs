@@ -417,9 +417,10 @@ impl Writer {
 
 fn holds(state: &State, compare: &Compare) -> bool {
     let entry = state.entries.get(&compare.key).map(|stored| &stored.entry);
-    match compare.target {
+    match &compare.target {
         Target::Absent => entry.is_none(),
-        Target::CreateRevision(revision) => entry.is_some_and(|entry| entry.create_revision == revision),
-        Target::ModRevision(revision) => entry.is_some_and(|entry| entry.mod_revision == revision),
+        Target::CreateRevision(revision) => entry.is_some_and(|entry| entry.create_revision == *revision),
+        Target::ModRevision(revision) => entry.is_some_and(|entry| entry.mod_revision == *revision),
+        Target::Value(value) => entry.is_some_and(|entry| entry.value == *value),
     }
 }

@@ -14,11 +14,15 @@ use etcd_client::{
 };
 use futures::StreamExt;
 use std::time::Duration;
+use thaw_runtime::backoff::Backoff;
 use tonic::Code;
 
 /// Keys per page of a listing: pages stay below gRPC's message limit, and all pages read one revision.
 const PAGE: i64 = 16;
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Between tries of a read.
+const RETRY_BASE: Duration = Duration::from_millis(20);
+const RETRY_CAP: Duration = Duration::from_millis(500);
 
 /// The store in etcd.
 pub struct Etcd {
@@ -64,13 +68,43 @@ impl Etcd {
 
     fn compare(&self, compare: &Compare) -> etcd_client::Compare {
         let key = self.full(&compare.key);
-        match compare.target {
+        match &compare.target {
             Target::Absent => etcd_client::Compare::create_revision(key, CompareOp::Equal, 0),
             Target::CreateRevision(revision) => {
-                etcd_client::Compare::create_revision(key, CompareOp::Equal, signed(revision))
+                etcd_client::Compare::create_revision(key, CompareOp::Equal, signed(*revision))
             }
             Target::ModRevision(revision) => {
-                etcd_client::Compare::mod_revision(key, CompareOp::Equal, signed(revision))
+                etcd_client::Compare::mod_revision(key, CompareOp::Equal, signed(*revision))
+            }
+            // etcd does not apply it to a key that is not there.
+            Target::Value(value) => etcd_client::Compare::value(key, CompareOp::Equal, value.clone()),
+        }
+    }
+
+    /// One page after another at one revision; `None` where that was compacted away meanwhile.
+    async fn list_once(&self, prefix: &str) -> Result<Option<At<Vec<Entry>>>, etcd_client::Error> {
+        let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut start = self.full(prefix).into_bytes();
+        let end = after_prefix(&start);
+        let mut found = Vec::new();
+        let mut pinned = None;
+        loop {
+            let mut options = GetOptions::new().with_range(end.clone()).with_limit(PAGE);
+            if let Some(at) = pinned {
+                options = options.with_revision(signed(at));
+            }
+            let response = match client.get(start.clone(), Some(options)).await {
+                Err(etcd_client::Error::GRpcStatus(status)) if status.code() == Code::OutOfRange => return Ok(None),
+                answer => answer?,
+            };
+            let at = *pinned.get_or_insert_with(|| revision(response.header()));
+            found.extend(response.kvs().iter().map(|pair| self.entry(pair)));
+            match response.kvs().last() {
+                Some(last) if response.more() => {
+                    start = last.key().to_vec();
+                    start.push(0);
+                }
+                Some(_) | None => return Ok(Some(At { revision: at, value: found })),
             }
         }
     }
@@ -89,33 +123,29 @@ impl Etcd {
 #[async_trait]
 impl Store for Etcd {
     async fn get(&self, key: &str) -> Result<At<Option<Entry>>, Error> {
-        let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let response = read("get", client.get(self.full(key), None)).await?;
+        let response = read("get", || {
+            let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+            let key = self.full(key);
+            async move { client.get(key, None).await }
+        })
+        .await?;
         Ok(At { revision: revision(response.header()), value: response.kvs().first().map(|pair| self.entry(pair)) })
     }
 
     async fn list(&self, prefix: &str) -> Result<At<Vec<Entry>>, Error> {
-        let mut client = self.client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let mut start = self.full(prefix).into_bytes();
-        let end = after_prefix(&start);
-        let mut found = Vec::new();
-        let mut pinned = None;
-        loop {
-            let mut options = GetOptions::new().with_range(end.clone()).with_limit(PAGE);
-            if let Some(Revision(at)) = pinned {
-                options = options.with_revision(signed(Revision(at)));
-            }
-            let response = read("list", client.get(start.clone(), Some(options))).await?;
-            let at = *pinned.get_or_insert_with(|| revision(response.header()));
-            found.extend(response.kvs().iter().map(|pair| self.entry(pair)));
-            match response.kvs().last() {
-                Some(last) if response.more() => {
-                    start = last.key().to_vec();
-                    start.push(0);
+        let listing = async {
+            loop {
+                // From the start again: pages of different revisions would show what never was.
+                if let Some(listed) = read("list", || self.list_once(prefix)).await? {
+                    return Ok(listed);
                 }
-                Some(_) | None => return Ok(At { revision: at, value: found }),
             }
-        }
+        };
+        let unanswered = |elapsed: tokio::time::error::Elapsed| Error::Unavailable {
+            operation: "list",
+            source: Some(elapsed.into()),
+        };
+        tokio::time::timeout(OPERATION_DEADLINE, listing).await.map_err(unanswered)?
     }
 
     async fn txn(&self, compares: Vec<Compare>, ops: Vec<Op>) -> Result<TxnOutcome, Error> {
@@ -140,9 +170,14 @@ impl Store for Etcd {
     }
 
     async fn watch(&self, prefix: &str, after: Revision) -> Result<WatchStream, Error> {
-        let mut client = self.client.watch_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let options = WatchOptions::new().with_prefix().with_start_revision(signed(after) + 1).with_progress_notify();
-        let watching = read("watch", client.watch(self.full(prefix), Some(options))).await?;
+        let (watching, client) = read("watch", || {
+            let mut client = self.client.watch_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+            let options =
+                WatchOptions::new().with_prefix().with_start_revision(signed(after) + 1).with_progress_notify();
+            let key = self.full(prefix);
+            async move { client.watch(key, Some(options)).await.map(|watching| (watching, client)) }
+        })
+        .await?;
         let state =
             Watching { watching: Some(watching), ready: Vec::new(), prefix: self.prefix.clone(), _client: client };
         Ok(futures::stream::unfold(state, |mut state| async move { state.next().await.map(|event| (event, state)) })
@@ -151,8 +186,12 @@ impl Store for Etcd {
 
     async fn grant_lease(&self, ttl: Duration) -> Result<LeaseId, Error> {
         let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
-        let mut client = self.client.lease_client();
-        let response = read("grant lease", client.grant(seconds, None)).await?;
+        // A grant whose answer was lost leaves a lease that nobody renews.
+        let response = read("grant lease", || {
+            let mut client = self.client.lease_client();
+            async move { client.grant(seconds, None).await }
+        })
+        .await?;
         Ok(LeaseId(response.id()))
     }
 
@@ -234,16 +273,63 @@ fn entry(prefix: &str, pair: &KeyValue) -> Entry {
     }
 }
 
-/// Runs a request that changes nothing a caller could lose track of: without an answer it is simply unavailable.
-async fn read<T>(
-    operation: &'static str,
-    call: impl Future<Output = Result<T, etcd_client::Error>>,
-) -> Result<T, Error> {
-    match tokio::time::timeout(OPERATION_DEADLINE, call).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(Error::Unavailable { operation, source: Some(error.into()) }),
-        Err(elapsed) => Err(Error::Unavailable { operation, source: Some(elapsed.into()) }),
+/// Runs a request that changes nothing a caller could lose track of, again and again until [`OPERATION_DEADLINE`]: every
+/// error but a refusal is worth another try.
+async fn read<T, Call, Make>(operation: &'static str, mut make: Make) -> Result<T, Error>
+where
+    Call: Future<Output = Result<T, etcd_client::Error>>,
+    Make: FnMut() -> Call,
+{
+    let end = tokio::time::Instant::now() + OPERATION_DEADLINE;
+    let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP).with_deadline(OPERATION_DEADLINE);
+    let mut last: Option<super::Cause> = None;
+    loop {
+        match tokio::time::timeout_at(end, make()).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => match refusal(operation, error) {
+                Ok(refused) => return Err(refused),
+                Err(error) => last = Some(error.into()),
+            },
+            Err(elapsed) => {
+                let source = Some(last.unwrap_or_else(|| elapsed.into()));
+                return Err(Error::Unavailable { operation, source });
+            }
+        }
+        let wait = backoff.next_wait();
+        match wait {
+            Some(wait) => tokio::time::sleep(wait).await,
+            None => return Err(Error::Unavailable { operation, source: last }),
+        }
     }
+}
+
+/// What trying again cannot mend; else the error itself.
+fn refusal(operation: &'static str, error: etcd_client::Error) -> Result<Error, etcd_client::Error> {
+    let etcd_client::Error::GRpcStatus(status) = &error else { return Err(error) };
+    match status.code() {
+        Code::PermissionDenied | Code::Unauthenticated => Ok(Error::Denied { operation, source: Some(error.into()) }),
+        Code::InvalidArgument if is_about_a_user(status) => Ok(Error::Denied { operation, source: Some(error.into()) }),
+        Code::InvalidArgument | Code::FailedPrecondition => Ok(Error::Invalid { operation, what: error.to_string() }),
+        Code::Ok
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::ResourceExhausted
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss => Err(error),
+    }
+}
+
+/// etcd says "invalid argument" where no user was named, or its password is wrong.
+fn is_about_a_user(status: &tonic::Status) -> bool {
+    let message = status.message();
+    message.contains("user name is empty") || message.contains("authentication failed")
 }
 
 fn classify(operation: &'static str, lease: Option<LeaseId>, error: etcd_client::Error) -> Error {
@@ -253,12 +339,14 @@ fn classify(operation: &'static str, lease: Option<LeaseId>, error: etcd_client:
     };
     match (code, lease) {
         (Code::NotFound, Some(lease)) => Error::LeaseNotFound(lease),
+        (Code::PermissionDenied | Code::Unauthenticated, _) => Error::Denied { operation, source: Some(error.into()) },
+        (Code::InvalidArgument, _) if matches!(&error, etcd_client::Error::GRpcStatus(status) if is_about_a_user(status)) => {
+            Error::Denied { operation, source: Some(error.into()) }
+        }
         (Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition | Code::OutOfRange, _) => {
             Error::Invalid { operation, what: error.to_string() }
         }
-        (Code::PermissionDenied | Code::Unauthenticated | Code::ResourceExhausted, _) => {
-            Error::Unavailable { operation, source: Some(error.into()) }
-        }
+        (Code::ResourceExhausted, _) => Error::Unavailable { operation, source: Some(error.into()) },
         (
             Code::Ok
             | Code::Cancelled

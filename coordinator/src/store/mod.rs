@@ -18,10 +18,12 @@
 
 mod embedded;
 mod etcd;
+mod follow;
 mod url;
 
 pub use self::embedded::Embedded;
 pub use self::etcd::Etcd;
+pub use self::follow::{Followed, follow};
 pub use self::url::{ParseError, StoreUrl};
 
 use async_trait::async_trait;
@@ -31,6 +33,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use thaw_proto::status::ErrorClass;
 
 /// The longest any one operation takes before it fails with [`Error::Unavailable`] or [`Error::Unknown`].
 pub const OPERATION_DEADLINE: Duration = Duration::from_secs(5);
@@ -73,11 +76,13 @@ pub struct Compare {
 }
 
 /// What a [`Compare`] demands of its key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     Absent,
     CreateRevision(Revision),
     ModRevision(Revision),
+    /// The key exists and has this value.
+    Value(Vec<u8>),
 }
 
 impl Compare {
@@ -97,6 +102,12 @@ impl Compare {
     #[must_use]
     pub fn modified_at(key: impl Into<String>, revision: Revision) -> Self {
         Self { key: key.into(), target: Target::ModRevision(revision) }
+    }
+
+    /// The key holds these bytes.
+    #[must_use]
+    pub fn value_is(key: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
+        Self { key: key.into(), target: Target::Value(value.into()) }
     }
 }
 
@@ -170,6 +181,15 @@ pub enum Error {
         #[source]
         source: Option<Cause>,
     },
+    /// The store knows who asks, or does not, and refuses.
+    #[error(
+        "{operation}: the store refuses this user; check --etcd-user, its password, and that its role may read and write the prefix"
+    )]
+    Denied {
+        operation: &'static str,
+        #[source]
+        source: Option<Cause>,
+    },
     #[error("lease {0:?} has ended or never existed")]
     LeaseNotFound(LeaseId),
     #[error("{operation}: {what}")]
@@ -185,13 +205,26 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// What the caller can do about it.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Unknown { .. } | Self::Unavailable { .. } => ErrorClass::Retry,
+            Self::LeaseNotFound(_) => ErrorClass::Fenced,
+            Self::Invalid { .. } => ErrorClass::Invalid,
+            Self::Denied { .. } | Self::InUse { .. } | Self::Open { .. } => ErrorClass::Precondition,
+        }
+    }
+}
+
 /// The cause below a store error.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// A durable map with revisions. Cheap to share as `Arc<dyn Store>`.
 ///
-/// Every call ends within [`OPERATION_DEADLINE`]. Dropping a call's future does not undo it: the outcome is then
-/// unknown.
+/// Every call ends within [`OPERATION_DEADLINE`]: reads are tried again until then, a transaction is sent once. Dropping a
+/// call's future does not undo it: the outcome is then unknown.
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// One key.

@@ -4,6 +4,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod cluster;
+pub(crate) mod proxy;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -60,6 +61,14 @@ impl Drop for EtcdProcess {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+}
+
+/// Forgets the history of an etcd up to now.
+pub(crate) async fn compact(address: String) {
+    let mut client = etcd_client::Client::connect([address], None).await.unwrap();
+    let revision = client.get("none", None).await.unwrap().header().unwrap().revision();
+    // An error says that this was compacted already.
+    let _ = client.compact(revision, None).await;
 }
 
 /// Names of the services that reflection v1 shows, after v1alpha has shown the same.
