@@ -9,6 +9,9 @@ use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
     pub(super) fn tick(&mut self, free: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
+        if self.give_up_awaited() {
+            return Ok(());
+        }
         match self.record.state {
             RunState::Pending => self.try_start_gang(free, fresh)?,
             RunState::Resizing => {
@@ -251,6 +254,10 @@ impl Turn {
         for trainer in alive {
             if stopping || !self.record.members.iter().any(|member| member.trainer == *trainer) {
                 self.stop(trainer.clone());
+            } else if self.observed.awaited.remove(&trainer.incarnation) && self.record.state == RunState::Suspending {
+                // The leader before may have gone before it said so.
+                let generation = self.record.generation;
+                self.effect(Effect::SuspendTrainer { trainer: trainer.clone(), generation });
             }
         }
         let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
@@ -262,11 +269,27 @@ impl Turn {
             .collect();
         for trainer in missing {
             let message = format!("worker {worker} no longer has the trainer in slot {}", trainer.slot);
-            self.lose_trainer(&trainer, RunReason::TrainerLost, message);
+            if self.observed.awaited.remove(&trainer.incarnation) {
+                self.record.members.retain(|member| member.trainer != trainer);
+                self.lose_taken_over(message);
+            } else {
+                self.lose_trainer(&trainer, RunReason::TrainerLost, message);
+            }
         }
     }
 
     fn was_heard_from(&self, trainer: &Trainer) -> bool {
-        self.observed.addresses.contains_key(&trainer.incarnation)
+        match self.record.state {
+            // By this leader or by the one before, else it would have built no gang.
+            RunState::Running | RunState::Suspending | RunState::Preempting => true,
+            RunState::Pending
+            | RunState::Admitted
+            | RunState::Forming
+            | RunState::Resizing
+            | RunState::Suspended
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => self.observed.addresses.contains_key(&trainer.incarnation),
+        }
     }
 }

@@ -25,6 +25,7 @@
 //! - RUN-7: a run without a fault ends: every wait of the machine has a deadline, and [`Policy::most_failures`] generations in a
 //!   row without a newly committed step end it. Coordinator restarts do not count.
 //! - RUN-8: what is wanted is derived again from what workers report ([`Input::TrainersSeen`]): a lost effect delays, never wedges.
+//! - RUN-9: a new leader stops no trainer of a gang that trains: it waits [`Policy::reattach_timeout_ms`] for each to be seen.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone. PREEMPTING is entered by nothing yet.
 
@@ -61,6 +62,9 @@ pub struct Policy {
     pub stop_timeout_ms: u64,
     /// From SuspendTrainer to Suspended.
     pub suspend_timeout_ms: u64,
+    /// From a new leader's start until a trainer of a gang that it has taken over is taken for lost: a full limit of silence
+    /// for the worker, after the time it needs to find the leader.
+    pub reattach_timeout_ms: u64,
     /// How long a run that could start waits for more of its `workers.max`.
     pub gather_ms: u64,
     /// Generations in a row without a newly committed step that end the run.
@@ -74,6 +78,7 @@ impl Default for Policy {
             forming_timeout_ms: 60_000,
             stop_timeout_ms: 10_000,
             suspend_timeout_ms: 300_000,
+            reattach_timeout_ms: 10_000,
             gather_ms: 2_000,
             most_failures: 5,
         }
@@ -142,7 +147,7 @@ pub enum Input {
     Cancel,
     Suspend,
     Resume,
-    /// First input after a coordinator has taken the run over, with its trainers gone or to be stopped.
+    /// First input after a coordinator has taken the run over. Its gang trains on; who of it does not come back is lost.
     CoordinatorStarted,
 }
 

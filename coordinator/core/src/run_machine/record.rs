@@ -130,6 +130,10 @@ pub struct Observed {
     pub(super) deadline_ms: Option<u64>,
     /// Since when there have been enough slots to start, but fewer than the run can use.
     pub(super) gathering_since_ms: Option<u64>,
+    /// Members of a gang that a new leader has taken over and not heard of yet.
+    pub(super) awaited: BTreeSet<Incarnation>,
+    /// Until when they may come back.
+    pub(super) reattach_deadline_ms: Option<u64>,
     /// Places whose trainers did not come up in time; used again only where there is no other.
     pub(super) avoid: BTreeSet<FreeSlot>,
 }

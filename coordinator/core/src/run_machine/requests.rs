@@ -1,7 +1,7 @@
 //! What users and a new leader ask for.
 
 use super::turn::Turn;
-use super::{Effect, Rejection};
+use super::{Effect, Rejection, Trainer};
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
@@ -71,21 +71,68 @@ impl Turn {
         }
     }
 
-    /// The trainers died with the coordinator, or belong to workers that have yet to come back: they are stopped when seen
-    /// (RUN-8), and hold no slot of a worker that reports them gone.
+    /// A gang that trains goes on, and is waited for (RUN-9). One that was starting, forming or stopping has done nothing that
+    /// is worth the wait: its trainers are stopped when they are seen (RUN-8).
     pub(super) fn coordinator_started(&mut self) {
         match self.record.state {
-            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Resizing | RunState::Preempting => {
+            RunState::Running | RunState::Suspending | RunState::Preempting => {
+                let members = self.record.members.iter();
+                self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
+                self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
+            }
+            RunState::Admitted | RunState::Forming | RunState::Resizing => {
                 self.release_members();
                 let message = "the coordinator was started again";
                 self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, message, None);
             }
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
+        }
+    }
+
+    /// Takes those for lost who have not come back to a new leader in time; whether there were any.
+    pub(super) fn give_up_awaited(&mut self) -> bool {
+        if self.observed.awaited.is_empty() || self.observed.reattach_deadline_ms.is_none_or(|end| self.now_ms < end) {
+            return false;
+        }
+        let awaited = std::mem::take(&mut self.observed.awaited);
+        let late: Vec<Trainer> = self
+            .record
+            .members
+            .iter()
+            .map(|member| member.trainer.clone())
+            .filter(|trainer| awaited.contains(&trainer.incarnation))
+            .collect();
+        let names: Vec<String> =
+            late.iter().map(|trainer| format!("{} slot {}", trainer.worker, trainer.slot)).collect();
+        let message = format!("trainer(s) on {} did not come back to the new coordinator in time", names.join(", "));
+        self.record.members.retain(|member| !late.contains(&member.trainer));
+        self.lose_taken_over(message);
+        true
+    }
+
+    /// A member of a gang that was taken over is not there any more. It does not count as the run's failure (RUN-7).
+    pub(super) fn lose_taken_over(&mut self, message: String) {
+        self.changed = true;
+        match self.record.state {
+            RunState::Running | RunState::Preempting => {
+                self.stop_members();
+                let timeout = Some(self.policy.stop_timeout_ms);
+                self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, message, timeout);
+            }
             RunState::Suspending => {
                 self.release_members();
-                let message = "suspended from the last checkpoint: the coordinator was started again";
+                let message = format!("suspended from the last checkpoint: {message}");
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
             }
-            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
+            // Nobody is awaited in these.
+            RunState::Pending
+            | RunState::Admitted
+            | RunState::Forming
+            | RunState::Resizing
+            | RunState::Suspended
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => {}
         }
     }
 }

@@ -45,6 +45,18 @@ struct SimTrainer {
     generation: Generation,
     rank: Rank,
     resume: u64,
+    /// What it has reported and a new session hears again, as agents have it.
+    ledger: Vec<Input>,
+}
+
+impl SimWorker {
+    /// A trainer reports: to whoever listens now, and to its ledger.
+    fn say(&mut self, trainer: usize, input: Input) {
+        self.trainers[trainer].ledger.push(input.clone());
+        if self.connected {
+            self.outbox.push_back(input);
+        }
+    }
 }
 
 /// A worker with two slots, and what is on its way to and from it.
@@ -118,6 +130,7 @@ impl World {
         self.observed = Observed::default();
         self.log.push("restart".to_owned());
         for worker in &mut self.workers {
+            worker.connected = false;
             worker.inbox.clear();
             worker.outbox.clear();
         }
@@ -162,6 +175,7 @@ impl World {
                         generation,
                         rank: Rank(0),
                         resume: 0,
+                        ledger: Vec::new(),
                     });
                 }
             }
@@ -194,12 +208,9 @@ impl World {
                     state.trainers[at].phase = Phase::Standing;
                     if state.trainers[at].rank == Rank(0) {
                         let checkpoint = checkpoint(generation, step);
-                        state.outbox.push_back(Input::CheckpointWritten {
-                            trainer: trainer.clone(),
-                            generation,
-                            checkpoint,
-                        });
-                        state.outbox.push_back(Input::Suspended { trainer, generation });
+                        let written = Input::CheckpointWritten { trainer: trainer.clone(), generation, checkpoint };
+                        state.say(at, written);
+                        state.say(at, Input::Suspended { trainer, generation });
                     }
                 }
             }
@@ -211,12 +222,8 @@ impl World {
                     *awaiting = None;
                     if checkpoint.position.step.0 == LAST_STEP {
                         let result = Box::new(result(LAST_STEP));
-                        state.outbox.push_back(Input::Finished {
-                            trainer,
-                            generation,
-                            result,
-                            reason: RunReason::LastStageEnded,
-                        });
+                        let reason = RunReason::LastStageEnded;
+                        state.say(at, Input::Finished { trainer, generation, result, reason });
                     }
                 }
             }
@@ -245,21 +252,22 @@ impl World {
         match sim.phase {
             Phase::Loading => {
                 state.trainers[at].phase = Phase::Ready;
-                state.outbox.push_back(Input::TrainerReady { address: trainer.incarnation.to_string(), trainer });
+                state.say(at, Input::TrainerReady { address: trainer.incarnation.to_string(), trainer });
             }
             Phase::Building if gang_is_whole => {
                 state.trainers[at].phase = Phase::Built;
-                state.outbox.push_back(Input::GangBuilt { trainer, generation });
+                state.say(at, Input::GangBuilt { trainer, generation });
             }
             Phase::Training { .. } if !gang_is_whole => {
                 state.trainers[at].phase = Phase::Standing;
-                state.outbox.push_back(Input::TrainerFailed {
+                let failed = Input::TrainerFailed {
                     trainer,
                     generation,
                     class: FailureClass::Retry,
                     reason: RunReason::TrainerLost,
                     message: "a peer is gone".into(),
-                });
+                };
+                state.say(at, failed);
             }
             Phase::Training { step, awaiting: None } => {
                 let next = (step + 5).min(LAST_STEP);
@@ -267,7 +275,7 @@ impl World {
                 state.trainers[at].phase = Phase::Training { step: next, awaiting: saves.then_some(next) };
                 if saves {
                     let checkpoint = checkpoint(generation, next);
-                    state.outbox.push_back(Input::CheckpointWritten { trainer, generation, checkpoint });
+                    state.say(at, Input::CheckpointWritten { trainer, generation, checkpoint });
                 }
             }
             Phase::Ready | Phase::Building | Phase::Built | Phase::Training { .. } | Phase::Standing => {}
@@ -305,9 +313,13 @@ impl World {
 
     /// A hello or a heartbeat.
     fn report(&mut self, worker: usize) {
-        self.workers[worker].connected = true;
-        let trainers = self.workers[worker].trainers.iter().map(|sim| sim.trainer.clone()).collect();
-        self.workers[worker].outbox.push_back(Input::TrainersSeen { worker: name(worker), trainers });
+        let state = &mut self.workers[worker];
+        let is_new = !std::mem::replace(&mut state.connected, true);
+        let trainers = state.trainers.iter().map(|sim| sim.trainer.clone()).collect();
+        state.outbox.push_back(Input::TrainersSeen { worker: name(worker), trainers });
+        if is_new {
+            state.outbox.extend(state.trainers.iter().flat_map(|sim| sim.ledger.iter().cloned()));
+        }
     }
 
     fn random_action(&mut self) {

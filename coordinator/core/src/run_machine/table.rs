@@ -86,11 +86,11 @@ fn run_4_the_table_of_transitions() {
 PENDING: Admitted = - - - = - - - - Suspended - Cancelled =
 ADMITTED: = = = - Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
 FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
-RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled Resizing
+RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled =
 RESIZING: = = - - = = = Failed = - Suspended - Cancelled =
-SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled Suspended
+SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled =
 SUSPENDED: = = - - - = - - - - = Pending Cancelled =
-PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled Resizing
+PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled =
 SUCCEEDED: = = - - - = - - - - - - - =
 FAILED: = = - - - = - - - - - - - =
 CANCELLED: = = - - - = - - - - - - = =

@@ -403,9 +403,73 @@ fn a_suspension_that_never_saves_ends_by_its_deadline() {
     assert_eq!(script.record.state, RunState::Suspended);
 }
 
+fn taken_over(script: Script) -> Script {
+    let mut script = script;
+    script.observed = Observed::default();
+    assert!(script.effects(Input::CoordinatorStarted).is_empty());
+    script
+}
+
+fn seen(worker: &str, trainers: &[Trainer]) -> Input {
+    Input::TrainersSeen { worker: worker.into(), trainers: trainers.to_vec() }
+}
+
 #[test]
-fn a_started_coordinator_forms_the_gang_again() {
-    let mut script = Script::running();
+fn run_9_a_gang_that_trains_goes_on_under_a_new_coordinator() {
+    let mut script = taken_over(Script::running());
+    let (first, second) = (script.trainer(0), script.trainer(1));
+    assert!(script.effects(seen("a", std::slice::from_ref(&first))).is_empty());
+    script.now_ms += Policy::default().reattach_timeout_ms - 1;
+    let tick = script.tick();
+    assert!(script.effects(tick).is_empty(), "nobody is lost before the limit");
+    assert!(script.effects(seen("b", std::slice::from_ref(&second))).is_empty());
+    script.now_ms += 1;
+    let tick = script.tick();
+    assert!(script.effects(tick).is_empty());
+    assert_eq!((script.record.state, script.record.generation), (RunState::Running, Generation(1)));
+    // What was said while nobody listened is said again, and answered.
+    let written = script.checkpoint(10);
+    assert_eq!(generations(&script.effects(written)), ["ack"]);
+    // From now on it is missed as ever.
+    script.effects(seen("b", &[]));
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::TrainerLost));
+}
+
+#[test]
+fn run_9_who_does_not_come_back_is_lost_and_no_failure_of_the_run() {
+    let mut script = taken_over(Script::running());
+    let first = script.trainer(0);
+    script.effects(seen("a", std::slice::from_ref(&first)));
+    script.now_ms += Policy::default().reattach_timeout_ms;
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["stop"]);
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
+    assert!(script.record.message.contains("b slot 0"), "{}", script.record.message);
+    assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
+    // A worker that came back without its trainer says so at once.
+    let mut script = taken_over(Script::running());
+    script.effects(seen("a", &[]));
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
+    assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
+}
+
+#[test]
+fn a_suspension_goes_on_under_a_new_coordinator() {
+    let mut script = taken_over(Script::running().after(Input::Suspend));
+    let (first, second) = (script.trainer(0), script.trainer(1));
+    for (worker, trainer) in [("a", &first), ("b", &second)] {
+        let generation = Generation(1);
+        let again = Effect::SuspendTrainer { trainer: trainer.clone(), generation };
+        assert_eq!(script.effects(seen(worker, std::slice::from_ref(trainer))), [again]);
+        assert!(script.effects(seen(worker, std::slice::from_ref(trainer))).is_empty(), "said once");
+    }
+    script.effects(Input::Suspended { trainer: first, generation: Generation(1) });
+    assert_eq!(script.record.state, RunState::Suspended);
+}
+
+#[test]
+fn a_started_coordinator_forms_a_gang_again_that_did_not_train() {
+    let mut script = Script::forming();
     let old = script.trainer(0);
     script.observed = Observed::default();
     assert_eq!(generations(&script.effects(Input::CoordinatorStarted)), ["stop", "stop"]);
@@ -414,8 +478,8 @@ fn a_started_coordinator_forms_the_gang_again() {
     let tick = script.tick();
     assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
     // RUN-8: a straggler of the old gang is stopped when it is seen.
-    let seen = Input::TrainersSeen { worker: "a".into(), trainers: vec![old.clone()] };
-    assert_eq!(script.effects(seen), [Effect::StopTrainer { trainer: old, generation: Generation(2) }]);
+    let stop = Effect::StopTrainer { trainer: old.clone(), generation: Generation(2) };
+    assert_eq!(script.effects(seen("a", &[old])), [stop]);
 }
 
 #[test]

@@ -90,6 +90,7 @@ impl Turn {
         }
         self.observed.addresses.clear();
         self.observed.built.clear();
+        self.observed.awaited.clear();
     }
 
     /// Tells every member to stop, and forgets them: who is still seen later is told again (RUN-8).
