@@ -1,14 +1,16 @@
 //! The server: build, bind, run.
 //!
 //! [`Server::bind`] opens the store and the socket, so that what is wrong with either is an error before anything runs.
-//! [`Bound::run`] campaigns, loads the runs, serves, and stops in order: no new calls, streams ended, driver done,
-//! leadership given back.
+//! [`Bound::run`] serves: it follows the store and answers reads, campaigns, leads its term, and follows again.
 //!
 //! SERVER-1: without TLS it binds loopback addresses only.
+//! SERVER-2: losing leadership ends the term, not the process; nothing of a term outlives it.
+//! SERVER-3: a stop gives leadership back as soon as the driver has saved what it was at; streams and calls end after.
 
 use crate::grpc::{self, Leading, Services};
 use crate::intake::{FilesPlanner, Intake, SpecPlanner};
-use crate::leader::{self, Identity, Timing};
+use crate::journal::{Journal, Writer};
+use crate::leader::{self, Fenced, Identity, Leadership, Timing};
 use crate::store::{self, Store, StoreUrl};
 use crate::views::Views;
 use crate::{driver, journal};
@@ -27,6 +29,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a stop may take before what still runs is aborted.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the end of a term waits for a slow disk before it lets another lead.
+const FLUSH_DEADLINE: Duration = Duration::from_millis(50);
 
 /// What one coordinator process is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub struct ServeConfig {
     pub data_dir: PathBuf,
     /// Name of this coordinator, as users see it.
     pub name: String,
+    /// `host:port` under which users and workers reach this coordinator. `None`: where it listens.
+    pub advertise: Option<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -66,9 +72,6 @@ pub enum Error {
     Leader(#[source] leader::Error),
     #[error("start the driver")]
     Driver(#[source] driver::Error),
-    /// Another coordinator leads; this process starts anew to follow it.
-    #[error("leadership was lost; start the coordinator again to follow the new leader")]
-    LeadershipLost,
     #[error(transparent)]
     Tasks(#[from] thaw_runtime::tasks::Error),
 }
@@ -107,7 +110,11 @@ impl Server {
         let data_dir = config.data_dir.canonicalize().map_err(refuse)?;
         let store = store::open(&config.store).await?;
         let config = ServeConfig { data_dir, ..config };
-        Ok(Bound { config, listener, address, store, planner: Arc::new(FilesPlanner), timing: Timing::default() })
+        let timing = match config.store {
+            StoreUrl::Embedded(_) => Timing::alone(),
+            StoreUrl::Etcd { .. } => Timing::default(),
+        };
+        Ok(Bound { config, listener, address, store, planner: Arc::new(FilesPlanner), timing })
     }
 }
 
@@ -144,99 +151,203 @@ impl Bound {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         let stop = shutdown.child_token();
         let tasks = Tasks::new(stop.clone());
-        let (lead, leading) = watch::channel(None);
-        let services =
-            Services { leading, store: Arc::clone(&self.store), tasks: tasks.clone(), shutdown: stop.clone() };
+        let (state, services) = State::new(&self.store, &tasks, &stop);
         let (router, health) = grpc::router(services).await;
-        let serving = tasks.clone();
         let (listener, until) = (self.listener, stop.clone());
-        serving.spawn("grpc", OnError::StopProcess, move |_| async move {
+        tasks.spawn("grpc", OnError::StopProcess, move |_| async move {
             router
                 .serve_with_incoming_shutdown(TcpListenerStream::new(listener), until.cancelled_owned())
                 .await
                 .map_err(Error::Serve)
         });
+        let mirrored = state.clone();
+        let store = Arc::clone(&self.store);
+        tasks.spawn("mirror", OnError::StopProcess, move |token| async move {
+            mirrored.mirror(store, token).await;
+            Ok::<_, BoxError>(())
+        });
+        let shown = state.clone();
+        tasks.spawn("health", OnError::LogAndCount, move |token| async move {
+            shown.report_health(&health, token).await;
+            Ok::<_, BoxError>(())
+        });
+        let address = self.config.advertise.clone().unwrap_or_else(|| self.address.to_string());
+        let name = self.config.name.clone();
+        let identity = Identity { name, address, incarnation: Incarnation(uuid::Uuid::new_v4().to_string()) };
         let head = Head {
-            config: self.config,
-            address: self.address,
+            data_dir: self.config.data_dir,
+            identity,
             store: self.store,
             planner: self.planner,
             timing: self.timing,
+            state,
+            stop: stop.clone(),
         };
-        let led = head.lead(&tasks, &lead, &health, stop.clone()).await;
-        grpc::set_serving(&health, false).await;
+        let led = head.lead_and_follow().await;
         stop.cancel();
-        lead.send_replace(None);
         let joined = tasks.join(STOP_DEADLINE).await;
         led?;
         Ok(joined?)
     }
 }
 
+/// What the parts of one coordinator tell each other. A cheap clone.
+#[derive(Debug, Clone)]
+struct State {
+    views: Views,
+    leading: watch::Sender<Option<Leading>>,
+    other_leader: watch::Sender<Option<Identity>>,
+    /// Whether the views have been read from the store once.
+    synced: watch::Sender<bool>,
+}
+
+impl State {
+    fn new(store: &Arc<dyn Store>, tasks: &Tasks, stop: &CancellationToken) -> (Self, Services) {
+        let (leading, leading_seen) = watch::channel(None);
+        let (other_leader, other_leader_seen) = watch::channel(None);
+        let (synced, synced_seen) = watch::channel(false);
+        let views = Views::default();
+        let services = Services {
+            leading: leading_seen,
+            other_leader: other_leader_seen,
+            synced: synced_seen,
+            views: views.clone(),
+            store: Arc::clone(store),
+            tasks: tasks.clone(),
+            shutdown: stop.clone(),
+        };
+        (Self { views, leading, other_leader, synced }, services)
+    }
+
+    /// Shows what the store has while this coordinator follows; a leader's driver shows it itself.
+    async fn mirror(&self, store: Arc<dyn Store>, stop: CancellationToken) {
+        let mut leading = self.leading.subscribe();
+        loop {
+            tokio::select! {
+                () = driver::mirror(Arc::clone(&store), self.views.clone(), &self.synced) => {}
+                _ = leading.wait_for(Option::is_some) => {}
+                () = stop.cancelled() => return,
+            }
+            tokio::select! {
+                _ = leading.wait_for(Option::is_none) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn report_health(&self, health: &tonic_health::server::HealthReporter, stop: CancellationToken) {
+        let (mut leading, mut synced) = (self.leading.subscribe(), self.synced.subscribe());
+        loop {
+            let (reads, leads) = (*synced.borrow_and_update(), leading.borrow_and_update().is_some());
+            grpc::set_serving(health, reads, leads).await;
+            tokio::select! {
+                _ = leading.changed() => {}
+                _ = synced.changed() => {}
+                () = stop.cancelled() => break,
+            }
+        }
+        grpc::set_serving(health, false, false).await;
+    }
+}
+
 /// What is needed to lead.
 struct Head {
-    config: ServeConfig,
-    address: SocketAddr,
+    data_dir: PathBuf,
+    identity: Identity,
     store: Arc<dyn Store>,
     planner: Arc<dyn SpecPlanner>,
     timing: Timing,
+    state: State,
+    stop: CancellationToken,
 }
 
 impl Head {
-    /// Campaigns, drives and serves until told to stop or leadership is lost.
-    async fn lead(
-        self,
-        tasks: &Tasks,
-        lead: &watch::Sender<Option<Leading>>,
-        health: &tonic_health::server::HealthReporter,
-        stop: CancellationToken,
-    ) -> Result<(), Error> {
-        let identity = Identity {
-            name: self.config.name.clone(),
-            address: self.address.to_string(),
-            incarnation: Incarnation(uuid::Uuid::new_v4().to_string()),
-        };
-        let waiting = |held: Option<Identity>| {
-            let (name, address) = held.map_or_else(Default::default, |held| (held.name, held.address));
-            tracing::info!(leader = name, address, "another coordinator leads; waiting");
-        };
-        let leadership = tokio::select! {
-            won = leader::campaign(Arc::clone(&self.store), &identity, self.timing, waiting) => won.map_err(Error::Leader)?,
-            () = stop.cancelled() => return Ok(()),
-        };
+    /// One term after another, until told to stop or something is wrong that a new term would not mend (SERVER-2).
+    async fn lead_and_follow(&self) -> Result<(), Error> {
+        loop {
+            let seen = self.state.other_leader.clone();
+            let waiting = move |held: Option<Identity>| {
+                if held.is_some() && *seen.borrow() != held {
+                    let (name, address) = held.clone().map_or_else(Default::default, |held| (held.name, held.address));
+                    tracing::info!(leader = name, address, "another coordinator leads; follows it");
+                }
+                seen.send_if_modified(|known| std::mem::replace(known, held.clone()) != held);
+            };
+            let campaign = leader::campaign(Arc::clone(&self.store), &self.identity, self.timing, waiting);
+            let leadership = tokio::select! {
+                won = campaign => won.map_err(Error::Leader)?,
+                () = self.stop.cancelled() => return Ok(()),
+            };
+            match self.lead(leadership).await? {
+                driver::Ended::Stopped => return Ok(()),
+                driver::Ended::LeadershipLost => {
+                    tracing::warn!(name = self.identity.name, "leadership was lost; follows");
+                }
+                driver::Ended::Failed(error) => return Err(Error::Driver(error)),
+            }
+        }
+    }
+
+    /// One term, to its end.
+    async fn lead(&self, leadership: Leadership) -> Result<driver::Ended, Error> {
         let fenced = leadership.fenced();
         let (journal, writer) = journal::journal();
-        let views = Views::default();
-        let (driver, main_loop) =
-            driver::load(fenced.clone(), views.clone(), journal.clone(), self.config.data_dir.clone())
-                .await
-                .map_err(Error::Driver)?;
-        // The journal and the lease outlast the driver: what it did last is written, under a lease that still holds.
+        // The lease outlasts the driver: what it did last is written under it.
         let background = Tasks::new(CancellationToken::new());
         background.spawn("leader", OnError::LogAndCount, |_| async move {
             leadership.keep().await;
             Ok::<_, BoxError>(())
         });
+        let term = self.stop.child_token();
+        let driven = self.drive(&fenced, &journal, writer, &background, &term).await;
+        self.state.leading.send_replace(None);
+        // SERVER-3.
+        let flushed = tokio::time::timeout(FLUSH_DEADLINE, journal.flush()).await;
+        if flushed.is_err() {
+            tracing::warn!("the disk is slow; the last lines about runs are written after the end of the term");
+        }
+        fenced.resign();
+        term.cancel();
+        drop(journal);
+        // A call that still holds something of the term must not keep this coordinator from the next.
+        if let Err(error) = background.join(STOP_DEADLINE).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the end of a term was not clean");
+        }
+        driven
+    }
+
+    async fn drive(
+        &self,
+        fenced: &Fenced,
+        journal: &Journal,
+        writer: Writer,
+        background: &Tasks,
+        term: &CancellationToken,
+    ) -> Result<driver::Ended, Error> {
         background.spawn("journal", OnError::LogAndCount, |_| async move {
             writer.run().await;
             Ok::<_, BoxError>(())
         });
-        let intake = Intake::new(self.planner, driver.clone(), self.config.data_dir);
-        lead.send_replace(Some(Leading { driver, intake, views, journal }));
-        grpc::set_serving(health, true).await;
-        tracing::info!(address = %self.address, name = self.config.name, epoch = %fenced.epoch(), "serving");
-        let driven = main_loop.run(stop.clone()).await;
-        lead.send_replace(None);
-        stop.cancel();
-        // Streams and calls hold handles of the journal; they end with the token.
-        let joined = tasks.join(STOP_DEADLINE).await;
-        fenced.resign();
-        background.join(STOP_DEADLINE).await?;
-        joined?;
-        match driven {
-            driver::Ended::Stopped => Ok(()),
-            driver::Ended::LeadershipLost => Err(Error::LeadershipLost),
-            driver::Ended::Failed(error) => Err(Error::Driver(error)),
-        }
+        let views = self.state.views.clone();
+        let loading = driver::load(fenced.clone(), views, journal.clone(), self.data_dir.clone());
+        let (driver, main_loop) = tokio::select! {
+            loaded = loading => match loaded {
+                Ok(loaded) => loaded,
+                Err(driver::Error::Stopped) => return Ok(driver::Ended::LeadershipLost),
+                Err(error) => return Err(Error::Driver(error)),
+            },
+            () = fenced.over() => return Ok(driver::Ended::LeadershipLost),
+        };
+        let intake = Intake::new(Arc::clone(&self.planner), driver.clone(), self.data_dir.clone());
+        let leading = Leading { driver, intake, journal: journal.clone(), term: term.clone() };
+        self.state.leading.send_replace(Some(leading));
+        let Identity { name, address, .. } = &self.identity;
+        tracing::info!(address, name, epoch = %fenced.epoch(), "serving");
+        let ended = tokio::select! {
+            ended = main_loop.run(self.stop.clone()) => ended,
+            // Also in the middle of a write that the store does not answer: whoever leads next reads what became of it.
+            () = fenced.over() => driver::Ended::LeadershipLost,
+        };
+        Ok(ended)
     }
 }

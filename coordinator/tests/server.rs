@@ -5,7 +5,7 @@
 mod common;
 
 use common::agent::{Act, Agent};
-use common::cluster::{Coordinator, WAIT, config, create, embedded, until_ended, until_state, watch, watch_until};
+use common::cluster::{Coordinator, config, create, embedded, until_ended, until_state, watch, watch_until};
 use thaw_coordinator::server::{self, Server};
 use thaw_coordinator::store;
 use thaw_proto::pb;
@@ -29,6 +29,7 @@ async fn a_run_goes_to_its_end() {
     assert_eq!(ended.state(), pb::RunState::Succeeded, "{}", ended.message);
     assert_eq!((ended.reason(), ended.attempt, ended.generation), (pb::RunReason::LastStageEnded, 1, 1));
     assert_eq!(ended.world_sizes, [2]);
+    let updates: Vec<Update> = updates.into_iter().filter_map(|message| message.update).collect();
     assert!(updates.iter().any(|update| matches!(update, Update::Progress(progress) if progress.loss == 0.5)));
     assert!(
         updates.iter().any(|update| matches!(update, Update::Evaluation(evaluation) if evaluation.accuracy == 0.75))
@@ -68,7 +69,7 @@ async fn a_run_goes_to_its_end() {
     assert!(lines.contains(&("rank 1".to_owned(), "trains in generation 1".to_owned())), "{lines:?}");
     assert_eq!(lines.last().unwrap().0, "coordinator");
     let (_, all) = watch_until(&mut client, pb::WatchRunRequest { after_revision: 1, ..watch(&run) }, |_| false).await;
-    let events = all.iter().filter(|update| matches!(update, Update::Event(_))).count();
+    let events: usize = all.iter().map(|message| message.events.len()).sum();
     assert!(events >= 4, "events of revisions after the first are sent again: {all:?}");
     assert!(std::fs::read_to_string(runs.join("events.jsonl")).unwrap().lines().count() > events);
     coordinator.stop().await.unwrap();
@@ -270,28 +271,4 @@ async fn what_cannot_be_served_fails_at_once() {
     let mut open = config(&embedded(other.path()), other.path());
     open.listen = "0.0.0.0:0".parse().unwrap();
     assert!(matches!(Server::bind(open).await.unwrap_err(), server::Error::NotLoopback { .. }));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_etcd_a_second_replica_takes_over() {
-    let Some(etcd) = common::EtcdProcess::start() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let store = format!("etcd://{}/lab", etcd.address);
-    let first = Coordinator::start(&store, folder.path()).await;
-    let mut client = first.client().await;
-    let second = Coordinator::start(&store, folder.path()).await;
-    let agent = Agent::start(first.address, "one", 1, Act::HoldAtStepOne).await;
-    let run = client.create_run(create("shared", 1)).await.unwrap().into_inner();
-    watch_until(&mut client, watch(&run), |run| run.head.is_some()).await;
-    // The follower says that it does not lead.
-    let mut follower =
-        pb::run_service_client::RunServiceClient::connect(format!("http://{}", second.address)).await.unwrap();
-    let refused = follower.create_run(create("other", 1)).await.unwrap_err();
-    assert_eq!((refused.code(), status::reason(&refused).as_deref()), (Code::Unavailable, Some("NOT_LEADING")));
-    drop(agent);
-    first.stop().await.unwrap();
-    let mut client = tokio::time::timeout(WAIT, second.client()).await.unwrap();
-    let _agent = Agent::start(second.address, "one", 1, Act::Finish).await;
-    assert_eq!(until_ended(&mut client, &run).await.state(), pb::RunState::Succeeded);
-    second.stop().await.unwrap();
 }

@@ -60,9 +60,9 @@ impl CacheOptions {
 
 #[derive(Debug, clap::Args)]
 struct AgentOptions {
-    /// Address of the coordinator, e.g. http://127.0.0.1:7070.
-    #[arg(long, env = "THAW_COORDINATOR")]
-    coordinator: String,
+    /// Address of the coordinator, e.g. http://127.0.0.1:7070; of several with commas between, the one that leads is found.
+    #[arg(long, env = "THAW_COORDINATOR", value_delimiter = ',', required = true)]
+    coordinator: Vec<tonic::transport::Uri>,
     /// Unique name of this worker.
     #[arg(long, env = "THAW_WORKER_NAME")]
     name: String,
@@ -113,7 +113,7 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
         trainer_arguments.extend(["--hold".to_owned(), hold]);
     }
     let config = agent::Config {
-        coordinator: options.coordinator.parse()?,
+        coordinators: options.coordinator,
         name: options.name,
         slots: options.slots,
         host: options.host,

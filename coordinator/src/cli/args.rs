@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "thaw", version, max_term_width = 120)]
 pub(crate) struct Args {
-    /// Address of the coordinator, for the verbs that talk to one.
+    /// Address of the coordinator, or of several with commas between, for the verbs that talk to one.
     #[arg(long, global = true, env = "THAW_SERVER", default_value = "http://127.0.0.1:7070")]
     pub(crate) server: String,
     #[command(subcommand)]
@@ -233,8 +233,11 @@ pub(crate) struct ServeOptions {
     #[arg(long, default_value = "127.0.0.1:7070")]
     pub(crate) listen: SocketAddr,
     /// Unique name of this coordinator.
-    #[arg(long, default_value = "coordinator")]
+    #[arg(long, env = "THAW_NAME", default_value = "coordinator")]
     pub(crate) name: String,
+    /// HOST:PORT under which users and workers reach this coordinator. Absent: where it listens.
+    #[arg(long, env = "THAW_ADVERTISE")]
+    pub(crate) advertise: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -44,8 +44,8 @@ impl Cluster {
             Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
         })?;
         let store = StoreUrl::Embedded(data_dir.join("store.redb"));
-        let bound =
-            bind(ServeConfig { listen, store, data_dir: data_dir.clone(), name: "embedded".to_owned() }).await?;
+        let name = "embedded".to_owned();
+        let bound = bind(ServeConfig { listen, store, data_dir: data_dir.clone(), name, advertise: None }).await?;
         let address = bound.address();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(bound.run(shutdown.clone()));
@@ -72,7 +72,7 @@ impl Cluster {
         let wait = async {
             loop {
                 // Until the coordinator leads it knows of no workers and says so with an error.
-                match client::workers(&url).await {
+                match client::workers_now(&url).await {
                     Ok(list) if list.workers.len() >= all => return Ok(()),
                     Ok(_) | Err(_) => tokio::time::sleep(POLL).await,
                 }
@@ -144,7 +144,8 @@ pub(super) async fn serve(options: ServeOptions) -> Result<ExitCode, Failure> {
     let data_dir = std::path::absolute(&options.data_dir).map_err(|error| {
         Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
     })?;
-    let bound = bind(ServeConfig { listen: options.listen, store, data_dir, name: options.name }).await?;
+    let ServeOptions { listen, name, advertise, .. } = options;
+    let bound = bind(ServeConfig { listen, store, data_dir, name, advertise }).await?;
     eprintln!("coordinator at http://{}", bound.address());
     let shutdown = CancellationToken::new();
     let mut serving = tokio::spawn(bound.run(shutdown.clone()));

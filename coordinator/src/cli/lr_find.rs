@@ -1,6 +1,7 @@
 //! `lr-find`: one stage of a spec with a rate that rises until the loss does, and the rate that suggests itself (Smith 2017).
 
 use super::args::{Format, LrFindOptions};
+use super::client::{Again, Coordinators};
 use super::embedded::{Cluster, WorkerLogs};
 use super::train::{interruption, read_spec};
 use super::{Failure, client, print, show};
@@ -76,11 +77,11 @@ fn test_spec(mut spec: pb::RunSpec, plan: &Plan, stage: &PlannedStage) -> pb::Ru
 }
 
 async fn test_on(cluster: &mut Cluster, spec: pb::RunSpec) -> Result<RangeTest, Failure> {
-    let mut runs = client::runs(&cluster.url()).await?;
+    let mut runs = Coordinators::at(&cluster.url())?;
     cluster.wait_for_workers().await?;
     let run = client::submit(&mut runs, spec).await?;
     let request = pb::WatchRunRequest { name: run.name.clone(), after_revision: 0, include_progress: true };
-    let mut updates = runs.watch_run(request).await?.into_inner();
+    let mut updates = runs.call(Again::Yes, async |mut runs| runs.watch_run(request.clone()).await).await?;
     let (mut latest, mut seen, mut has_ended) = (run.clone(), RangeTest::default(), false);
     while let Some(response) = updates.message().await? {
         match response.update {
@@ -91,7 +92,8 @@ async fn test_on(cluster: &mut Cluster, spec: pb::RunSpec) -> Result<RangeTest, 
                 if seen.push(rate_after(step), progress.loss) == Verdict::Diverged {
                     has_ended = true;
                     eprintln!("the loss has left its valley; that is enough");
-                    runs.cancel_run(pb::CancelRunRequest { name: run.name.clone() }).await?;
+                    let cancel = pb::CancelRunRequest { name: run.name.clone() };
+                    runs.call(Again::Yes, async |mut runs| runs.cancel_run(cancel.clone()).await).await?;
                 }
             }
             Some(_) | None => {}

@@ -11,6 +11,7 @@ mod verify;
 
 pub(crate) use args::Args;
 use args::{Format, Verb};
+use client::{Again, Coordinators};
 use std::process::ExitCode;
 use thaw_proto::text::Printable;
 use thaw_proto::violation::Violations;
@@ -99,32 +100,39 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::LrFind(options) => lr_find::lr_find(options).await,
         Verb::Plan(options) => train::plan(options).await,
         Verb::Submit { spec, output } => {
-            let run = client::submit(&mut client::runs(&server).await?, train::read_spec(&spec)?.0).await?;
+            let run = client::submit(&mut Coordinators::at(&server)?, train::read_spec(&spec)?.0).await?;
             eprintln!("watch it: thaw watch {}", run.name);
             show::run(&run, output)
         }
         Verb::Get { name, output } => {
-            show::run(&client::runs(&server).await?.get_run(pb::GetRunRequest { name }).await?.into_inner(), output)
+            let request = pb::GetRunRequest { name };
+            let call = async |mut runs: client::Runs| runs.get_run(request.clone()).await;
+            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
         }
-        Verb::List { output } => show::runs(&client::list(&mut client::runs(&server).await?).await?, output),
-        Verb::Watch { name, output } => train::watch(&mut client::runs(&server).await?, &name, output).await,
-        Verb::Logs { name, follow } => client::logs(&mut client::runs(&server).await?, name, follow).await,
-        Verb::Cancel { name, output } => show::run(
-            &client::runs(&server).await?.cancel_run(pb::CancelRunRequest { name }).await?.into_inner(),
-            output,
-        ),
-        Verb::Suspend { name, output } => show::run(
-            &client::runs(&server).await?.suspend_run(pb::SuspendRunRequest { name }).await?.into_inner(),
-            output,
-        ),
-        Verb::Resume { name, output } => show::run(
-            &client::runs(&server).await?.resume_run(pb::ResumeRunRequest { name }).await?.into_inner(),
-            output,
-        ),
+        Verb::List { output } => show::runs(&client::list(&mut Coordinators::at(&server)?).await?, output),
+        Verb::Watch { name, output } => train::watch(&mut Coordinators::at(&server)?, &name, output).await,
+        Verb::Logs { name, follow } => client::logs(&mut Coordinators::at(&server)?, name, follow).await,
+        Verb::Cancel { name, output } => {
+            let request = pb::CancelRunRequest { name };
+            let call = async |mut runs: client::Runs| runs.cancel_run(request.clone()).await;
+            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+        }
+        Verb::Suspend { name, output } => {
+            let request = pb::SuspendRunRequest { name };
+            let call = async |mut runs: client::Runs| runs.suspend_run(request.clone()).await;
+            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+        }
+        Verb::Resume { name, output } => {
+            let request = pb::ResumeRunRequest { name };
+            let call = async |mut runs: client::Runs| runs.resume_run(request.clone()).await;
+            // A second one would be refused.
+            show::run(&Coordinators::at(&server)?.call(Again::No, call).await?, output)
+        }
         Verb::Workers { output } => show::workers(&client::workers(&server).await?, output),
         Verb::Checkpoints { name, output } => {
             let request = pb::ListCheckpointsRequest { name };
-            show::checkpoints(&client::runs(&server).await?.list_checkpoints(request).await?.into_inner(), output)
+            let call = async |mut runs: client::Runs| runs.list_checkpoints(request.clone()).await;
+            show::checkpoints(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
         }
     }
 }

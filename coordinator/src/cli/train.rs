@@ -1,16 +1,21 @@
 //! `train`, `plan` and `watch`: from a spec to its outcome.
 
 use super::args::{Format, PlanOptions, TrainOptions};
+use super::client::{Again, Coordinators};
 use super::embedded::{Cluster, WorkerLogs};
 use super::progress::View;
 use super::{Failure, client, print, print_as, show};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 use thaw_coordinator::intake::{FilesPlanner, SpecPlanner};
 use thaw_proto::pb;
 use thaw_proto::pb::watch_run_response::Update;
 use thaw_proto::spec::RunSpec;
 use tokio_util::sync::CancellationToken;
+
+/// Before a watch is opened again.
+const REOPEN: Duration = Duration::from_millis(50);
 
 /// Reads and checks a spec; paths in it are relative to its folder.
 pub(super) fn read_spec(path: &Path) -> Result<(pb::RunSpec, RunSpec), Failure> {
@@ -50,7 +55,7 @@ pub(super) fn interruption() -> Result<CancellationToken, Failure> {
 }
 
 async fn train_on(cluster: &mut Cluster, spec: pb::RunSpec, output: Format) -> Result<ExitCode, Failure> {
-    let mut runs = client::runs(&cluster.url()).await?;
+    let mut runs = Coordinators::at(&cluster.url())?;
     cluster.wait_for_workers().await?;
     let run = client::submit(&mut runs, spec).await?;
     eprintln!("run {} in {}", show::short(&run.name), cluster.run_folder(&run).display());
@@ -63,33 +68,41 @@ async fn train_on(cluster: &mut Cluster, spec: pb::RunSpec, output: Format) -> R
 }
 
 /// Follows a run to its end.
-pub(super) async fn watch(runs: &mut client::Runs, name: &str, output: Format) -> Result<ExitCode, Failure> {
+pub(super) async fn watch(runs: &mut Coordinators, name: &str, output: Format) -> Result<ExitCode, Failure> {
     let ended = follow(runs, name).await?;
     finish(&ended, output, None)
 }
 
-async fn follow(runs: &mut client::Runs, name: &str) -> Result<pb::Run, Failure> {
+async fn follow(coordinators: &mut Coordinators, name: &str) -> Result<pb::Run, Failure> {
     let request = pb::WatchRunRequest { name: name.to_owned(), after_revision: 0, include_progress: true };
-    let mut updates = runs.watch_run(request).await?.into_inner();
     let mut view = View::new();
     let mut latest = pb::Run::default();
-    while let Some(response) = updates.message().await? {
-        match response.update {
-            Some(Update::Run(run)) => {
-                view.run(&run);
-                latest = run;
+    loop {
+        let mut updates = coordinators.call(Again::Yes, async |mut runs| runs.watch_run(request.clone()).await).await?;
+        loop {
+            match updates.message().await {
+                Ok(Some(response)) => match response.update {
+                    Some(Update::Run(run)) => {
+                        view.run(&run);
+                        latest = run;
+                    }
+                    Some(Update::Progress(progress)) => view.progress(&latest, &progress),
+                    Some(Update::Evaluation(evaluation)) => view.evaluation(&latest, &evaluation),
+                    None => {}
+                },
+                Ok(None) => break,
+                // Another coordinator leads, or will.
+                Err(broken) => {
+                    coordinators.after_stream(&broken)?;
+                    break;
+                }
             }
-            Some(Update::Progress(progress)) => view.progress(&latest, &progress),
-            Some(Update::Evaluation(evaluation)) => view.evaluation(&latest, &evaluation),
-            // What an event says, the run it belongs to says too.
-            Some(Update::Event(_)) | None => {}
         }
-    }
-    view.finish();
-    if has_ended(latest.state()) {
-        Ok(latest)
-    } else {
-        Err(Failure::failed("the coordinator ended the stream before the run ended; watch again to go on"))
+        if has_ended(latest.state()) {
+            view.finish();
+            return Ok(latest);
+        }
+        tokio::time::sleep(REOPEN).await;
     }
 }
 

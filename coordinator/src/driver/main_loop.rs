@@ -140,9 +140,6 @@ impl MainLoop {
                 answer(reply, done);
             }
             Command::Folder { run, reply } => answer(reply, self.find(&run).map(|found| found.folder.clone())),
-            Command::Checkpoints { run, reply } => {
-                answer(reply, self.find(&run).map(|found| found.stored.checkpoints.iter().map(Into::into).collect()));
-            }
             Command::Workers { reply } => answer(reply, Ok(self.list_workers())),
             Command::OpenSession { hello, outbox, reply } => {
                 let opened = self.open_session(*hello, outbox).await?;
@@ -172,7 +169,7 @@ impl MainLoop {
         }
         let folder = RunFolder::of(&id, stored.record.spec.checkpoint.url.as_ref(), &self.data_dir)
             .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
-        self.views.publish(&id, stored::message(&stored.record, revision.0), stored.kept_events());
+        self.views.publish(&id, stored.shown(revision));
         self.runs
             .insert(id, Run { stored, revision, observed: Observed::default(), folder, span, generation_span: None });
         Ok(())
@@ -279,13 +276,12 @@ impl MainLoop {
                 self.journal.append(id, &run.folder, Lines::Events, lines::event(&message));
                 self.journal.append(id, &run.folder, Lines::Logs, lines::log_of_event(&message));
             }
-            let shown = stored::message(&run.stored.record, run.revision.0);
             // The report first: whoever sees the end finds the report.
             if run.has_ended() {
                 self.write_report(id).await;
             }
             let run = self.runs.get_mut(id).expect("runs are never removed");
-            self.views.publish(id, shown, run.stored.kept_events());
+            self.views.publish(id, run.stored.shown(run.revision));
         }
         let run = self.runs.get_mut(id).expect("runs are never removed");
         run.observed = outcome.observed;

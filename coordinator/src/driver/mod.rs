@@ -17,6 +17,7 @@
 
 mod inbound;
 mod main_loop;
+mod mirror;
 mod outbound;
 mod save;
 mod sessions;
@@ -24,6 +25,7 @@ mod stored;
 mod workers;
 
 pub use main_loop::{Ended, MainLoop};
+pub use mirror::{mirror, stored_revision};
 pub use workers::{Outbox, SessionId};
 
 use crate::folder::RunFolder;
@@ -123,7 +125,6 @@ pub(crate) enum Command {
     Requested { request_id: String, reply: Reply<Option<Arc<pb::Run>>> },
     Act { run: RunId, action: UserAction, reply: Reply<Arc<pb::Run>> },
     Folder { run: RunId, reply: Reply<RunFolder> },
-    Checkpoints { run: RunId, reply: Reply<Vec<pb::CheckpointRef>> },
     Workers { reply: Reply<Vec<pb::Worker>> },
     OpenSession { hello: Box<Hello>, outbox: Outbox, reply: Reply<SessionId> },
     FromWorker { session: SessionId, message: Box<pb::worker_message::Message> },
@@ -167,11 +168,6 @@ impl Driver {
     /// The run's folder.
     pub async fn folder(&self, run: &RunId) -> Result<RunFolder, Error> {
         self.ask(|reply| Command::Folder { run: run.clone(), reply }).await
-    }
-
-    /// Checkpoints that were committed, oldest first; the newest hundred.
-    pub async fn checkpoints(&self, run: &RunId) -> Result<Vec<pb::CheckpointRef>, Error> {
-        self.ask(|reply| Command::Checkpoints { run: run.clone(), reply }).await
     }
 
     /// Workers with a session, by name.

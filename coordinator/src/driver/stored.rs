@@ -2,7 +2,7 @@
 
 use crate::clock::timestamp;
 use crate::store::Revision;
-use crate::views::KeptEvent;
+use crate::views::{KeptEvent, Shown};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use thaw_core::run_machine::{Event, RunRecord};
@@ -10,6 +10,7 @@ use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, RunId};
 use thaw_proto::pb;
 use thaw_proto::run::{CheckpointRef, RunReason, RunState};
+use url::Url;
 
 /// Events kept in the store; all are in the run's folder.
 const EVENTS: usize = 200;
@@ -114,6 +115,17 @@ impl StoredRun {
     /// The bytes to store.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("records have string keys and no failing serializer")
+    }
+
+    /// As readers see it, stored at a revision.
+    pub(super) fn shown(&self, revision: Revision) -> Shown {
+        Shown {
+            run: message(&self.record, revision.0),
+            events: self.kept_events(),
+            checkpoints: self.checkpoints.iter().map(Into::into).collect(),
+            // Run URLs are made from local paths.
+            folder: Url::parse(&self.record.run_url).ok().and_then(|url| url.to_file_path().ok()).unwrap_or_default(),
+        }
     }
 
     /// The kept events, as messages.

@@ -10,7 +10,7 @@ impl pb::cluster_service_server::ClusterService for Services {
         &self,
         _: Request<pb::ListWorkersRequest>,
     ) -> Result<Response<pb::ListWorkersResponse>, Status> {
-        let workers = self.leading()?.driver.workers().await.map_err(super::errors::driver)?;
+        let workers = self.leading().await?.driver.workers().await.map_err(super::errors::driver)?;
         Ok(Response::new(pb::ListWorkersResponse { workers }))
     }
 

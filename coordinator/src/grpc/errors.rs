@@ -1,6 +1,7 @@
 //! Errors as users get them: a stable reason, one sentence, and what to do next. All statuses of the services are made
 //! here.
 
+use crate::leader::Identity;
 use crate::{driver, intake, store};
 use thaw_proto::ids::RunId;
 use thaw_proto::status::{self, ErrorClass};
@@ -31,7 +32,7 @@ pub(super) fn driver(error: driver::Error) -> Status {
         driver::Error::NameTaken(worker) => {
             status::error(ErrorClass::AlreadyExists, "WORKER_NAME_TAKEN", text, &[("worker", worker)])
         }
-        driver::Error::Stopped => not_leading(),
+        driver::Error::Stopped => not_leading(None),
         driver::Error::Leader(_) => status::error(ErrorClass::Retry, "STORE_UNAVAILABLE", text, &[]),
         driver::Error::Stored { run, .. } => {
             status::error(ErrorClass::Fatal, "STORED_RUN_UNREADABLE", text, &[("run", run)])
@@ -48,9 +49,32 @@ pub(super) fn run_not_found(run: &RunId) -> Status {
     status::error(ErrorClass::NotFound, "RUN_NOT_FOUND", text, &[("run", run.as_str())])
 }
 
-pub(super) fn not_leading() -> Status {
-    let text = "this coordinator does not lead now; try again, or ask the one that GetLeader names";
-    status::error(ErrorClass::Retry, "NOT_LEADING", text, &[])
+/// Names the leader where one is known, so that the caller need not search.
+pub(super) fn not_leading(leader: Option<&Identity>) -> Status {
+    match leader {
+        Some(leader) => {
+            let text = format!("this coordinator does not lead; ask {} at {}", leader.name, leader.address);
+            let metadata = [("leader", leader.address.as_str()), ("leader_name", leader.name.as_str())];
+            status::error(ErrorClass::Retry, "NOT_LEADING", text, &metadata)
+        }
+        None => {
+            let text = "this coordinator does not lead now; try again, or ask the one that GetLeader names";
+            status::error(ErrorClass::Retry, "NOT_LEADING", text, &[])
+        }
+    }
+}
+
+/// This coordinator has not seen yet what the store has.
+pub(super) fn behind() -> Status {
+    let text = "this coordinator is behind the store; try again, or ask another";
+    status::error(ErrorClass::Retry, "BEHIND", text, &[])
+}
+
+pub(super) fn events_gone(run: &RunId, after: u64) -> Status {
+    let text = format!(
+        "events after revision {after} are no longer kept; watch again without after_revision, and read the run's events.jsonl"
+    );
+    status::error(ErrorClass::Fenced, "EVENTS_GONE", text, &[("run", run.as_str())])
 }
 
 pub(super) fn no_leader() -> Status {

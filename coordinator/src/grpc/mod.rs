@@ -1,6 +1,11 @@
 //! The gRPC edge: messages in, checked values to the driver, messages out. Nothing is decided here.
 //!
 //! Every error has `ErrorInfo`; all mappings are in [`errors`].
+//!
+//! GRPC-1: what only the leader can do, another coordinator refuses with the leader's address; where nobody is known to
+//!         lead, the call waits for that, at most [`LEADER_WAIT`].
+//! GRPC-2: an answer about one run is at least as new as every change acknowledged before the call: a follower asks the
+//!         store how far the run is, and waits until its view is there.
 
 mod cluster;
 mod errors;
@@ -8,9 +13,10 @@ mod runs;
 pub(crate) mod tail;
 mod workers;
 
-use crate::driver::Driver;
+use crate::driver::{self, Driver};
 use crate::intake::Intake;
 use crate::journal::Journal;
+use crate::leader::Identity;
 use crate::store::Store;
 use crate::views::Views;
 use futures::StreamExt;
@@ -32,20 +38,31 @@ const MAX_PAGE: usize = 1000;
 /// Until a call must have its first answer. Planning reads the whole data set, so it is long.
 const CALL_DEADLINE: Duration = Duration::from_secs(300);
 
+/// How long a call waits for somebody to lead. Below what agents wait for a session.
+const LEADER_WAIT: Duration = Duration::from_secs(3);
+/// How long a read waits until this coordinator has seen what the store has.
+const CATCH_UP: Duration = Duration::from_secs(5);
+
 /// What the services need while this coordinator leads.
 #[derive(Debug, Clone)]
 pub(crate) struct Leading {
     pub(crate) driver: Driver,
     pub(crate) intake: Intake,
-    pub(crate) views: Views,
     pub(crate) journal: Journal,
+    /// Ends with the term, and with it every stream that needs the leader.
+    pub(crate) term: CancellationToken,
 }
 
 /// All services of one server. A cheap clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Services {
-    /// `None` until this coordinator leads.
+    /// `None` unless this coordinator leads.
     pub(crate) leading: watch::Receiver<Option<Leading>>,
+    /// Another that leads, as far as is known.
+    pub(crate) other_leader: watch::Receiver<Option<Identity>>,
+    /// Whether the views have been read from the store once.
+    pub(crate) synced: watch::Receiver<bool>,
+    pub(crate) views: Views,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) tasks: Tasks,
     /// Ends every stream.
@@ -53,8 +70,51 @@ pub(crate) struct Services {
 }
 
 impl Services {
-    fn leading(&self) -> Result<Leading, Status> {
-        self.leading.borrow().clone().ok_or_else(errors::not_leading)
+    /// What the leader has, or who leads (GRPC-1).
+    async fn leading(&self) -> Result<Leading, Status> {
+        let (mut leading, mut other) = (self.leading.clone(), self.other_leader.clone());
+        let wait = tokio::time::sleep(LEADER_WAIT);
+        tokio::pin!(wait);
+        loop {
+            if let Some(leading) = leading.borrow_and_update().clone() {
+                return Ok(leading);
+            }
+            if let Some(leader) = other.borrow_and_update().as_ref() {
+                return Err(errors::not_leading(Some(leader)));
+            }
+            tokio::select! {
+                Ok(()) = leading.changed() => {}
+                Ok(()) = other.changed() => {}
+                () = &mut wait => return Err(errors::no_leader()),
+                () = self.shutdown.cancelled() => return Err(errors::not_leading(None)),
+            }
+        }
+    }
+
+    fn leads(&self) -> bool {
+        self.leading.borrow().is_some()
+    }
+
+    /// Returns once the views show something.
+    async fn readable(&self) -> Result<(), Status> {
+        let (mut leading, mut synced) = (self.leading.clone(), self.synced.clone());
+        let ready = async {
+            tokio::select! {
+                _ = leading.wait_for(Option::is_some) => {}
+                _ = synced.wait_for(|synced| *synced) => {}
+            }
+        };
+        tokio::time::timeout(CATCH_UP, ready).await.map_err(|_| errors::behind())
+    }
+
+    /// Returns once the run's view is as new as the store (GRPC-2), and at `at_least`.
+    async fn catch_up(&self, run: &RunId, at_least: u64) -> Result<(), Status> {
+        if self.leads() {
+            return Ok(());
+        }
+        let stored = driver::stored_revision(self.store.as_ref(), run).await.map_err(|error| errors::store(&error))?;
+        let revision = stored.ok_or_else(|| errors::run_not_found(run))?.max(at_least);
+        tokio::time::timeout(CATCH_UP, self.views.wait_for(run, revision)).await.map_err(|_| errors::behind())
     }
 }
 
@@ -64,7 +124,7 @@ pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
     let cluster = pb::cluster_service_server::ClusterServiceServer::new(services.clone());
     let workers = pb::worker_service_server::WorkerServiceServer::new(services);
     let (health, health_service) = tonic_health::server::health_reporter();
-    set_serving(&health, false).await;
+    set_serving(&health, false, false).await;
     let reflect = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(thaw_proto::FILE_DESCRIPTOR_SET)
@@ -90,13 +150,14 @@ pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
     (router, health)
 }
 
-/// Says of every service whether it serves.
-pub(crate) async fn set_serving(health: &HealthReporter, serving: bool) {
+/// Says of every service whether it serves: reads need `reads` alone, the sessions of workers need the leader.
+pub(crate) async fn set_serving(health: &HealthReporter, reads: bool, leads: bool) {
     use tonic_health::ServingStatus::{NotServing, Serving};
-    let status = if serving { Serving } else { NotServing };
-    for service in ["", "thaw.v1.RunService", "thaw.v1.ClusterService", "thaw.v1.WorkerService"] {
-        health.set_service_status(service, status).await;
+    let status = |serving| if serving { Serving } else { NotServing };
+    for service in ["", "thaw.v1.RunService", "thaw.v1.ClusterService"] {
+        health.set_service_status(service, status(reads || leads)).await;
     }
+    health.set_service_status("thaw.v1.WorkerService", status(leads)).await;
 }
 
 /// A run's id, from `runs/<id>` or the id alone.
@@ -115,4 +176,20 @@ fn stream_until<T: Send + 'static>(
     stream: BoxStream<'static, T>,
 ) -> BoxStream<'static, T> {
     stream.take_until(shutdown.cancelled_owned()).boxed()
+}
+
+/// The stream, ended with an error once the term is over: its end alone would say that nothing more comes.
+fn stream_while_leading<T: Send + 'static>(
+    term: &CancellationToken,
+    stream: BoxStream<'static, Result<T, Status>>,
+) -> BoxStream<'static, Result<T, Status>> {
+    let ended = term.clone();
+    let last = futures::stream::once(async move {
+        match ended.is_cancelled() {
+            true => Some(Err(errors::not_leading(None))),
+            false => None,
+        }
+    });
+    let last = last.filter_map(std::future::ready);
+    stream.take_until(term.clone().cancelled_owned()).chain(last).boxed()
 }

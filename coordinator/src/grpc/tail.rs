@@ -1,7 +1,6 @@
 //! TailLogs: the run's log file, followed. The file is the only source, so nothing is lost or doubled between "past"
 //! and "live".
 
-use super::Leading;
 use super::runs::has_ended;
 use crate::folder::{Lines, RunFolder};
 use crate::journal::Journal;
@@ -35,20 +34,10 @@ pub(super) struct Tail {
 }
 
 impl Tail {
-    pub(super) fn new(leader: &Leading, run: RunId, folder: RunFolder, follow: bool) -> Self {
-        let changes = leader.journal.log_changes(&run);
+    pub(super) fn new(journal: Journal, views: Views, run: RunId, folder: RunFolder, follow: bool) -> Self {
+        let changes = journal.log_changes(&run);
         let path = folder.lines_path(Lines::Logs);
-        Self {
-            path,
-            offset: 0,
-            partial: Vec::new(),
-            ready: VecDeque::new(),
-            follow,
-            changes,
-            journal: leader.journal.clone(),
-            views: leader.views.clone(),
-            run,
-        }
+        Self { path, offset: 0, partial: Vec::new(), ready: VecDeque::new(), follow, changes, journal, views, run }
     }
 
     pub(super) fn lines(self) -> BoxStream<'static, Result<pb::LogLine, Status>> {

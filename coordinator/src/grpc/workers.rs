@@ -1,7 +1,7 @@
 //! WorkerService: one session per agent. Messages in become inputs of the driver; its commands go out through the
 //! session's outbox.
 
-use super::{Services, stream_until};
+use super::{Services, stream_while_leading};
 use crate::driver::{Outbox, SessionId};
 use futures::StreamExt;
 use futures::stream::BoxStream;
@@ -24,7 +24,7 @@ impl pb::worker_service_server::WorkerService for Services {
         &self,
         request: Request<Streaming<pb::WorkerMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        let leader = self.leading()?;
+        let leader = self.leading().await?;
         let mut inbound = request.into_inner();
         let first = tokio::time::timeout(HELLO_DEADLINE, inbound.message()).await;
         let Ok(Ok(Some(pb::WorkerMessage { message: Some(Message::Hello(hello)) }))) = first else {
@@ -33,8 +33,7 @@ impl pb::worker_service_server::WorkerService for Services {
         let (sender, commands) = tokio::sync::mpsc::channel(OUTBOX);
         let driver = leader.driver.clone();
         let session = driver.open_session(hello, Outbox::new(sender)).await.map_err(super::errors::driver)?;
-        let shutdown = self.shutdown.clone();
-        let until = shutdown.clone();
+        let until = leader.term.clone();
         self.tasks.spawn(
             format!("session {}", session.worker),
             thaw_runtime::tasks::OnError::LogAndCount,
@@ -50,7 +49,7 @@ impl pb::worker_service_server::WorkerService for Services {
                 Ok::<_, std::convert::Infallible>(())
             },
         );
-        Ok(Response::new(stream_until(shutdown, ReceiverStream::new(commands).boxed())))
+        Ok(Response::new(stream_while_leading(&leader.term, ReceiverStream::new(commands).boxed())))
     }
 }
 

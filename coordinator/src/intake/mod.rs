@@ -11,9 +11,10 @@ pub use files::FilesPlanner;
 
 use crate::driver::{self, Driver, NewRun};
 use crate::folder::{self, RunFolder};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use thaw_data::Index;
 use thaw_proto::ids::RunId;
 use thaw_proto::pb;
@@ -61,26 +62,54 @@ pub struct Intake {
     driver: Driver,
     data_dir: PathBuf,
     slots: Arc<Semaphore>,
+    /// Submissions in hand, by request id: the same one sent again waits here instead of planning beside itself.
+    turns: Arc<Mutex<BTreeMap<String, Turn>>>,
 }
+
+type Turn = Arc<tokio::sync::Mutex<()>>;
 
 impl Intake {
     pub(crate) fn new(planner: Arc<dyn SpecPlanner>, driver: Driver, data_dir: PathBuf) -> Self {
-        Self { planner, driver, data_dir, slots: Arc::new(Semaphore::new(PLANNED_AT_ONCE)) }
+        Self { planner, driver, data_dir, slots: Arc::new(Semaphore::new(PLANNED_AT_ONCE)), turns: Arc::default() }
     }
 
-    /// Validates, and unless told otherwise keeps the run and answers with it.
-    pub async fn create(&self, request: pb::CreateRunRequest) -> Result<Arc<pb::Run>, Error> {
-        let raw = request.spec.as_ref().ok_or_else(|| Error::Invalid(Violations::one("spec", "is required")))?;
-        let request_id = (!request.request_id.is_empty()).then_some(request.request_id);
-        if let Some(id) = &request_id {
-            if uuid::Uuid::parse_str(id).is_err() {
-                let message = format!("{id:?} is no UUID; make one with uuidgen, or leave it out");
-                return Err(Error::Invalid(Violations::one("request_id", message)));
-            }
-            if let Some(run) = self.driver.requested(id).await? {
-                return Ok(run);
-            }
+    /// Validates, and unless told otherwise keeps the run and answers with it. Of several with one request id, one is kept
+    /// and answers all.
+    pub async fn create(&self, mut request: pb::CreateRunRequest) -> Result<Arc<pb::Run>, Error> {
+        let request_id = Some(std::mem::take(&mut request.request_id)).filter(|id| !id.is_empty());
+        let Some(id) = request_id else { return self.plan_and_keep(&request, None).await };
+        if uuid::Uuid::parse_str(&id).is_err() {
+            let message = format!("{id:?} is no UUID; make one with uuidgen, or leave it out");
+            return Err(Error::Invalid(Violations::one("request_id", message)));
         }
+        let turn = Arc::clone(self.turns().entry(id.clone()).or_default());
+        let created = {
+            let _mine = turn.lock().await;
+            match self.driver.requested(&id).await {
+                Ok(Some(run)) => Ok(run),
+                Ok(None) => self.plan_and_keep(&request, Some(id.clone())).await,
+                Err(error) => Err(error.into()),
+            }
+        };
+        drop(turn);
+        // Nobody else has it in hand.
+        let mut turns = self.turns();
+        if turns.get(&id).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            turns.remove(&id);
+        }
+        created
+    }
+
+    fn turns(&self) -> MutexGuard<'_, BTreeMap<String, Turn>> {
+        self.turns.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    async fn plan_and_keep(
+        &self,
+        request: &pb::CreateRunRequest,
+        request_id: Option<String>,
+    ) -> Result<Arc<pb::Run>, Error> {
+        let raw = request.spec.as_ref().ok_or_else(|| Error::Invalid(Violations::one("spec", "is required")))?;
         let spec = convert::spec::check(raw).map_err(Error::Invalid)?;
         let id = new_run_id(&spec);
         let folder = RunFolder::of(&id, spec.checkpoint.url.as_ref(), &self.data_dir)

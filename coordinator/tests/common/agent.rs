@@ -1,6 +1,9 @@
 //! An agent without trainers: it answers the coordinator as trainers would, over real gRPC.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message as Down;
@@ -25,6 +28,7 @@ pub(crate) enum Act {
 /// A running agent. Dropping it breaks its session, as a death would.
 pub(crate) struct Agent {
     acts: watch::Sender<Act>,
+    started: Arc<AtomicU32>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -38,15 +42,26 @@ struct Trainer {
 
 impl Agent {
     /// Connects and keeps its session until dropped.
-    pub(crate) async fn start(address: std::net::SocketAddr, name: &str, slots: u32, act: Act) -> Self {
+    pub(crate) async fn start(address: SocketAddr, name: &str, slots: u32, act: Act) -> Self {
+        Self::start_among(vec![address], name, slots, act).await
+    }
+
+    /// Finds the leader among several coordinators, and finds it again when its session ends.
+    pub(crate) async fn start_among(addresses: Vec<SocketAddr>, name: &str, slots: u32, act: Act) -> Self {
         let (acts, doing) = watch::channel(act);
-        let session = Session::open(address, name, slots, doing).await;
-        Self { acts, task: tokio::spawn(session.run()) }
+        let started = Arc::new(AtomicU32::new(0));
+        let session = Session::open(addresses, name, slots, doing, Arc::clone(&started)).await;
+        Self { acts, started, task: tokio::spawn(session.run()) }
     }
 
     /// What its trainers do from the next gang on.
     pub(crate) fn act(&self, act: Act) {
         self.acts.send_replace(act);
+    }
+
+    /// Trainers it was told to start so far.
+    pub(crate) fn started(&self) -> u32 {
+        self.started.load(Ordering::Relaxed)
     }
 }
 
@@ -57,27 +72,50 @@ impl Drop for Agent {
 }
 
 struct Session {
+    addresses: Vec<SocketAddr>,
+    name: String,
+    incarnation: String,
+    slots: u32,
     up: mpsc::Sender<pb::WorkerMessage>,
     down: tonic::Streaming<pb::CoordinatorMessage>,
     doing: watch::Receiver<Act>,
     trainers: BTreeMap<u32, Trainer>,
+    /// What a new session hears again.
+    ledger: Vec<pb::TrainerReport>,
+    started: Arc<AtomicU32>,
 }
 
+type Streams = (mpsc::Sender<pb::WorkerMessage>, tonic::Streaming<pb::CoordinatorMessage>);
+
 impl Session {
-    async fn open(address: std::net::SocketAddr, name: &str, slots: u32, doing: watch::Receiver<Act>) -> Self {
-        let mut client =
-            pb::worker_service_client::WorkerServiceClient::connect(format!("http://{address}")).await.unwrap();
-        let (up, queue) = mpsc::channel(64);
+    async fn open(
+        addresses: Vec<SocketAddr>,
+        name: &str,
+        slots: u32,
+        doing: watch::Receiver<Act>,
+        started: Arc<AtomicU32>,
+    ) -> Self {
+        let incarnation = uuid::Uuid::new_v4().to_string();
         let hello = pb::Hello {
             worker: name.to_owned(),
-            incarnation: uuid::Uuid::new_v4().to_string(),
+            incarnation: incarnation.clone(),
             slots,
             host: "127.0.0.1".to_owned(),
             trainers: Vec::new(),
         };
-        up.send(pb::WorkerMessage { message: Some(Up::Hello(hello)) }).await.unwrap();
-        let down = client.session(ReceiverStream::new(queue)).await.unwrap().into_inner();
-        Self { up, down, doing, trainers: BTreeMap::new() }
+        let (up, down) = connect(&addresses, hello).await;
+        Self {
+            addresses,
+            name: name.to_owned(),
+            incarnation,
+            slots,
+            up,
+            down,
+            doing,
+            trainers: BTreeMap::new(),
+            ledger: Vec::new(),
+            started,
+        }
     }
 
     async fn run(mut self) {
@@ -87,18 +125,28 @@ impl Session {
                 _ = beats.tick() => self.beat().await,
                 message = self.down.message() => match message {
                     Ok(Some(message)) => self.handle(message).await,
+                    Ok(None) | Err(_) if self.addresses.len() > 1 => self.come_back().await,
                     Ok(None) | Err(_) => return,
                 },
             }
         }
     }
 
-    async fn say(&self, message: Up) {
-        // An error is the end of the session, which the stream down tells too.
-        let _ = self.up.send(pb::WorkerMessage { message: Some(message) }).await;
+    async fn come_back(&mut self) {
+        let hello = pb::Hello {
+            worker: self.name.clone(),
+            incarnation: self.incarnation.clone(),
+            slots: self.slots,
+            host: "127.0.0.1".to_owned(),
+            trainers: self.statuses(),
+        };
+        (self.up, self.down) = connect(&self.addresses, hello).await;
+        for report in self.ledger.clone() {
+            self.say(Up::Report(report)).await;
+        }
     }
 
-    async fn beat(&self) {
+    fn statuses(&self) -> Vec<pb::TrainerStatus> {
         let status = |(slot, trainer): (&u32, &Trainer)| pb::TrainerStatus {
             run: trainer.start.run.clone(),
             slot: *slot,
@@ -107,19 +155,31 @@ impl Session {
             position: None,
             pid: 1,
         };
-        let trainers = self.trainers.iter().map(status).collect();
-        self.say(Up::Heartbeat(pb::Heartbeat { trainers })).await;
+        self.trainers.iter().map(status).collect()
     }
 
-    async fn report(&self, trainer: &Trainer, event: Report) {
-        self.say(Up::Report(pb::TrainerReport {
+    async fn say(&self, message: Up) {
+        // An error is the end of the session, which the stream down tells too.
+        let _ = self.up.send(pb::WorkerMessage { message: Some(message) }).await;
+    }
+
+    async fn beat(&self) {
+        self.say(Up::Heartbeat(pb::Heartbeat { trainers: self.statuses() })).await;
+    }
+
+    async fn report(&mut self, trainer: &Trainer, event: Report) {
+        let once = matches!(event, Report::Progress(_) | Report::Evaluation(_) | Report::Log(_));
+        let report = pb::TrainerReport {
             run: trainer.start.run.clone(),
             slot: trainer.start.slot,
             incarnation: trainer.start.incarnation.clone(),
             generation: trainer.generation,
             event: Some(event),
-        }))
-        .await;
+        };
+        if !once {
+            self.ledger.push(report.clone());
+        }
+        self.say(Up::Report(report)).await;
     }
 
     /// The trainer a command is for: of this slot and this life.
@@ -133,6 +193,7 @@ impl Session {
             Down::Welcome(welcome) => assert!(welcome.heartbeat_interval_ms > 0),
             Down::Start(start) => {
                 let slot = start.slot;
+                self.started.fetch_add(1, Ordering::Relaxed);
                 let trainer = Trainer { start, generation: 0, rank: 0, resume: None };
                 self.report(
                     &trainer,
@@ -243,6 +304,26 @@ impl Session {
             Act::HoldAtStepOne | Act::FailForGood => {}
         }
     }
+}
+
+/// A session with whoever leads, asked for in turn.
+async fn connect(addresses: &[SocketAddr], hello: pb::Hello) -> Streams {
+    for at in 0.. {
+        let address = addresses[at % addresses.len()];
+        let (up, queue) = mpsc::channel(64);
+        up.send(pb::WorkerMessage { message: Some(Up::Hello(hello.clone())) }).await.unwrap();
+        let connected = pb::worker_service_client::WorkerServiceClient::connect(format!("http://{address}")).await;
+        let opened = match connected {
+            Ok(mut client) => client.session(ReceiverStream::new(queue)).await.ok(),
+            Err(_) => None,
+        };
+        if let Some(down) = opened {
+            return (up, down.into_inner());
+        }
+        assert!(addresses.len() > 1, "no session with the only coordinator");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    unreachable!("it goes on for ever")
 }
 
 fn position(step: u64) -> pb::Position {

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_coordinator::intake::{Planned, SpecPlanner};
-use thaw_coordinator::leader::Timing;
 use thaw_coordinator::server::{self, ServeConfig, Server};
 use thaw_proto::ids::GroupIndex;
 use thaw_proto::pb;
+use thaw_proto::pb::cluster_service_client::ClusterServiceClient;
 use thaw_proto::pb::run_service_client::RunServiceClient;
 use thaw_proto::pb::watch_run_response::Update;
 use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
@@ -19,10 +19,12 @@ use tonic::transport::Channel;
 
 pub(crate) const WAIT: Duration = Duration::from_secs(30);
 
+/// A coordinator on threads of its own, so that it can be killed.
 pub(crate) struct Coordinator {
     pub(crate) address: SocketAddr,
     stop: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), server::Error>>,
+    runtime: tokio::runtime::Runtime,
 }
 
 pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
@@ -31,6 +33,7 @@ pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
         store: store.parse().unwrap(),
         data_dir: data_dir.to_owned(),
         name: "test".to_owned(),
+        advertise: None,
     }
 }
 
@@ -40,36 +43,49 @@ pub(crate) fn embedded(folder: &Path) -> String {
 
 impl Coordinator {
     pub(crate) async fn start(store: &str, data_dir: &Path) -> Self {
-        let bound = Server::bind(config(store, data_dir)).await.unwrap().with_planner(Arc::new(OneStage));
-        // Short, so that a test need not wait for a lease to end.
-        let timing = Timing {
-            ttl: Duration::from_secs(5),
-            renew_every: Duration::from_millis(500),
-            step_down_after: Duration::from_secs(4),
-        };
-        let bound = bound.with_timing(timing);
-        let address = bound.address();
+        Self::start_as(config(store, data_dir)).await
+    }
+
+    pub(crate) async fn start_as(config: ServeConfig) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let stop = CancellationToken::new();
-        let running = tokio::spawn(bound.run(stop.clone()));
-        Self { address, stop, running }
+        let until = stop.clone();
+        let bound = runtime.spawn(async move { Server::bind(config).await.unwrap().with_planner(Arc::new(OneStage)) });
+        let bound = bound.await.unwrap();
+        let address = bound.address();
+        let running = runtime.spawn(bound.run(until));
+        Self { address, stop, running, runtime }
     }
 
     /// Returns once this coordinator leads.
     pub(crate) async fn client(&self) -> RunServiceClient<Channel> {
-        let mut client = RunServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
-        let asked = async {
-            while client.list_runs(pb::ListRunsRequest::default()).await.is_err() {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(WAIT, asked).await.expect("leads in time");
-        client
+        let channel = channel(self.address).await;
+        let mut cluster = ClusterServiceClient::new(channel.clone());
+        let leads = async { while cluster.list_workers(pb::ListWorkersRequest {}).await.is_err() {} };
+        tokio::time::timeout(WAIT, leads).await.expect("leads in time");
+        RunServiceClient::new(channel)
+    }
+
+    /// Whether it leads or not.
+    pub(crate) async fn any_client(&self) -> RunServiceClient<Channel> {
+        RunServiceClient::new(channel(self.address).await)
+    }
+
+    /// Ends as by SIGKILL: nothing is given back.
+    pub(crate) fn kill(self) {
+        self.runtime.shutdown_background();
     }
 
     pub(crate) async fn stop(self) -> Result<(), server::Error> {
         self.stop.cancel();
-        tokio::time::timeout(WAIT, self.running).await.expect("stops in time").unwrap()
+        let ended = tokio::time::timeout(WAIT, self.running).await.expect("stops in time").unwrap();
+        self.runtime.shutdown_background();
+        ended
     }
+}
+
+pub(crate) async fn channel(address: SocketAddr) -> Channel {
+    Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap()
 }
 
 /// Plans one stage of the head, whatever the spec.
@@ -134,21 +150,19 @@ pub(crate) async fn watch_until(
     client: &mut RunServiceClient<Channel>,
     request: pb::WatchRunRequest,
     wanted: impl Fn(&pb::Run) -> bool,
-) -> (pb::Run, Vec<Update>) {
+) -> (pb::Run, Vec<pb::WatchRunResponse>) {
     let watching = async {
         let mut stream = client.watch_run(request).await.unwrap().into_inner();
         let mut seen = Vec::new();
         let mut last = None;
         while let Some(message) = stream.message().await.unwrap() {
-            let update = message.update.unwrap();
-            if let Update::Run(run) = &update {
-                last = Some(run.clone());
-                seen.push(update);
+            let run = if let Some(Update::Run(run)) = &message.update { Some(run.clone()) } else { None };
+            seen.push(message);
+            if run.is_some() {
+                last = run;
                 if wanted(last.as_ref().unwrap()) {
                     break;
                 }
-            } else {
-                seen.push(update);
             }
         }
         (last.unwrap(), seen)

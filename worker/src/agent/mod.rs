@@ -10,6 +10,7 @@
 //!   coordinator must know is sent again, so each such report arrives at least once.
 //! - `AGENT-3`: a trainer's end is always reported; asked about a trainer it does not have, the agent says that it ended.
 //! - `AGENT-4`: no trainer outlives the agent.
+//! - `AGENT-5`: of several coordinators it looks for the one that leads: it goes where it is sent, and else asks in turn.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 
@@ -35,13 +36,15 @@ const MAX_SLOTS: u32 = 64;
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Waits before a new session, with jitter.
 const RECONNECT_BASE: Duration = Duration::from_millis(100);
-const RECONNECT_CAP: Duration = Duration::from_secs(5);
+const RECONNECT_CAP: Duration = Duration::from_secs(2);
+/// Redirections followed without a wait between.
+const REDIRECTIONS: u32 = 2;
 
 /// What an agent needs to know.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The coordinator, e.g. `http://127.0.0.1:7070`.
-    pub coordinator: Uri,
+    /// The coordinators, e.g. `http://127.0.0.1:7070`; at least one. Whichever leads is found.
+    pub coordinators: Vec<Uri>,
     /// Unique among the workers.
     pub name: String,
     /// Trainers at once, 1-64.
@@ -60,6 +63,9 @@ pub enum Error {
     /// A setting is out of range.
     #[error("a worker has 1 to {MAX_SLOTS} slots, not {0}")]
     Slots(u32),
+    /// Nobody to serve.
+    #[error("no coordinator is given; name one with --coordinator http://HOST:PORT")]
+    NoCoordinator,
     /// The coordinator says that this worker's Hello is wrong.
     #[error("coordinator {coordinator} refuses worker {worker}: {}", .source.message())]
     Refused {
@@ -112,11 +118,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     if config.slots == 0 || config.slots > MAX_SLOTS {
         return Err(Error::Slots(config.slots));
     }
+    let Some(first) = config.coordinators.first().cloned() else { return Err(Error::NoCoordinator) };
     // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
     let tasks = Tasks::new(CancellationToken::new());
     let spawner = child::Spawner::start().map_err(Error::Thread)?;
     let trainers = trainers::Trainers::new(&config, spawner, tasks.clone());
-    let outcome = keep_session(&config, &trainers, &shutdown).await;
+    let outcome = keep_session(&config, first, &trainers, &shutdown).await;
     trainers.kill_all();
     let joined = tasks.join(KILL_LIMIT).await.map_err(Error::Trainers);
     outcome.and(joined)
@@ -124,15 +131,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
 
 async fn keep_session(
     config: &Config,
+    first: Uri,
     trainers: &trainers::Trainers,
     shutdown: &CancellationToken,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(RECONNECT_BASE, RECONNECT_CAP);
     let mut session = session::Session::new(config, Incarnation(uuid::Uuid::new_v4().to_string()), trainers);
+    let (mut coordinator, mut redirections) = (first, 0);
     loop {
         let ended = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
-            ended = session.run(&mut backoff) => ended,
+            ended = session.run(&coordinator, &mut backoff) => ended,
         };
         trainers.outbox().set_connected(false);
         if let session::End::Status(status) = &ended
@@ -140,19 +149,31 @@ async fn keep_session(
             && ErrorClass::of(status) == ErrorClass::Invalid
         {
             let source = Box::new(status.clone());
-            return Err(Error::Refused {
-                coordinator: config.coordinator.clone(),
-                worker: config.name.clone(),
-                source,
-            });
+            return Err(Error::Refused { coordinator, worker: config.name.clone(), source });
+        }
+        match ended.leader() {
+            Some(leader) if redirections < REDIRECTIONS => {
+                tracing::info!(%coordinator, %leader, "another coordinator leads");
+                coordinator = leader;
+                redirections += 1;
+                continue;
+            }
+            Some(_) | None => redirections = 0,
         }
         let wait = backoff.next_wait().unwrap_or(RECONNECT_CAP);
-        tracing::warn!(coordinator = %config.coordinator, reason = %ended, ?wait, "no session; trainers go on");
+        tracing::warn!(%coordinator, reason = %ended, ?wait, "no session; trainers go on");
+        coordinator = next_in_turn(&config.coordinators, &coordinator);
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             () = tokio::time::sleep(wait) => {}
         }
     }
+}
+
+/// The one after `last` of those given; the first after one that was not.
+fn next_in_turn(given: &[Uri], last: &Uri) -> Uri {
+    let at = given.iter().position(|uri| uri == last).map_or(0, |at| (at + 1) % given.len());
+    given[at].clone()
 }
 
 /// Every task of the agent logs and counts its error: what matters about a trainer is in its reports.

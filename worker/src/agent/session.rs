@@ -10,13 +10,14 @@ use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::worker_message::Message as Up;
 use thaw_proto::pb::worker_service_client::WorkerServiceClient;
 use thaw_proto::pb::{CoordinatorMessage, Heartbeat, Hello, WorkerMessage};
+use thaw_proto::status;
 use thaw_runtime::backoff::Backoff;
 use thaw_runtime::telemetry;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
+use tonic::transport::{Endpoint, Uri};
 
 /// To reach the coordinator, and for its first word.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -44,6 +45,18 @@ pub(super) enum End {
     Stalled(&'static str),
     /// It is an earlier leader (AGENT-1).
     StaleLeader { seen: LeaderEpoch, offered: LeaderEpoch },
+}
+
+impl End {
+    /// Where the coordinator that refused says the leader is.
+    pub(super) fn leader(&self) -> Option<Uri> {
+        match self {
+            Self::Status(status) if status::reason(status).as_deref() == Some("NOT_LEADING") => {
+                format!("http://{}", status::metadata(status, "leader")?).parse().ok()
+            }
+            Self::Status(_) | Self::Unreachable(_) | Self::Closed | Self::Stalled(_) | Self::StaleLeader { .. } => None,
+        }
+    }
 }
 
 impl fmt::Display for End {
@@ -80,15 +93,15 @@ impl<'a> Session<'a> {
     }
 
     /// Connects and serves one session to its end. A Welcome resets `backoff`.
-    pub(super) async fn run(&mut self, backoff: &mut Backoff) -> End {
-        match self.serve(backoff).await {
+    pub(super) async fn run(&mut self, coordinator: &Uri, backoff: &mut Backoff) -> End {
+        match self.serve(coordinator, backoff).await {
             Ok(never) => match never {},
             Err(end) => end,
         }
     }
 
-    async fn serve(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, End> {
-        let (up, mut down) = self.open().await?;
+    async fn serve(&mut self, coordinator: &Uri, backoff: &mut Backoff) -> Result<std::convert::Infallible, End> {
+        let (up, mut down) = self.open(coordinator).await?;
         let first = timeout(CONNECT_LIMIT, down.message()).await.map_err(|_| End::Stalled("welcome this worker"))?;
         let first = first.map_err(End::Status)?.ok_or(End::Closed)?;
         let offered = LeaderEpoch(first.leader_epoch);
@@ -103,7 +116,7 @@ impl<'a> Session<'a> {
         backoff.reset();
         let beat = Duration::from_millis(welcome.heartbeat_interval_ms.into());
         let beat = beat.clamp(HEARTBEAT_BOUNDS.0, HEARTBEAT_BOUNDS.1);
-        tracing::info!(coordinator = %self.config.coordinator, leader_epoch = offered.0, ?beat, "session open");
+        tracing::info!(%coordinator, leader_epoch = offered.0, ?beat, "session open");
         self.trainers.outbox().restart(self.trainers.ledgers());
         let mut beats = interval_at(Instant::now() + beat, beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -127,8 +140,8 @@ impl<'a> Session<'a> {
     }
 
     /// Connects and says Hello.
-    async fn open(&self) -> Result<(mpsc::Sender<WorkerMessage>, Streaming<CoordinatorMessage>), End> {
-        let endpoint = Endpoint::from(self.config.coordinator.clone())
+    async fn open(&self, coordinator: &Uri) -> Result<(mpsc::Sender<WorkerMessage>, Streaming<CoordinatorMessage>), End> {
+        let endpoint = Endpoint::from(coordinator.clone())
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(PING)

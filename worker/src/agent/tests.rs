@@ -108,7 +108,7 @@ impl Bench {
         let server = tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         let shutdown = CancellationToken::new();
         let config = Config {
-            coordinator,
+            coordinators: vec![coordinator],
             name: "node-1".to_owned(),
             slots: 2,
             host: "127.0.0.1".to_owned(),
@@ -337,7 +337,7 @@ async fn a_refused_hello_ends_the_agent_and_settings_are_checked() {
     bench.server.abort();
 
     let config = Config {
-        coordinator: "http://127.0.0.1:1".parse().unwrap(),
+        coordinators: vec!["http://127.0.0.1:1".parse().unwrap()],
         name: "node-1".to_owned(),
         slots: 65,
         host: String::new(),
