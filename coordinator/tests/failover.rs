@@ -5,7 +5,7 @@
 mod common;
 
 use common::agent::{Act, Agent};
-use common::cluster::{Coordinator, WAIT, channel, config, create, until_ended, until_state, watch, watch_until};
+use common::cluster::{Coordinator, WAIT, channel, create, until_ended, until_state, watch, watch_until};
 use common::proxy::{Fault, Proxy};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,16 +20,11 @@ use thaw_proto::pb::watch_run_response::Update;
 use thaw_proto::status;
 use tonic::Code;
 
-fn lab(etcd: &common::EtcdProcess) -> String {
-    format!("etcd://{}/lab", etcd.address)
-}
-
 /// Several coordinators, the first of which leads.
-async fn coordinators(store: &str, data_dir: &Path, count: usize) -> Vec<Coordinator> {
+async fn coordinators(etcd: &common::EtcdProcess, data_dir: &Path, count: usize) -> Vec<Coordinator> {
     let mut all = Vec::new();
     for index in 0..count {
-        let config = thaw_coordinator::server::ServeConfig { name: format!("c{index}"), ..config(store, data_dir) };
-        let coordinator = Coordinator::start_as(config).await;
+        let coordinator = Coordinator::start_to_be_killed(&etcd.address, "lab", data_dir, &format!("c{index}")).await;
         if index == 0 {
             coordinator.client().await;
         }
@@ -59,7 +54,7 @@ async fn next_leader(asked: &Coordinator, old: &str) -> String {
 async fn followers_answer_reads_and_name_the_leader() {
     let Some(etcd) = common::EtcdProcess::start() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let all = coordinators(&lab(&etcd), folder.path(), 2).await;
+    let all = coordinators(&etcd, folder.path(), 2).await;
     let mut leader = all[0].client().await;
     let mut follower = all[1].any_client().await;
     let _agent = Agent::start(all[0].address, "one", 1, Act::HoldAtStepOne).await;
@@ -117,7 +112,7 @@ async fn followers_answer_reads_and_name_the_leader() {
 async fn a_gang_outlives_its_coordinators() {
     let Some(etcd) = common::EtcdProcess::start() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let mut all = coordinators(&lab(&etcd), folder.path(), 3).await;
+    let mut all = coordinators(&etcd, folder.path(), 3).await;
     let addresses: Vec<_> = all.iter().map(|coordinator| coordinator.address).collect();
     let one = Agent::start_among(addresses.clone(), "one", 1, Act::HoldAtStepOne).await;
     let two = Agent::start_among(addresses, "two", 1, Act::HoldAtStepOne).await;
@@ -173,7 +168,7 @@ async fn workers_are_back(leader: &Coordinator, count: usize) {
 async fn a_watch_is_resumed_by_revision_and_misses_and_repeats_nothing() {
     let Some(etcd) = common::EtcdProcess::start() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let mut all = coordinators(&lab(&etcd), folder.path(), 3).await;
+    let mut all = coordinators(&etcd, folder.path(), 3).await;
     let run = all[0].client().await.create_run(create("told", 1)).await.unwrap().into_inner();
     let (mut events, mut seen) = (Vec::new(), 1);
     // Each suspension and resumption is an event; half of them happen while nobody watches.
@@ -246,7 +241,7 @@ fn take(message: pb::WatchRunResponse, events: &mut Vec<pb::Event>, seen: &mut u
 async fn one_request_id_sent_a_hundred_times_makes_one_run() {
     let Some(etcd) = common::EtcdProcess::start() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let mut all = coordinators(&lab(&etcd), folder.path(), 3).await;
+    let mut all = coordinators(&etcd, folder.path(), 3).await;
     all[0].client().await;
     let request = pb::CreateRunRequest { request_id: uuid::Uuid::new_v4().to_string(), ..create("once", 1) };
     let addresses: Vec<_> = all.iter().map(|coordinator| coordinator.address).collect();

@@ -1,5 +1,6 @@
 //! A coordinator in this process, on an ephemeral port, with plans that need no files.
 
+use super::proxy::{Fault, Proxy};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub(crate) struct Coordinator {
     stop: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), server::Error>>,
     runtime: tokio::runtime::Runtime,
+    /// Between it and its store, where it may be killed.
+    link: Option<Proxy>,
 }
 
 pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
@@ -54,7 +57,7 @@ impl Coordinator {
         let bound = bound.await.unwrap();
         let address = bound.address();
         let running = runtime.spawn(bound.run(until));
-        Self { address, stop, running, runtime }
+        Self { address, stop, running, runtime, link: None }
     }
 
     /// Returns once this coordinator leads.
@@ -71,8 +74,19 @@ impl Coordinator {
         RunServiceClient::new(channel(self.address).await)
     }
 
-    /// Ends as by SIGKILL: nothing is given back.
+    /// Talks to its etcd over a link that can be cut.
+    pub(crate) async fn start_to_be_killed(etcd: &str, prefix: &str, data_dir: &Path, name: &str) -> Self {
+        let link = Proxy::start(etcd).await;
+        let config = config(&format!("etcd://{}/{prefix}", link.address), data_dir);
+        let mut this = Self::start_as(ServeConfig { name: name.to_owned(), ..config }).await;
+        this.link = Some(link);
+        this
+    }
+
+    /// Ends as by SIGKILL: nothing is given back. Its threads do not all end at one instant, so what some of them still make
+    /// of the end of others must not reach the store.
     pub(crate) fn kill(self) {
+        self.link.as_ref().expect("started to be killed").set(Fault::BlackHole);
         self.runtime.shutdown_background();
     }
 

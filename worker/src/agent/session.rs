@@ -140,7 +140,10 @@ impl<'a> Session<'a> {
     }
 
     /// Connects and says Hello.
-    async fn open(&self, coordinator: &Uri) -> Result<(mpsc::Sender<WorkerMessage>, Streaming<CoordinatorMessage>), End> {
+    async fn open(
+        &self,
+        coordinator: &Uri,
+    ) -> Result<(mpsc::Sender<WorkerMessage>, Streaming<CoordinatorMessage>), End> {
         let endpoint = Endpoint::from(coordinator.clone())
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true)
