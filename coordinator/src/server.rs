@@ -11,7 +11,7 @@ use crate::grpc::{self, Leading, Services};
 use crate::intake::{FilesPlanner, Intake, SpecPlanner};
 use crate::journal::{Journal, Writer};
 use crate::leader::{self, Fenced, Identity, Leadership, Timing};
-use crate::store::{self, Store, StoreUrl};
+use crate::store::{self, EtcdAccess, Store, StoreUrl};
 use crate::views::Views;
 use crate::{driver, journal};
 use std::io;
@@ -38,6 +38,7 @@ pub struct ServeConfig {
     /// Loopback only. Port 0: one that is free.
     pub listen: SocketAddr,
     pub store: StoreUrl,
+    pub etcd: EtcdAccess,
     /// Holds the folders of runs that name no other place. Made where it is missing.
     pub data_dir: PathBuf,
     /// Name of this coordinator, as users see it.
@@ -108,7 +109,7 @@ impl Server {
         std::fs::create_dir_all(&config.data_dir).map_err(refuse)?;
         // Run folders are URLs for the workers, which need absolute paths.
         let data_dir = config.data_dir.canonicalize().map_err(refuse)?;
-        let store = store::open(&config.store).await?;
+        let store = store::open_with(&config.store, &config.etcd).await?;
         let config = ServeConfig { data_dir, ..config };
         let timing = match config.store {
             StoreUrl::Embedded(_) => Timing::alone(),

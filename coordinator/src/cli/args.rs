@@ -1,8 +1,10 @@
 //! What can be typed.
 
+use super::Failure;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use thaw_coordinator::store::{EtcdAccess, ParseError, Password, StoreUrl};
 
 /// Fine-tune a pretrained backbone by gradual unfreezing, on one machine or a cluster.
 #[derive(Debug, Parser)]
@@ -225,9 +227,9 @@ pub(crate) struct ClusterOptions {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeOptions {
-    /// embedded:PATH or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`
-    #[arg(long)]
-    pub(crate) store: String,
+    #[command(flatten)]
+    pub(crate) store: StoreOptions,
+    /// Folder of the runs and their checkpoints, shared with the workers and the other coordinators.
     #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
     pub(crate) data_dir: PathBuf,
     #[arg(long, default_value = "127.0.0.1:7070")]
@@ -238,6 +240,49 @@ pub(crate) struct ServeOptions {
     /// HOST:PORT under which users and workers reach this coordinator. Absent: where it listens.
     #[arg(long, env = "THAW_ADVERTISE")]
     pub(crate) advertise: Option<String>,
+}
+
+/// Where run state is kept, and what etcd is shown.
+#[derive(Debug, clap::Args)]
+pub(crate) struct StoreOptions {
+    /// embedded:PATH, or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`; etcd+tls:// where etcd speaks TLS.
+    #[arg(long, env = "THAW_STORE")]
+    store: String,
+    /// PEM file of the authority that signed etcd's certificate; required with etcd+tls.
+    #[arg(long, env = "THAW_ETCD_CA")]
+    etcd_ca: Option<PathBuf>,
+    /// PEM file of this coordinator's certificate, where etcd asks for one.
+    #[arg(long, env = "THAW_ETCD_CERT")]
+    etcd_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key.
+    #[arg(long, env = "THAW_ETCD_KEY")]
+    etcd_key: Option<PathBuf>,
+    /// User, where etcd asks for one. Its password is in --etcd-password-file, or in the environment as THAW_ETCD_PASSWORD.
+    #[arg(long, env = "THAW_ETCD_USER")]
+    etcd_user: Option<String>,
+    /// File with the user's password.
+    #[arg(long, env = "THAW_ETCD_PASSWORD_FILE")]
+    etcd_password_file: Option<PathBuf>,
+}
+
+impl StoreOptions {
+    /// The checked address.
+    pub(crate) fn url(&self) -> Result<StoreUrl, Failure> {
+        self.store.parse().map_err(|error: ParseError| Failure::invalid(error.to_string()))
+    }
+
+    pub(crate) fn access(&self) -> EtcdAccess {
+        // Never an argument: those are for everybody on the machine to see.
+        let password = std::env::var("THAW_ETCD_PASSWORD").ok().filter(|password| !password.is_empty());
+        EtcdAccess {
+            ca: self.etcd_ca.clone(),
+            cert: self.etcd_cert.clone(),
+            key: self.etcd_key.clone(),
+            user: self.etcd_user.clone(),
+            password_file: self.etcd_password_file.clone(),
+            password: password.map(Password),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]

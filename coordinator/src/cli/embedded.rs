@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 use thaw_coordinator::server::{self, Bound, ServeConfig, Server};
-use thaw_coordinator::store::{self, StoreUrl};
+use thaw_coordinator::store::{EtcdAccess, StoreUrl};
 use thaw_proto::pb;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
@@ -45,7 +45,9 @@ impl Cluster {
         })?;
         let store = StoreUrl::Embedded(data_dir.join("store.redb"));
         let name = "embedded".to_owned();
-        let bound = bind(ServeConfig { listen, store, data_dir: data_dir.clone(), name, advertise: None }).await?;
+        let etcd = EtcdAccess::default();
+        let bound =
+            bind(ServeConfig { listen, store, etcd, data_dir: data_dir.clone(), name, advertise: None }).await?;
         let address = bound.address();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(bound.run(shutdown.clone()));
@@ -139,13 +141,13 @@ pub(super) async fn up(options: UpOptions) -> Result<ExitCode, Failure> {
 /// `thaw serve`: until a signal.
 pub(super) async fn serve(options: ServeOptions) -> Result<ExitCode, Failure> {
     let interrupted = interruption()?;
-    let store: StoreUrl =
-        options.store.parse().map_err(|error: store::ParseError| Failure::invalid(error.to_string()))?;
+    let store = options.store.url()?;
+    let etcd = options.store.access();
     let data_dir = std::path::absolute(&options.data_dir).map_err(|error| {
         Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
     })?;
     let ServeOptions { listen, name, advertise, .. } = options;
-    let bound = bind(ServeConfig { listen, store, data_dir, name, advertise }).await?;
+    let bound = bind(ServeConfig { listen, store, etcd, data_dir, name, advertise }).await?;
     eprintln!("coordinator at http://{}", bound.address());
     let shutdown = CancellationToken::new();
     let mut serving = tokio::spawn(bound.run(shutdown.clone()));

@@ -4,8 +4,8 @@
 //! refuses before it proposes the request counts as not applied.
 
 use super::{
-    At, Compare, Entry, Error, LeaseId, OPERATION_DEADLINE, Op, Revision, Store, Target, TxnOutcome, WatchEvent,
-    WatchStream,
+    At, Compare, Entry, Error, EtcdAccess, LeaseId, OPERATION_DEADLINE, Op, Revision, Store, StoreUrl, Target,
+    TxnOutcome, WatchEvent, WatchStream,
 };
 use async_trait::async_trait;
 use etcd_client::{
@@ -38,23 +38,29 @@ impl std::fmt::Debug for Etcd {
 }
 
 impl Etcd {
-    /// Connects and asks once, so that a wrong address is an error now.
-    pub async fn connect(endpoints: &[String], prefix: &str) -> Result<Self, Error> {
-        let url = format!("etcd://{}/{prefix}", endpoints.join(","));
-        let refuse = |source: super::Cause| Error::Open {
-            url: url.clone(),
-            what: "cannot connect; check that etcd runs there".to_owned(),
-            source: Some(source),
-        };
+    /// Connects and asks once, so that a wrong address, certificate or password is an error now.
+    pub(super) async fn connect(
+        url: &StoreUrl,
+        endpoints: &[String],
+        prefix: &str,
+        access: &EtcdAccess,
+    ) -> Result<Self, Error> {
         // No request timeout in the options: tonic would apply it to watches too. Each call has its deadline here.
         let options = ConnectOptions::new()
             .with_connect_timeout(Duration::from_secs(2))
             .with_keep_alive(Duration::from_secs(5), Duration::from_secs(5))
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
-        let client = Client::connect(endpoints, Some(options)).await.map_err(|error| refuse(error.into()))?;
+        let options = access.apply(url, options)?;
+        let refuse = |error: Error| Error::Open {
+            url: url.to_string(),
+            what: access.advice(url, &error),
+            source: Some(error.into()),
+        };
+        // With a user this asks for a token.
+        let client = read("connect", || Client::connect(endpoints, Some(options.clone()))).await.map_err(refuse)?;
         let store = Self { client, endpoints: endpoints.join(","), prefix: prefix.to_owned() };
-        store.get("leader").await.map_err(|error| refuse(error.into()))?;
+        store.get("leader").await.map_err(refuse)?;
         Ok(store)
     }
 

@@ -16,11 +16,13 @@
 //!
 //! Never in here: what a run is. Values are bytes.
 
+mod access;
 mod embedded;
 mod etcd;
 mod follow;
 mod url;
 
+pub use self::access::{EtcdAccess, Password};
 pub use self::embedded::Embedded;
 pub use self::etcd::Etcd;
 pub use self::follow::{Followed, follow};
@@ -249,11 +251,20 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn revoke(&self, lease: LeaseId) -> Result<(), Error>;
 }
 
-/// Opens the store a URL names.
+/// Opens the store a URL names, where it asks for nothing.
 pub async fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, Error> {
+    open_with(url, &EtcdAccess::default()).await
+}
+
+/// Opens the store a URL names.
+pub async fn open_with(url: &StoreUrl, access: &EtcdAccess) -> Result<Arc<dyn Store>, Error> {
     Ok(match url {
         StoreUrl::Embedded(path) => Arc::new(Embedded::open(path.clone()).await?),
-        StoreUrl::Etcd { endpoints, prefix } => Arc::new(Etcd::connect(endpoints, prefix).await?),
+        StoreUrl::Etcd { endpoints, prefix, tls } => {
+            let scheme = if *tls { "https" } else { "http" };
+            let endpoints: Vec<String> = endpoints.iter().map(|endpoint| format!("{scheme}://{endpoint}")).collect();
+            Arc::new(Etcd::connect(url, &endpoints, prefix, access).await?)
+        }
     })
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thaw_coordinator::intake::{Planned, SpecPlanner};
 use thaw_coordinator::server::{self, ServeConfig, Server};
+use thaw_coordinator::store::EtcdAccess;
 use thaw_proto::ids::GroupIndex;
 use thaw_proto::pb;
 use thaw_proto::pb::cluster_service_client::ClusterServiceClient;
@@ -34,6 +35,7 @@ pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
     ServeConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
         store: store.parse().unwrap(),
+        etcd: EtcdAccess::default(),
         data_dir: data_dir.to_owned(),
         name: "test".to_owned(),
         advertise: None,

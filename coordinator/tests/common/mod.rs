@@ -20,12 +20,19 @@ pub(crate) struct EtcdProcess {
 impl EtcdProcess {
     /// `None` where etcd is not installed, after saying so. In CI that is a failure.
     pub(crate) fn start() -> Option<Self> {
+        Self::start_with("http://127.0.0.1:0", &[])
+    }
+
+    /// With other options, for clients at `any`.
+    pub(crate) fn start_with(any_client: &str, options: &[&str]) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let any = "http://127.0.0.1:0";
         let spawned = Command::new("etcd")
             .arg("--data-dir")
             .arg(folder.path())
-            .args(["--listen-client-urls", any, "--advertise-client-urls", any, "--listen-peer-urls", any])
+            .args(options)
+            .args(["--listen-client-urls", any_client, "--advertise-client-urls", any_client])
+            .args(["--listen-peer-urls", any])
             .args(["--initial-advertise-peer-urls", any, "--initial-cluster"])
             .arg(format!("default={any}"))
             .stdout(Stdio::null())
