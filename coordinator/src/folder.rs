@@ -56,6 +56,12 @@ impl RunFolder {
         Ok(Self { path: root.join("runs").join(run.as_str()) })
     }
 
+    /// The one at an absolute path.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -16,6 +16,8 @@ pub mod intake;
 pub mod journal;
 pub mod leader;
 mod lines;
+pub mod origin;
+pub mod recover;
 pub mod report;
 pub mod server;
 pub mod store;

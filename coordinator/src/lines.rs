@@ -32,6 +32,21 @@ struct EventLine<'a> {
     message: &'a str,
 }
 
+/// An event as `events.jsonl` holds it, read again.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct KeptLine {
+    pub(crate) time_ms: i64,
+    pub(crate) generation: u64,
+    pub(crate) state: RunState,
+    pub(crate) reason: RunReason,
+    pub(crate) message: String,
+}
+
+/// `None` for a line that is cut or of another version.
+pub(crate) fn read_event(line: &str) -> Option<KeptLine> {
+    serde_json::from_str(line).ok()
+}
+
 #[derive(Serialize)]
 struct ProgressLine<'a> {
     time_ms: i64,

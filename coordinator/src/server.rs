@@ -13,7 +13,7 @@ use crate::journal::{Journal, Writer};
 use crate::leader::{self, Fenced, Identity, Leadership, Timing};
 use crate::store::{self, EtcdAccess, Store, StoreUrl};
 use crate::views::Views;
-use crate::{driver, journal};
+use crate::{driver, journal, origin};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -67,6 +67,8 @@ pub enum Error {
     },
     #[error(transparent)]
     Store(#[from] store::Error),
+    #[error(transparent)]
+    Origin(origin::Error),
     #[error("serve")]
     Serve(#[source] tonic::transport::Error),
     #[error("lead")]
@@ -88,6 +90,8 @@ pub struct Bound {
     listener: TcpListener,
     address: SocketAddr,
     store: Arc<dyn Store>,
+    /// Added to the store's revisions.
+    base: u64,
     planner: Arc<dyn SpecPlanner>,
     timing: Timing,
 }
@@ -109,13 +113,16 @@ impl Server {
         std::fs::create_dir_all(&config.data_dir).map_err(refuse)?;
         // Run folders are URLs for the workers, which need absolute paths.
         let data_dir = config.data_dir.canonicalize().map_err(refuse)?;
-        let store = store::open_with(&config.store, &config.etcd).await?;
+        let (store, base) = origin::open(&config.store, &config.etcd).await.map_err(|error| match error {
+            origin::Error::Store(error) => Error::Store(error),
+            error => Error::Origin(error),
+        })?;
         let config = ServeConfig { data_dir, ..config };
         let timing = match config.store {
             StoreUrl::Embedded(_) => Timing::alone(),
             StoreUrl::Etcd { .. } => Timing::default(),
         };
-        Ok(Bound { config, listener, address, store, planner: Arc::new(FilesPlanner), timing })
+        Ok(Bound { config, listener, address, store, base, planner: Arc::new(FilesPlanner), timing })
     }
 }
 
@@ -179,6 +186,7 @@ impl Bound {
             data_dir: self.config.data_dir,
             identity,
             store: self.store,
+            base: self.base,
             planner: self.planner,
             timing: self.timing,
             state,
@@ -256,6 +264,7 @@ struct Head {
     data_dir: PathBuf,
     identity: Identity,
     store: Arc<dyn Store>,
+    base: u64,
     planner: Arc<dyn SpecPlanner>,
     timing: Timing,
     state: State,
@@ -299,7 +308,8 @@ impl Head {
             leadership.keep().await;
             Ok::<_, BoxError>(())
         });
-        let term = self.stop.child_token();
+        // Not the stop's: sessions that end while the driver still listens would be workers lost.
+        let term = CancellationToken::new();
         let driven = self.drive(&fenced, &journal, writer, &background, &term).await;
         self.state.leading.send_replace(None);
         // SERVER-3.
@@ -329,6 +339,12 @@ impl Head {
             writer.run().await;
             Ok::<_, BoxError>(())
         });
+        match origin::settle(fenced, self.base, &self.data_dir).await {
+            Ok(()) => {}
+            // The store does not answer, or somebody else leads already: another term, or another coordinator.
+            Err(origin::Error::Store(_) | origin::Error::Leader(_)) => return Ok(driver::Ended::LeadershipLost),
+            Err(error) => return Err(Error::Origin(error)),
+        }
         let views = self.state.views.clone();
         let loading = driver::load(fenced.clone(), views, journal.clone(), self.data_dir.clone());
         let (driver, main_loop) = tokio::select! {

@@ -44,6 +44,11 @@ pub(crate) enum Verb {
         after_help = "Example:\n  thaw serve --store etcd://127.0.0.1:2379/thaw --data-dir /shared/thaw\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 grpc.health.v1.Health/Check"
     )]
     Serve(ServeOptions),
+    /// Rebuild a lost store from the folders of its runs. Stop all coordinators first.
+    #[command(
+        after_help = "Example:\n  thaw recover --store etcd://127.0.0.1:2379/thaw --data-dir /shared/thaw\n\nEach run goes on from its newest whole checkpoint. Nothing does this by itself: a coordinator that finds an empty store\nbeside a data folder with runs refuses to lead."
+    )]
+    Recover(RecoverOptions),
     /// Show what a spec would do: groups, stages, rates, costs, and every mistake. Runs nothing.
     #[command(
         after_help = "Example:\n  thaw plan spec.yaml\n\nWith grpcurl:\n  grpcurl -plaintext -d '{\"spec\": {...}, \"validate_only\": true}' 127.0.0.1:7070 thaw.v1.RunService/CreateRun"
@@ -143,6 +148,7 @@ impl Verb {
         match self {
             Self::Serve(_) | Self::Up(_) => "info",
             Self::Train(_)
+            | Self::Recover(_)
             | Self::LrFind(_)
             | Self::Verify(_)
             | Self::Plan(_)
@@ -283,6 +289,21 @@ impl StoreOptions {
             password: password.map(Password),
         }
     }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RecoverOptions {
+    #[command(flatten)]
+    pub(crate) store: StoreOptions,
+    /// Folder that has runs/<run>.
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
+    /// Another such folder: what the checkpoint.url of specs named. May be given several times.
+    #[arg(long)]
+    pub(crate) also_in: Vec<PathBuf>,
+    /// Throw away what the store has.
+    #[arg(long)]
+    pub(crate) replace: bool,
 }
 
 #[derive(Debug, clap::Args)]

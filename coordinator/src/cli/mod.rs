@@ -5,6 +5,7 @@ mod client;
 mod embedded;
 mod lr_find;
 mod progress;
+mod recover;
 mod show;
 mod train;
 mod verify;
@@ -98,6 +99,7 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Train(options) => train::train(options).await,
         Verb::Verify(options) => verify::verify(options).await,
         Verb::LrFind(options) => lr_find::lr_find(options).await,
+        Verb::Recover(options) => recover::recover(options).await,
         Verb::Plan(options) => train::plan(options).await,
         Verb::Submit { spec, output } => {
             let run = client::submit(&mut Coordinators::at(&server)?, train::read_spec(&spec)?.0).await?;

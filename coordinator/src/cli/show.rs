@@ -6,6 +6,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use thaw_coordinator::recover::Recovered;
 use thaw_coordinator::verify::Verified;
 use thaw_core::step_time::Rates;
 use thaw_proto::pb;
@@ -100,6 +101,25 @@ pub(super) fn verified(found: &Verified) -> String {
     }
     align_right(&mut stages, &[2, 3, 4]);
     format!("{checks}\n{stages}")
+}
+
+/// What was rebuilt, and what could not be.
+pub(super) fn recovered(recovered: &Recovered) -> String {
+    let mut runs = table(&["run", "state", "from step", "not as it was"]);
+    for run in &recovered.runs {
+        runs.add_row([
+            run.id.to_string(),
+            format!("{:?}", run.state).to_uppercase(),
+            run.step.to_string(),
+            run.lost.join("\n"),
+        ]);
+    }
+    align_right(&mut runs, &[2]);
+    let mut text = format!("{} run(s) rebuilt; request ids of submissions are forgotten\n{runs}", recovered.runs.len());
+    for (path, why) in &recovered.left_out {
+        let _ = write!(text, "\nleft out: {}: {why}", path.display());
+    }
+    text
 }
 
 fn run_table(run: &pb::Run) -> String {

@@ -3,7 +3,7 @@
 use super::save::{Save, save};
 use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
 use super::workers::Workers;
-use super::{Command, Error, NewRun, Reply, UserAction, outbound};
+use super::{Command, Error, NewRun, Reply, UserAction, outbound, rebuild};
 use crate::folder::{Lines, RunFolder};
 use crate::journal::Journal;
 use crate::leader::Fenced;
@@ -108,13 +108,15 @@ impl MainLoop {
         let fenced = self.fenced.clone();
         loop {
             let done = tokio::select! {
+                // First the end: what is queued then may come of it, as sessions that break, and is for the next leader.
+                biased;
                 () = stop.cancelled() => return Ended::Stopped,
                 () = fenced.over() => return Ended::LeadershipLost,
+                _ = ticks.tick() => self.tick().await,
                 command = self.queue.recv() => match command {
                     Some(command) => self.handle(command).await,
                     None => return Ended::Stopped,
                 },
-                _ = ticks.tick() => self.tick().await,
             };
             match done {
                 Ok(()) => {}
@@ -321,10 +323,13 @@ impl MainLoop {
         let path = run.folder.path().join(report::PATH);
         let message = stored::message(&run.stored.record, run.revision.0);
         let folder = run.folder.clone();
+        let record = run.stored.to_bytes();
         let written = tokio::task::spawn_blocking(move || {
             if path.exists() {
                 return Ok(());
             }
+            // First, since the summary's being there says that both are.
+            folder.write(rebuild::RECORD, &record)?;
             let summary = report::Summary::of(&message)?;
             let json = serde_json::to_vec_pretty(&summary)?;
             folder.write(report::PATH, &json)?;

@@ -19,6 +19,7 @@ mod inbound;
 mod main_loop;
 mod mirror;
 mod outbound;
+mod rebuild;
 mod save;
 mod sessions;
 mod stored;
@@ -26,6 +27,8 @@ mod workers;
 
 pub use main_loop::{Ended, MainLoop};
 pub use mirror::{mirror, stored_revision};
+pub(crate) use rebuild::rebuild;
+pub use rebuild::{Error as RebuildError, Rebuilt};
 pub use workers::{Outbox, SessionId};
 
 use crate::folder::RunFolder;

@@ -1,6 +1,7 @@
 //! A run as the store holds it, and as a message shows it.
 
 use crate::clock::timestamp;
+use crate::lines::KeptLine;
 use crate::store::Revision;
 use crate::views::{KeptEvent, Shown};
 use serde::{Deserialize, Serialize};
@@ -91,11 +92,37 @@ impl StoredRun {
         next.push_events(now, events);
         if let Some(head) = next.record.head.as_ref().filter(|head| self.record.head.as_ref() != Some(head)) {
             next.checkpoints.push_back(head.clone());
-            while next.checkpoints.len() > CHECKPOINTS {
-                next.checkpoints.pop_front();
-            }
         }
+        next.trim();
         next
+    }
+
+    /// From a run's folder.
+    pub(super) fn rebuilt(
+        record: RunRecord,
+        events: VecDeque<StoredEvent>,
+        checkpoints: VecDeque<CheckpointRef>,
+    ) -> Self {
+        let mut stored = Self { record, events, checkpoints, traceparent: None };
+        stored.trim();
+        stored
+    }
+
+    /// For another store, whose revisions begin above `base`.
+    pub(super) fn rebased(mut self, base: u64) -> Self {
+        for event in &mut self.events {
+            event.after = base;
+        }
+        self
+    }
+
+    fn trim(&mut self) {
+        while self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+        while self.checkpoints.len() > CHECKPOINTS {
+            self.checkpoints.pop_front();
+        }
     }
 
     fn push_events(&mut self, now: Revision, events: &[Event]) {
@@ -107,9 +134,6 @@ impl StoredRun {
             reason: event.reason,
             message: event.message.clone(),
         }));
-        while self.events.len() > EVENTS {
-            self.events.pop_front();
-        }
     }
 
     /// The bytes to store.
@@ -135,6 +159,18 @@ impl StoredRun {
 }
 
 impl StoredEvent {
+    /// From a run's folder. The revisions it was seen at are gone with the store, so no reader can go on from them.
+    pub(super) fn rebuilt(line: KeptLine, base: u64) -> Self {
+        Self {
+            after: base,
+            at_ms: line.time_ms.unsigned_abs(),
+            generation: Generation(line.generation),
+            state: line.state,
+            reason: line.reason,
+            message: line.message,
+        }
+    }
+
     fn message(&self) -> pb::Event {
         pb::Event {
             time: Some(timestamp_of(self.at_ms)),

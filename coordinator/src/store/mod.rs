@@ -20,12 +20,14 @@ mod access;
 mod embedded;
 mod etcd;
 mod follow;
+mod rebased;
 mod url;
 
 pub use self::access::{EtcdAccess, Password};
 pub use self::embedded::Embedded;
 pub use self::etcd::Etcd;
 pub use self::follow::{Followed, follow};
+pub use self::rebased::Rebased;
 pub use self::url::{ParseError, StoreUrl};
 
 use async_trait::async_trait;
