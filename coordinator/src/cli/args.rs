@@ -295,7 +295,7 @@ impl StoreOptions {
 pub(crate) struct RecoverOptions {
     #[command(flatten)]
     pub(crate) store: StoreOptions,
-    /// Folder that has runs/<run>.
+    /// Folder that holds the folder runs.
     #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
     pub(crate) data_dir: PathBuf,
     /// Another such folder: what the checkpoint.url of specs named. May be given several times.
