@@ -3,7 +3,7 @@
 //! [`Server::bind`] opens the store and the socket, so that what is wrong with either is an error before anything runs.
 //! [`Bound::run`] serves: it follows the store and answers reads, campaigns, leads its term, and follows again.
 //!
-//! SERVER-1: without TLS it binds loopback addresses only.
+//! SERVER-1: without TLS it binds loopback addresses only. With TLS every client shows a certificate.
 //! SERVER-2: losing leadership ends the term, not the process; nothing of a term outlives it.
 //! SERVER-3: a stop gives leadership back as soon as the driver has saved what it was at; streams and calls end after.
 
@@ -22,6 +22,7 @@ use std::time::Duration;
 use thaw_proto::ids::Incarnation;
 use thaw_runtime::BoxError;
 use thaw_runtime::tasks::{OnError, Tasks};
+use thaw_runtime::tls::Tls;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -33,10 +34,11 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const FLUSH_DEADLINE: Duration = Duration::from_millis(50);
 
 /// What one coordinator process is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ServeConfig {
-    /// Loopback only. Port 0: one that is free.
+    /// Loopback only, unless there is `tls`. Port 0: one that is free.
     pub listen: SocketAddr,
+    pub tls: Option<Tls>,
     pub store: StoreUrl,
     pub etcd: EtcdAccess,
     /// Holds the folders of runs that name no other place. Made where it is missing.
@@ -49,7 +51,7 @@ pub struct ServeConfig {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("listen on {address}: without TLS only loopback addresses are served; use 127.0.0.1:{}", address.port())]
+    #[error("listen on {address}: without TLS only loopback addresses are served; use 127.0.0.1:{}, or give --tls-ca, --tls-cert and --tls-key", address.port())]
     NotLoopback { address: SocketAddr },
     #[error("listen on {address}: port {} is in use; stop what uses it, or choose another with --listen 127.0.0.1:PORT", address.port())]
     PortInUse { address: SocketAddr },
@@ -101,7 +103,7 @@ impl Server {
     pub async fn bind(config: ServeConfig) -> Result<Bound, Error> {
         let address = config.listen;
         // SERVER-1.
-        if !address.ip().is_loopback() {
+        if config.tls.is_none() && !address.ip().is_loopback() {
             return Err(Error::NotLoopback { address });
         }
         let listener = listen(address).map_err(|source| match source.kind() {
@@ -160,7 +162,8 @@ impl Bound {
         let stop = shutdown.child_token();
         let tasks = Tasks::new(stop.clone());
         let (state, services) = State::new(&self.store, &tasks, &stop);
-        let (router, health) = grpc::router(services).await;
+        let tls = self.config.tls.as_ref().map(Tls::server);
+        let (router, health) = grpc::router(services, tls).await.map_err(Error::Serve)?;
         let (listener, until) = (self.listener, stop.clone());
         tasks.spawn("grpc", OnError::StopProcess, move |_| async move {
             router

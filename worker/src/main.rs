@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use thaw_runtime::tls::TlsOptions;
 use thaw_worker::device::DeviceOptions;
 use thaw_worker::trainer::{CacheFolders, Hold};
 use thaw_worker::{agent, trainer};
@@ -60,7 +61,7 @@ impl CacheOptions {
 
 #[derive(Debug, clap::Args)]
 struct AgentOptions {
-    /// Address of the coordinator, e.g. http://127.0.0.1:7070; of several with commas between, the one that leads is found.
+    /// Address of the coordinator, e.g. http://127.0.0.1:7070, https:// with TLS; of several with commas between, the one that leads is found.
     #[arg(long, env = "THAW_COORDINATOR", value_delimiter = ',', required = true)]
     coordinator: Vec<tonic::transport::Uri>,
     /// Unique name of this worker.
@@ -82,6 +83,8 @@ struct AgentOptions {
     cache: CacheOptions,
     #[command(flatten)]
     device: DeviceOptions,
+    #[command(flatten)]
+    tls: TlsOptions,
     /// Passed on to the trainers; see `thaw-worker trainer --help`. For tests.
     #[arg(long, hide = true)]
     hold: Option<String>,
@@ -114,6 +117,7 @@ fn serve(options: AgentOptions) -> anyhow::Result<()> {
     }
     let config = agent::Config {
         coordinators: options.coordinator,
+        tls: options.tls.load()?,
         name: options.name,
         slots: options.slots,
         host: options.host,

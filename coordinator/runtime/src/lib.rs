@@ -1,4 +1,4 @@
-//! What both binaries share: named tasks with a policy, shutdown, telemetry, waiting before a retry.
+//! What both binaries share: named tasks with a policy, shutdown, telemetry, mutual TLS, waiting before a retry.
 //!
 //! Law: this crate knows nothing of runs. It is the only place that spawns tasks, listens to signals, or reads the
 //! telemetry variables of the environment.
@@ -9,6 +9,7 @@ pub mod backoff;
 pub mod shutdown;
 pub mod tasks;
 pub mod telemetry;
+pub mod tls;
 
 /// An error of any kind, as tasks return it.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;

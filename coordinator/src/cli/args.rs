@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use thaw_coordinator::store::{EtcdAccess, ParseError, Password, StoreUrl};
+use thaw_runtime::tls::TlsOptions;
 
 /// Fine-tune a pretrained backbone by gradual unfreezing, on one machine or a cluster.
 #[derive(Debug, Parser)]
@@ -13,6 +14,8 @@ pub(crate) struct Args {
     /// Address of the coordinator, or of several with commas between, for the verbs that talk to one.
     #[arg(long, global = true, env = "THAW_SERVER", default_value = "http://127.0.0.1:7070")]
     pub(crate) server: String,
+    #[command(flatten)]
+    pub(crate) tls: TlsOptions,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -41,7 +44,7 @@ pub(crate) enum Verb {
     Up(UpOptions),
     /// Start a coordinator alone.
     #[command(
-        after_help = "Example:\n  thaw serve --store etcd://127.0.0.1:2379/thaw --data-dir /shared/thaw\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 grpc.health.v1.Health/Check"
+        after_help = "Example:\n  thaw serve --store etcd://127.0.0.1:2379/thaw --data-dir /shared/thaw\n\nOn other than loopback addresses it serves with TLS only:\n  thaw serve --listen 0.0.0.0:7070 --tls-ca ca.crt --tls-cert tls.crt --tls-key tls.key --store ...\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 grpc.health.v1.Health/Check"
     )]
     Serve(ServeOptions),
     /// Rebuild a lost store from the folders of its runs. Stop all coordinators first.
@@ -131,6 +134,18 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t = Format::Table)]
         output: Format,
     },
+    /// Ask a coordinator whether it serves; the exit code is the answer.
+    #[command(
+        after_help = "Example:\n  thaw health\n  thaw health --service thaw.v1.WorkerService\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 grpc.health.v1.Health/Check"
+    )]
+    Health {
+        /// One service, e.g. thaw.v1.RunService. Default: the coordinator as a whole.
+        #[arg(long, default_value = "")]
+        service: String,
+        /// Any answer will do: the process lives, even if it does not serve now.
+        #[arg(long)]
+        live: bool,
+    },
     /// Show a run's checkpoints.
     #[command(
         after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/ListCheckpoints"
@@ -161,6 +176,7 @@ impl Verb {
             | Self::Suspend { .. }
             | Self::Resume { .. }
             | Self::Workers { .. }
+            | Self::Health { .. }
             | Self::Checkpoints { .. } => "error",
         }
     }
@@ -238,6 +254,7 @@ pub(crate) struct ServeOptions {
     /// Folder of the runs and their checkpoints, shared with the workers and the other coordinators.
     #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
     pub(crate) data_dir: PathBuf,
+    /// Address to listen on. Without TLS a loopback address.
     #[arg(long, default_value = "127.0.0.1:7070")]
     pub(crate) listen: SocketAddr,
     /// Unique name of this coordinator.

@@ -8,8 +8,12 @@ use thaw_proto::pb::cluster_service_client::ClusterServiceClient;
 use thaw_proto::pb::run_service_client::RunServiceClient;
 use thaw_proto::status::{self, ErrorClass};
 use thaw_runtime::backoff::Backoff;
+use thaw_runtime::tls::{self, Tls, TlsOptions};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 pub(super) type Runs = RunServiceClient<Channel>;
 
@@ -36,17 +40,23 @@ pub(super) struct Coordinators {
     /// Whom to ask first: who answered last, or who was said to lead.
     next: String,
     channel: Option<Channel>,
+    tls: Option<Tls>,
+}
+
+/// Reads the files of TLS.
+pub(super) fn load(options: &TlsOptions) -> Result<Option<Tls>, Failure> {
+    options.load().map_err(|error| Failure::invalid(thaw_runtime::chain(&error)))
 }
 
 impl Coordinators {
     /// Those at `servers`, with commas between.
-    pub(super) fn at(servers: &str) -> Result<Self, Failure> {
+    pub(super) fn at(servers: &str, tls: Option<Tls>) -> Result<Self, Failure> {
         let addresses: Vec<String> = servers.split(',').map(str::trim).map(str::to_owned).collect();
         for address in &addresses {
-            endpoint(address)?;
+            endpoint(address, tls.as_ref())?;
         }
         let next = addresses.first().cloned().unwrap_or_default();
-        Ok(Self { addresses, next, channel: None })
+        Ok(Self { addresses, next, channel: None, tls })
     }
 
     /// Makes a call, wherever it is answered.
@@ -94,7 +104,8 @@ impl Coordinators {
     fn after(&mut self, refused: &Status, again: Again) -> After {
         match (status::reason(refused).as_deref(), status::metadata(refused, "leader")) {
             (Some("NOT_LEADING"), Some(leader)) => {
-                self.turn_to(format!("http://{leader}"));
+                let scheme = tls::scheme(self.tls.as_ref());
+                self.turn_to(format!("{scheme}://{leader}"));
                 After::Redirected
             }
             (Some("NOT_LEADING" | "NO_LEADER" | "BEHIND"), _) => {
@@ -130,13 +141,15 @@ impl Coordinators {
         if let Some(channel) = &self.channel {
             return Ok(channel.clone());
         }
-        match endpoint(&self.next)?.connect_timeout(CONNECT_DEADLINE).connect().await {
+        match endpoint(&self.next, self.tls.as_ref())?.connect_timeout(CONNECT_DEADLINE).connect().await {
             Ok(channel) => Ok(self.channel.insert(channel).clone()),
-            Err(_) => {
+            Err(error) => {
                 let tried = self.addresses.join(", ");
+                // With TLS the reason may be a certificate; without, it says no more than the sentence.
+                let why = self.tls.as_ref().map(|_| format!(" ({})", thaw_runtime::chain(&error))).unwrap_or_default();
                 self.turn();
                 Err(Failure::failed(format!(
-                    "no coordinator answers at {tried}; start one with `thaw up`, or name another with --server"
+                    "no coordinator answers at {tried}{why}; start one with `thaw up`, or name another with --server"
                 )))
             }
         }
@@ -153,20 +166,30 @@ fn is_broken(refused: &Status) -> bool {
     ErrorClass::of(refused) == ErrorClass::Retry || refused.code() == Code::Unknown
 }
 
-fn endpoint(server: &str) -> Result<Endpoint, Failure> {
-    Endpoint::from_shared(server.to_owned()).map_err(|error| {
+fn endpoint(server: &str, tls: Option<&Tls>) -> Result<Endpoint, Failure> {
+    let endpoint = Endpoint::from_shared(server.to_owned()).map_err(|error| {
         Failure::invalid(format!("--server `{server}` is not an address such as http://127.0.0.1:7070: {error}"))
-    })
+    })?;
+    tls::endpoint(endpoint, tls).map_err(|error| Failure::invalid(thaw_runtime::chain(&error)))
 }
 
-pub(super) async fn workers(server: &str) -> Result<pb::ListWorkersResponse, Failure> {
+/// Whether the coordinator serves `service`; with `live`, whether it answers. One try.
+pub(super) async fn health(coordinators: &mut Coordinators, service: String, live: bool) -> Result<ExitCode, Failure> {
+    let mut request = tonic::Request::new(HealthCheckRequest { service });
+    request.set_timeout(CONNECT_DEADLINE);
+    let status = HealthClient::new(coordinators.connect().await?).check(request).await?.into_inner().status();
+    print(status.as_str_name());
+    Ok(if live || status == ServingStatus::Serving { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+pub(super) async fn workers(coordinators: &mut Coordinators) -> Result<pb::ListWorkersResponse, Failure> {
     let ask = async |channel| ClusterServiceClient::new(channel).list_workers(pb::ListWorkersRequest {}).await;
-    Coordinators::at(server)?.call_any(Again::Yes, ask).await
+    coordinators.call_any(Again::Yes, ask).await
 }
 
 /// One try.
-pub(super) async fn workers_now(server: &str) -> Result<pb::ListWorkersResponse, Failure> {
-    let mut client = ClusterServiceClient::new(Coordinators::at(server)?.connect().await?);
+pub(super) async fn workers_now(coordinators: &mut Coordinators) -> Result<pb::ListWorkersResponse, Failure> {
+    let mut client = ClusterServiceClient::new(coordinators.connect().await?);
     Ok(client.list_workers(pb::ListWorkersRequest {}).await?.into_inner())
 }
 

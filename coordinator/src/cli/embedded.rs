@@ -3,6 +3,7 @@
 //! EMB-1: the workers die with this process: each holds its standard input open from here and ends at its end.
 
 use super::args::{ClusterOptions, ServeOptions, UpOptions};
+use super::client::Coordinators;
 use super::train::interruption;
 use super::{Failure, client};
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use thaw_coordinator::server::{self, Bound, ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, StoreUrl};
 use thaw_proto::pb;
+use thaw_runtime::tls::Tls;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -47,7 +49,8 @@ impl Cluster {
         let name = "embedded".to_owned();
         let etcd = EtcdAccess::default();
         let bound =
-            bind(ServeConfig { listen, store, etcd, data_dir: data_dir.clone(), name, advertise: None }).await?;
+            bind(ServeConfig { listen, tls: None, store, etcd, data_dir: data_dir.clone(), name, advertise: None })
+                .await?;
         let address = bound.address();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(bound.run(shutdown.clone()));
@@ -63,6 +66,11 @@ impl Cluster {
         format!("http://{}", self.address)
     }
 
+    /// Without TLS, on a loopback address.
+    pub(super) fn coordinators(&self) -> Result<Coordinators, Failure> {
+        Coordinators::at(&self.url(), None)
+    }
+
     pub(super) fn run_folder(&self, run: &pb::Run) -> PathBuf {
         self.data_dir.join(&run.name)
     }
@@ -70,11 +78,11 @@ impl Cluster {
     /// Until every worker has said hello.
     pub(super) async fn wait_for_workers(&mut self) -> Result<(), Failure> {
         let all = self.workers.len();
-        let url = self.url();
+        let mut coordinators = self.coordinators()?;
         let wait = async {
             loop {
                 // Until the coordinator leads it knows of no workers and says so with an error.
-                match client::workers_now(&url).await {
+                match client::workers_now(&mut coordinators).await {
                     Ok(list) if list.workers.len() >= all => return Ok(()),
                     Ok(_) | Err(_) => tokio::time::sleep(POLL).await,
                 }
@@ -139,7 +147,7 @@ pub(super) async fn up(options: UpOptions) -> Result<ExitCode, Failure> {
 }
 
 /// `thaw serve`: until a signal.
-pub(super) async fn serve(options: ServeOptions) -> Result<ExitCode, Failure> {
+pub(super) async fn serve(options: ServeOptions, tls: Option<Tls>) -> Result<ExitCode, Failure> {
     let interrupted = interruption()?;
     let store = options.store.url()?;
     let etcd = options.store.access();
@@ -147,8 +155,9 @@ pub(super) async fn serve(options: ServeOptions) -> Result<ExitCode, Failure> {
         Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
     })?;
     let ServeOptions { listen, name, advertise, .. } = options;
-    let bound = bind(ServeConfig { listen, store, etcd, data_dir, name, advertise }).await?;
-    eprintln!("coordinator at http://{}", bound.address());
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let bound = bind(ServeConfig { listen, tls, store, etcd, data_dir, name, advertise }).await?;
+    eprintln!("coordinator at {scheme}://{}", bound.address());
     let shutdown = CancellationToken::new();
     let mut serving = tokio::spawn(bound.run(shutdown.clone()));
     tokio::select! {
@@ -209,6 +218,10 @@ fn start_worker(
     command.args(["agent", "--coordinator", coordinator, "--name", &format!("worker-{index}"), "--exit-with-stdin"]);
     // Where THAW_DEVICE says cuda, each worker's one slot has a GPU of its own.
     command.args(["--first-gpu", &index.to_string()]);
+    // The coordinator of this process is on a loopback address and without TLS, whatever the environment says of others.
+    for variable in ["THAW_TLS_CA", "THAW_TLS_CERT", "THAW_TLS_KEY", "THAW_TLS_NAME"] {
+        command.env_remove(variable);
+    }
     if logs == WorkerLogs::Failures {
         command.arg("--quiet");
     }

@@ -1,7 +1,7 @@
 //! `lr-find`: one stage of a spec with a rate that rises until the loss does, and the rate that suggests itself (Smith 2017).
 
 use super::args::{Format, LrFindOptions};
-use super::client::{Again, Coordinators};
+use super::client::Again;
 use super::embedded::{Cluster, WorkerLogs};
 use super::train::{interruption, read_spec};
 use super::{Failure, client, print, show};
@@ -77,7 +77,7 @@ fn test_spec(mut spec: pb::RunSpec, plan: &Plan, stage: &PlannedStage) -> pb::Ru
 }
 
 async fn test_on(cluster: &mut Cluster, spec: pb::RunSpec) -> Result<RangeTest, Failure> {
-    let mut runs = Coordinators::at(&cluster.url())?;
+    let mut runs = cluster.coordinators()?;
     cluster.wait_for_workers().await?;
     let run = client::submit(&mut runs, spec).await?;
     let request = pb::WatchRunRequest { name: run.name.clone(), after_revision: 0, include_progress: true };

@@ -92,9 +92,9 @@ pub(crate) fn run(args: Args) -> ExitCode {
 }
 
 async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
-    let server = args.server;
+    let coordinators = || Coordinators::at(&args.server, client::load(&args.tls)?);
     match args.verb {
-        Verb::Serve(options) => embedded::serve(options).await,
+        Verb::Serve(options) => embedded::serve(options, client::load(&args.tls)?).await,
         Verb::Up(options) => embedded::up(options).await,
         Verb::Train(options) => train::train(options).await,
         Verb::Verify(options) => verify::verify(options).await,
@@ -102,39 +102,40 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Recover(options) => recover::recover(options).await,
         Verb::Plan(options) => train::plan(options).await,
         Verb::Submit { spec, output } => {
-            let run = client::submit(&mut Coordinators::at(&server)?, train::read_spec(&spec)?.0).await?;
+            let run = client::submit(&mut coordinators()?, train::read_spec(&spec)?.0).await?;
             eprintln!("watch it: thaw watch {}", run.name);
             show::run(&run, output)
         }
         Verb::Get { name, output } => {
             let request = pb::GetRunRequest { name };
             let call = async |mut runs: client::Runs| runs.get_run(request.clone()).await;
-            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+            show::run(&coordinators()?.call(Again::Yes, call).await?, output)
         }
-        Verb::List { output } => show::runs(&client::list(&mut Coordinators::at(&server)?).await?, output),
-        Verb::Watch { name, output } => train::watch(&mut Coordinators::at(&server)?, &name, output).await,
-        Verb::Logs { name, follow } => client::logs(&mut Coordinators::at(&server)?, name, follow).await,
+        Verb::List { output } => show::runs(&client::list(&mut coordinators()?).await?, output),
+        Verb::Watch { name, output } => train::watch(&mut coordinators()?, &name, output).await,
+        Verb::Logs { name, follow } => client::logs(&mut coordinators()?, name, follow).await,
         Verb::Cancel { name, output } => {
             let request = pb::CancelRunRequest { name };
             let call = async |mut runs: client::Runs| runs.cancel_run(request.clone()).await;
-            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+            show::run(&coordinators()?.call(Again::Yes, call).await?, output)
         }
         Verb::Suspend { name, output } => {
             let request = pb::SuspendRunRequest { name };
             let call = async |mut runs: client::Runs| runs.suspend_run(request.clone()).await;
-            show::run(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+            show::run(&coordinators()?.call(Again::Yes, call).await?, output)
         }
         Verb::Resume { name, output } => {
             let request = pb::ResumeRunRequest { name };
             let call = async |mut runs: client::Runs| runs.resume_run(request.clone()).await;
             // A second one would be refused.
-            show::run(&Coordinators::at(&server)?.call(Again::No, call).await?, output)
+            show::run(&coordinators()?.call(Again::No, call).await?, output)
         }
-        Verb::Workers { output } => show::workers(&client::workers(&server).await?, output),
+        Verb::Health { service, live } => client::health(&mut coordinators()?, service, live).await,
+        Verb::Workers { output } => show::workers(&client::workers(&mut coordinators()?).await?, output),
         Verb::Checkpoints { name, output } => {
             let request = pb::ListCheckpointsRequest { name };
             let call = async |mut runs: client::Runs| runs.list_checkpoints(request.clone()).await;
-            show::checkpoints(&Coordinators::at(&server)?.call(Again::Yes, call).await?, output)
+            show::checkpoints(&coordinators()?.call(Again::Yes, call).await?, output)
         }
     }
 }

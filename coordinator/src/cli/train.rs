@@ -55,7 +55,7 @@ pub(super) fn interruption() -> Result<CancellationToken, Failure> {
 }
 
 async fn train_on(cluster: &mut Cluster, spec: pb::RunSpec, output: Format) -> Result<ExitCode, Failure> {
-    let mut runs = Coordinators::at(&cluster.url())?;
+    let mut runs = cluster.coordinators()?;
     cluster.wait_for_workers().await?;
     let run = client::submit(&mut runs, spec).await?;
     eprintln!("run {} in {}", show::short(&run.name), cluster.run_folder(&run).display());

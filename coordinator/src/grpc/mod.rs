@@ -29,6 +29,7 @@ use thaw_runtime::tasks::Tasks;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tonic::transport::ServerTlsConfig;
 use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
 
@@ -118,8 +119,11 @@ impl Services {
     }
 }
 
-/// The services with reflection and health, ready to serve.
-pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
+/// The services with reflection and health, ready to serve; with `tls` to clients that show a certificate.
+pub(crate) async fn router(
+    services: Services,
+    tls: Option<ServerTlsConfig>,
+) -> Result<(Router, HealthReporter), tonic::transport::Error> {
     let runs = pb::run_service_server::RunServiceServer::new(services.clone());
     let cluster = pb::cluster_service_server::ClusterServiceServer::new(services.clone());
     let workers = pb::worker_service_server::WorkerServiceServer::new(services);
@@ -133,7 +137,11 @@ pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let built = "the descriptors were made by the same build";
-    let router = tonic::transport::Server::builder()
+    let mut server = tonic::transport::Server::builder();
+    if let Some(tls) = tls {
+        server = server.tls_config(tls)?;
+    }
+    let router = server
         .timeout(CALL_DEADLINE)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
@@ -147,7 +155,7 @@ pub(crate) async fn router(services: Services) -> (Router, HealthReporter) {
         .add_service(runs.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
         .add_service(cluster.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
         .add_service(workers.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE));
-    (router, health)
+    Ok((router, health))
 }
 
 /// Says of every service whether it serves: reads need `reads` alone, the sessions of workers need the leader.

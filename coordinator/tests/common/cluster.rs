@@ -34,6 +34,7 @@ pub(crate) struct Coordinator {
 pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
     ServeConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
+        tls: None,
         store: store.parse().unwrap(),
         etcd: EtcdAccess::default(),
         data_dir: data_dir.to_owned(),

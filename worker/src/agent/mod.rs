@@ -27,6 +27,7 @@ use thaw_proto::ids::Incarnation;
 use thaw_proto::status::ErrorClass;
 use thaw_runtime::backoff::Backoff;
 use thaw_runtime::tasks::{OnError, Tasks};
+use thaw_runtime::tls::{self, Tls};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Uri;
 
@@ -45,6 +46,8 @@ const REDIRECTIONS: u32 = 2;
 pub struct Config {
     /// The coordinators, e.g. `http://127.0.0.1:7070`; at least one. Whichever leads is found.
     pub coordinators: Vec<Uri>,
+    /// For coordinators with TLS.
+    pub tls: Option<Tls>,
     /// Unique among the workers.
     pub name: String,
     /// Trainers at once, 1-64.
@@ -66,6 +69,9 @@ pub enum Error {
     /// Nobody to serve.
     #[error("no coordinator is given; name one with --coordinator http://HOST:PORT")]
     NoCoordinator,
+    /// A coordinator's address and the TLS options contradict each other.
+    #[error("a coordinator's address does not fit")]
+    Tls(#[from] thaw_runtime::tls::Error),
     /// The coordinator says that this worker's Hello is wrong.
     #[error("coordinator {coordinator} refuses worker {worker}: {}", .source.message())]
     Refused {
@@ -119,6 +125,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
         return Err(Error::Slots(config.slots));
     }
     let Some(first) = config.coordinators.first().cloned() else { return Err(Error::NoCoordinator) };
+    for coordinator in &config.coordinators {
+        tls::endpoint(coordinator.clone().into(), config.tls.as_ref())?;
+    }
     // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
     let tasks = Tasks::new(CancellationToken::new());
     let spawner = child::Spawner::start().map_err(Error::Thread)?;
@@ -151,7 +160,7 @@ async fn keep_session(
             let source = Box::new(status.clone());
             return Err(Error::Refused { coordinator, worker: config.name.clone(), source });
         }
-        match ended.leader() {
+        match ended.leader(config.tls.as_ref()) {
             Some(leader) if redirections < REDIRECTIONS => {
                 tracing::info!(%coordinator, %leader, "another coordinator leads");
                 coordinator = leader;

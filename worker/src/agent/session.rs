@@ -13,11 +13,12 @@ use thaw_proto::pb::{CoordinatorMessage, Heartbeat, Hello, WorkerMessage};
 use thaw_proto::status;
 use thaw_runtime::backoff::Backoff;
 use thaw_runtime::telemetry;
+use thaw_runtime::tls::{self, Tls};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::{Endpoint, Uri};
+use tonic::transport::Uri;
 
 /// To reach the coordinator, and for its first word.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -35,6 +36,8 @@ const HEARTBEAT_BOUNDS: (Duration, Duration) = (Duration::from_millis(10), Durat
 /// How a session ended.
 #[derive(Debug)]
 pub(super) enum End {
+    /// Its address and the TLS options contradict each other.
+    Address(tls::Error),
     /// The coordinator cannot be reached.
     Unreachable(tonic::transport::Error),
     /// It said so.
@@ -49,12 +52,17 @@ pub(super) enum End {
 
 impl End {
     /// Where the coordinator that refused says the leader is.
-    pub(super) fn leader(&self) -> Option<Uri> {
+    pub(super) fn leader(&self, tls: Option<&Tls>) -> Option<Uri> {
         match self {
             Self::Status(status) if status::reason(status).as_deref() == Some("NOT_LEADING") => {
-                format!("http://{}", status::metadata(status, "leader")?).parse().ok()
+                format!("{}://{}", tls::scheme(tls), status::metadata(status, "leader")?).parse().ok()
             }
-            Self::Status(_) | Self::Unreachable(_) | Self::Closed | Self::Stalled(_) | Self::StaleLeader { .. } => None,
+            Self::Address(_)
+            | Self::Status(_)
+            | Self::Unreachable(_)
+            | Self::Closed
+            | Self::Stalled(_)
+            | Self::StaleLeader { .. } => None,
         }
     }
 }
@@ -62,6 +70,7 @@ impl End {
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Address(error) => f.write_str(&thaw_runtime::chain(error)),
             Self::Unreachable(error) => write!(f, "not reachable: {}", thaw_runtime::chain(error)),
             Self::Status(status) => write!(f, "{:?}: {}", status.code(), status.message()),
             Self::Closed => f.write_str("it closed the session"),
@@ -144,7 +153,8 @@ impl<'a> Session<'a> {
         &self,
         coordinator: &Uri,
     ) -> Result<(mpsc::Sender<WorkerMessage>, Streaming<CoordinatorMessage>), End> {
-        let endpoint = Endpoint::from(coordinator.clone())
+        let endpoint = tls::endpoint(coordinator.clone().into(), self.config.tls.as_ref())
+            .map_err(End::Address)?
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(PING)

@@ -109,6 +109,7 @@ impl Bench {
         let shutdown = CancellationToken::new();
         let config = Config {
             coordinators: vec![coordinator],
+            tls: None,
             name: "node-1".to_owned(),
             slots: 2,
             host: "127.0.0.1".to_owned(),
@@ -338,11 +339,17 @@ async fn a_refused_hello_ends_the_agent_and_settings_are_checked() {
 
     let config = Config {
         coordinators: vec!["http://127.0.0.1:1".parse().unwrap()],
+        tls: None,
         name: "node-1".to_owned(),
         slots: 65,
         host: String::new(),
         trainer_program: PathBuf::new(),
         trainer_arguments: Vec::new(),
     };
+    let coordinators = vec!["https://127.0.0.1:1".parse().unwrap()];
+    let secure = Config { coordinators, slots: 1, ..config.clone() };
     assert!(matches!(run(config, CancellationToken::new()).await, Err(Error::Slots(65))));
+    let error = run(secure, CancellationToken::new()).await.unwrap_err();
+    let text = thaw_runtime::chain(&error);
+    assert!(text.contains("https://127.0.0.1:1/ asks for TLS; give --tls-ca"), "{text}");
 }
