@@ -2,6 +2,7 @@
 # Installs what Thaw needs to build, run and test, and links it into this clone:
 #   .venv      Python environment (PyTorch 2.11.0, export helper's and tests' packages), in a cache that all clones share
 #   .libtorch  the libtorch inside that environment, as headers and the CPU libraries to link with
+#   .chart     Python environment of the chart's and the images' tests, small
 #   .bin       grpcurl and helm (where Go is there), thaw-export
 # Safe to run at any time, by several clones at once; takes well under a second when nothing is missing.
 #
@@ -77,6 +78,18 @@ build_venv() {
     touch "$venv/.complete"
 }
 
+# The same for the tests of the chart and the images: apart, since a new checker should not fetch PyTorch again.
+key=$( (cat tests/chart/requirements.txt; python3 -c 'import sys; print(sys.version, sys.base_prefix)') | sha256sum | cut -c1-12)
+chart=$cache/chart-$key
+
+build_chart() {
+    say "Python packages of the chart's tests into $chart"
+    rm -rf "$chart"
+    python3 -m venv "$chart"
+    "$chart/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/chart/requirements.txt
+    touch "$chart/.complete"
+}
+
 mkdir -p "$cache/bin"
 # One builder at a time; the lock goes with this process.
 exec 9>"$cache/setup.lock"
@@ -85,28 +98,14 @@ if ! flock -n 9; then
     flock 9
 fi
 [ -e "$venv/.complete" ] || build_venv
+[ -e "$chart/.complete" ] || build_chart
 
 # --- libtorch --------------------------------------------------------------------------------------------------------
 
-# A folder of links that leaves out libtorch_cuda, so that torch-sys links the CPU libraries alone. At run time the real
-# folder is used, where the CUDA library can still be loaded.
 libtorch=$venv/libtorch
 if [ ! -e "$libtorch/build-version" ]; then
     torch=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch
-    [ -e "$torch/lib/libtorch_cpu.so" ] || fail "no libtorch_cpu.so in $torch/lib; remove $venv and run again"
-    mkdir -p "$libtorch/lib"
-    ln -sfn "$torch/include" "$libtorch/include"
-    for library in libtorch.so libtorch_cpu.so libc10.so; do
-        ln -sfn "$torch/lib/$library" "$libtorch/lib/$library"
-    done
-    # Where PyTorch ships its own OpenMP, linking with it keeps a second one out of the process.
-    for gomp in "$torch"/lib/libgomp*.so*; do
-        if [ -e "$gomp" ]; then
-            ln -sfn "$gomp" "$libtorch/lib/libgomp.so.1"
-            ln -sfn libgomp.so.1 "$libtorch/lib/libgomp.so"
-        fi
-    done
-    echo "$TORCH" >"$libtorch/build-version"
+    deploy/link-libtorch.sh "$torch" "$libtorch" "$TORCH" || fail "remove $venv and run again"
 fi
 
 # --- Tools built with Go ---------------------------------------------------------------------------------------------
@@ -144,6 +143,7 @@ go_tool helm helm.sh/helm/v3/cmd/helm "$HELM"
 # --- This clone's links ----------------------------------------------------------------------------------------------
 
 ln -sfn "$venv" .venv
+ln -sfn "$chart" .chart
 ln -sfn "$libtorch" .libtorch
 ln -sfn ../deploy/export/bin/thaw-export .bin/thaw-export
 say "ready"

@@ -11,6 +11,7 @@ if [ "$#" -gt 0 ]; then
     cargo test --no-fail-fast "$@" 2>&1 | tee "$log" || status=1
 else
     cargo test --workspace --no-fail-fast 2>&1 | tee "$log" || status=1
+    .chart/bin/python -m pytest -q tests/chart 2>&1 | tee -a "$log" || status=1
     (cd deploy/export && ../../.venv/bin/python -m pytest -q) 2>&1 | tee -a "$log" || status=1
 fi
 
