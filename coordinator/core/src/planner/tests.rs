@@ -281,19 +281,19 @@ fn mem_3_and_4_follow_the_stage() {
     let weights = 4 * 11_036;
     // The head, 36 weights: a chunk of 16 texts of 64 tokens through the prefix, and the boundaries of the later stages.
     let chunk = 16 * (64 * 24 + 600 + 4 * 512);
-    assert_eq!(of(json!({}), 0), weights + (4 + 3) * 4 * 36 + chunk);
+    assert_eq!(of(json!({}), 0), weights + (3 + 3) * 4 * 36 + chunk);
     let larger = json!({"prefix_cache": {"mode": "auto", "chunk_size": 32}});
-    assert_eq!(of(larger, 0), weights + 7 * 4 * 36 + 2 * chunk);
+    assert_eq!(of(larger, 0), weights + 6 * 4 * 36 + 2 * chunk);
     // Without a cache every batch has the prefix; an evaluation is the largest, with all its 20 samples' inputs.
     let off = json!({"prefix_cache": {"mode": "off"}});
-    assert_eq!(of(off, 0), weights + 7 * 4 * 36 + 20 * (64 * 24 + 600));
+    assert_eq!(of(off, 0), weights + 6 * 4 * 36 + 20 * (64 * 24 + 600));
     // A stage of one evaluation, at its end: a step has the best weights of the stage before, with their moments.
     let short = json!({"until": {"max_epochs": 1, "max_steps": null, "early_stopping": null}});
     let (two, three) = (1036 + 1000, 1036 + 3000);
     let step = 8 * (512 + 6 * 1000 + 300) + 40;
-    assert_eq!(of(short, 3), weights + 4 * three * (4 + 1) + 4 * two * 2 + step);
+    assert_eq!(of(short, 3), weights + 4 * three * (3 + 1) + 4 * two * 2 + step);
     // Of several: its own.
-    assert_eq!(of(json!({}), 3), weights + 4 * three * (4 + 1) + 4 * three * 2 + step);
+    assert_eq!(of(json!({}), 3), weights + 4 * three * (3 + 1) + 4 * three * 2 + step);
 }
 
 #[test]
