@@ -7,6 +7,7 @@
 //! SERVER-2: losing leadership ends the term, not the process; nothing of a term outlives it.
 //! SERVER-3: a stop gives leadership back as soon as the driver has saved what it was at; streams and calls end after.
 
+use crate::driver::Tenants;
 use crate::grpc::{self, Leading, Services};
 use crate::intake::{FilesPlanner, Intake, SpecPlanner};
 use crate::journal::{Journal, Writer};
@@ -47,6 +48,7 @@ pub struct ServeConfig {
     pub name: String,
     /// `host:port` under which users and workers reach this coordinator. `None`: where it listens.
     pub advertise: Option<String>,
+    pub tenants: Tenants,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +189,7 @@ impl Bound {
         let identity = Identity { name, address, incarnation: Incarnation(uuid::Uuid::new_v4().to_string()) };
         let head = Head {
             data_dir: self.config.data_dir,
+            tenants: self.config.tenants,
             identity,
             store: self.store,
             base: self.base,
@@ -265,6 +268,7 @@ impl State {
 /// What is needed to lead.
 struct Head {
     data_dir: PathBuf,
+    tenants: Tenants,
     identity: Identity,
     store: Arc<dyn Store>,
     base: u64,
@@ -349,7 +353,7 @@ impl Head {
             Err(error) => return Err(Error::Origin(error)),
         }
         let views = self.state.views.clone();
-        let loading = driver::load(fenced.clone(), views, journal.clone(), self.data_dir.clone());
+        let loading = driver::load(fenced.clone(), views, journal.clone(), self.data_dir.clone(), self.tenants.clone());
         let (driver, main_loop) = tokio::select! {
             loaded = loading => match loaded {
                 Ok(loaded) => loaded,

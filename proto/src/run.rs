@@ -53,6 +53,8 @@ pub enum RunReason {
     ReplicasDiverged,
     StorageError,
     CoordinatorRestarted,
+    WaitingForQuota,
+    WaitingInQueue,
 }
 
 /// Where training stands: after this many applied updates.

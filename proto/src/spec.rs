@@ -65,6 +65,31 @@ pub struct RunSpec {
     pub learning_rates: BTreeMap<String, f64>,
     #[serde(default)]
     pub thawed_batch_norm: ThawedBatchNorm,
+    #[serde(default)]
+    pub scheduling: Scheduling,
+}
+
+/// Whose slots a run takes, and before whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Scheduling {
+    pub tenant: String,
+    pub priority: Priority,
+}
+
+impl Default for Scheduling {
+    fn default() -> Self {
+        Self { tenant: "default".to_owned(), priority: Priority::Normal }
+    }
+}
+
+/// Ascending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    Low,
+    Normal,
+    High,
 }
 
 fn one() -> u32 {

@@ -188,6 +188,14 @@ fn policies() {
              learning_rates[\"head\"]: must be a finite number > 0, not 0 (line 5)",
         ),
         (
+            "scheduling: {tenant: Vision, priority: urgent}",
+            "scheduling.priority: expected one of low, normal, high, found the text \"urgent\" (line 5)",
+        ),
+        (
+            "scheduling: {tenant: Vision}",
+            "scheduling.tenant: must be 1-63 characters of [a-z0-9-], starting with a letter, not \"Vision\" (line 5)",
+        ),
+        (
             "lr_scheduler: {type: cosine, factor: 0.5}",
             "lr_scheduler.factor: belongs to reduce_on_plateau: remove it, or set type to reduce_on_plateau (line 5)",
         ),

@@ -4,8 +4,8 @@
 
 use std::path::Path;
 use thaw_proto::spec::{
-    BatchNormPolicy, ClassWeights, EarlyStopping, Metric, Optimizer, Plateau, Precision, RateDecay, RunSpec, Strategy,
-    ThawedBatchNormPolicy,
+    BatchNormPolicy, ClassWeights, EarlyStopping, Metric, Optimizer, Plateau, Precision, Priority, RateDecay, RunSpec,
+    Strategy, ThawedBatchNormPolicy,
 };
 use thaw_proto::{convert, pb, text};
 
@@ -86,8 +86,11 @@ fn policies_and_their_defaults() {
         "{base}gradient_accumulation_steps: 4\nlabel_smoothing_factor: 0.1\nclass_weights: [1, 2.5]\nl2_sp: {{alpha: 0.2}}\n\
          ema: {{decay: 0.99, evaluate: false}}\nlearning_rates: {{head: 1e-2, '/layer[12]/': 1e-4}}\n\
          activation_checkpointing: true\nlr_scheduler: {{type: reduce_on_plateau, warmup_ratio: 0.1, patience: 3}}\n\
-         batch_norm: {{frozen_groups: recompute, thawed_groups: frozen_statistics, minimum_batch: 8}}\n"
+         batch_norm: {{frozen_groups: recompute, thawed_groups: frozen_statistics, minimum_batch: 8}}\n\
+         scheduling: {{tenant: vision, priority: high}}\n"
     ));
+    assert_eq!((plain.scheduling.tenant.as_str(), plain.scheduling.priority), ("default", Priority::Normal));
+    assert_eq!((full.scheduling.tenant.as_str(), full.scheduling.priority), ("vision", Priority::High));
     assert_eq!(full.class_weights, ClassWeights::Given(vec![1.0, 2.5]));
     assert_eq!(
         full.learning_rates.iter().map(|(key, rate)| (key.as_str(), *rate)).collect::<Vec<_>>(),

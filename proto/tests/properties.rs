@@ -58,7 +58,7 @@ prop_compose! {
         ema in option::of((not_nan(), option::of(any::<bool>()))), learning_rates in rates(), memory_format in 0..4,
         chunk_size in option::of(any::<u32>()), norm in option::of((0..3, 0..4, option::of(any::<u32>()))),
         scheduler in option::of((0..9, option::of(any::<u32>()), option::of(not_nan()), option::of(not_nan()), option::of(any::<u32>()))),
-        overhead in option::of(not_nan()),
+        overhead in option::of(not_nan()), scheduling in option::of((any_text(), 0..5)),
     ) -> pb::RunSpec {
         pb::RunSpec {
             activation_checkpointing: flags.0,
@@ -75,6 +75,7 @@ prop_compose! {
                 pb::LrScheduler { r#type: kind, warmup_steps, warmup_ratio, factor, patience }
             }),
             checkpoint: Some(pb::Checkpoint { max_overhead: overhead, save_steps: steps, ..Default::default() }),
+            scheduling: scheduling.map(|(tenant, priority)| pb::Scheduling { tenant, priority }),
             ..Default::default()
         }
     }
@@ -87,7 +88,7 @@ prop_compose! {
         pull in option::of((option::of(0.0..10.0f64), option::of(0.0..10.0f64))), ema in option::of((0.01..0.9999f64, option::of(any::<bool>()))),
         learning_rates in prop::collection::hash_map("[a-z.]{1,8}|/[a-z]{1,8}/", 1e-9..1.0f64, 0..3), memory_format in 0..4,
         norm in option::of((0..2, 0..4, option::of(2..64u32))), plateau in option::of((option::of(0.01..0.99f64), option::of(1..9u32))),
-        ratio in option::of(0.0..=1.0f64), overhead in option::of(0.001..=1.0f64),
+        ratio in option::of(0.0..=1.0f64), overhead in option::of(0.001..=1.0f64), scheduling in option::of(("[a-z][a-z0-9-]{0,9}", 0..4)),
     ) -> pb::RunSpec {
         let balanced = weights.is_none() && flags.1;
         pb::RunSpec {
@@ -106,6 +107,7 @@ prop_compose! {
                 None => pb::LrScheduler { warmup_ratio: ratio, ..Default::default() },
             }),
             checkpoint: Some(pb::Checkpoint { max_overhead: overhead, ..Default::default() }),
+            scheduling: scheduling.map(|(tenant, priority)| pb::Scheduling { tenant, priority }),
             ..Default::default()
         }
     }

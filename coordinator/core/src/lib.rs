@@ -11,6 +11,7 @@ pub mod prefix;
 pub mod run_machine;
 pub mod sampler;
 pub mod schedule;
+pub mod scheduler;
 pub mod stage_end;
 pub mod step_time;
 

@@ -82,6 +82,15 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t = Format::Table)]
         output: Format,
     },
+    /// Show why a run does not train yet, and its place in the queue.
+    #[command(
+        after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/ExplainRun"
+    )]
+    Explain {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
     /// Follow a run to its end; the exit code is its outcome.
     #[command(
         after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\", \"include_progress\": true}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
@@ -169,6 +178,7 @@ impl Verb {
             | Self::Plan(_)
             | Self::Submit { .. }
             | Self::Get { .. }
+            | Self::Explain { .. }
             | Self::List { .. }
             | Self::Watch { .. }
             | Self::Logs { .. }
@@ -263,6 +273,23 @@ pub(crate) struct ServeOptions {
     /// HOST:PORT under which users and workers reach this coordinator. Absent: where it listens.
     #[arg(long, env = "THAW_ADVERTISE")]
     pub(crate) advertise: Option<String>,
+    /// TENANT=SLOTS that the tenant's runs may hold together, once for each tenant. Default: as many as there are.
+    #[arg(long, value_name = "TENANT=SLOTS", value_parser = tenant_number)]
+    pub(crate) tenant_quota: Vec<(String, u32)>,
+    /// TENANT=WEIGHT: with twice another's weight, a tenant's turn comes twice as often. Default: 1.
+    #[arg(long, value_name = "TENANT=WEIGHT", value_parser = tenant_weight)]
+    pub(crate) tenant_weight: Vec<(String, u32)>,
+}
+
+fn tenant_number(text: &str) -> Result<(String, u32), String> {
+    let (tenant, number) = text.split_once('=').ok_or("use TENANT=NUMBER, e.g. vision=8")?;
+    let number = number.parse().map_err(|_| format!("{number:?} is no whole number"))?;
+    Ok((tenant.to_owned(), number))
+}
+
+fn tenant_weight(text: &str) -> Result<(String, u32), String> {
+    let (tenant, weight) = tenant_number(text)?;
+    if weight == 0 { Err("a weight is at least 1".to_owned()) } else { Ok((tenant, weight)) }
 }
 
 /// Where run state is kept, and what etcd is shown.

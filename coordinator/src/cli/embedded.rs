@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
+use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::server::{self, Bound, ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, StoreUrl};
 use thaw_proto::pb;
@@ -48,9 +49,17 @@ impl Cluster {
         let store = StoreUrl::Embedded(data_dir.join("store.redb"));
         let name = "embedded".to_owned();
         let etcd = EtcdAccess::default();
-        let bound =
-            bind(ServeConfig { listen, tls: None, store, etcd, data_dir: data_dir.clone(), name, advertise: None })
-                .await?;
+        let bound = bind(ServeConfig {
+            listen,
+            tls: None,
+            store,
+            etcd,
+            data_dir: data_dir.clone(),
+            name,
+            advertise: None,
+            tenants: Tenants::new(),
+        })
+        .await?;
         let address = bound.address();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(bound.run(shutdown.clone()));
@@ -146,6 +155,17 @@ pub(super) async fn up(options: UpOptions) -> Result<ExitCode, Failure> {
     }
 }
 
+fn tenants(quotas: &[(String, u32)], weights: &[(String, u32)]) -> Tenants {
+    let mut tenants = Tenants::new();
+    for (tenant, quota) in quotas {
+        tenants.entry(tenant.clone()).or_default().quota = Some(*quota);
+    }
+    for (tenant, weight) in weights {
+        tenants.entry(tenant.clone()).or_default().weight = *weight;
+    }
+    tenants
+}
+
 /// `thaw serve`: until a signal.
 pub(super) async fn serve(options: ServeOptions, tls: Option<Tls>) -> Result<ExitCode, Failure> {
     let interrupted = interruption()?;
@@ -154,9 +174,10 @@ pub(super) async fn serve(options: ServeOptions, tls: Option<Tls>) -> Result<Exi
     let data_dir = std::path::absolute(&options.data_dir).map_err(|error| {
         Failure::failed(format!("cannot find the data folder {}: {error}", options.data_dir.display()))
     })?;
+    let tenants = tenants(&options.tenant_quota, &options.tenant_weight);
     let ServeOptions { listen, name, advertise, .. } = options;
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let bound = bind(ServeConfig { listen, tls, store, etcd, data_dir, name, advertise }).await?;
+    let bound = bind(ServeConfig { listen, tls, store, etcd, data_dir, name, advertise, tenants }).await?;
     eprintln!("coordinator at {scheme}://{}", bound.address());
     let shutdown = CancellationToken::new();
     let mut serving = tokio::spawn(bound.run(shutdown.clone()));

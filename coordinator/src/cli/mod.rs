@@ -111,6 +111,11 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
             let call = async |mut runs: client::Runs| runs.get_run(request.clone()).await;
             show::run(&coordinators()?.call(Again::Yes, call).await?, output)
         }
+        Verb::Explain { name, output } => {
+            let request = pb::ExplainRunRequest { name };
+            let call = async |mut runs: client::Runs| runs.explain_run(request.clone()).await;
+            show::explained(&coordinators()?.call(Again::Yes, call).await?, output)
+        }
         Verb::List { output } => show::runs(&client::list(&mut coordinators()?).await?, output),
         Verb::Watch { name, output } => train::watch(&mut coordinators()?, &name, output).await,
         Verb::Logs { name, follow } => client::logs(&mut coordinators()?, name, follow).await,

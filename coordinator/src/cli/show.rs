@@ -72,6 +72,23 @@ pub(super) fn checkpoints(list: &pb::ListCheckpointsResponse, output: Format) ->
     Ok(ExitCode::SUCCESS)
 }
 
+pub(super) fn explained(found: &pb::ExplainRunResponse, output: Format) -> Result<ExitCode, Failure> {
+    print_as(found, output, || {
+        let mut text = format!("{}  {}  {}", short(&found.name), state(found.state()), reason(found.reason()));
+        if !found.message.is_empty() {
+            let _ = write!(text, "\n{}", found.message);
+        }
+        if found.queue_place > 0 {
+            let (place, length) = (found.queue_place, found.queue_length);
+            let _ = write!(text, "\nplace {place} of {length} in the queue; {} slot(s) free", found.slots_free);
+        }
+        let quota = found.tenant_quota.map_or_else(String::new, |quota| format!(" of {quota}"));
+        let _ = write!(text, "\ntenant {} holds {}{quota} slot(s)", found.tenant, found.tenant_slots);
+        text
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The checks, and each stage's plan beside what was measured.
 pub(super) fn verified(found: &Verified) -> String {
     let mut checks = table(&["", "check", "what was looked at"]);

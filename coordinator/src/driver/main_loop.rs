@@ -1,5 +1,6 @@
 //! The loop itself: receive, step, save, speak.
 
+use super::queue::Tenants;
 use super::save::{Save, save};
 use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
 use super::workers::Workers;
@@ -37,6 +38,7 @@ pub struct MainLoop {
     data_dir: PathBuf,
     queue: mpsc::Receiver<Command>,
     policy: Policy,
+    pub(super) tenants: Tenants,
     pub(super) runs: BTreeMap<RunId, Run>,
     pub(super) workers: Workers,
 }
@@ -45,7 +47,7 @@ pub struct MainLoop {
 pub(super) struct Run {
     pub(super) stored: StoredRun,
     revision: Revision,
-    observed: Observed,
+    pub(super) observed: Observed,
     pub(super) folder: RunFolder,
     /// Lives as long as the run; dropped, so exported, at its end.
     span: Span,
@@ -67,6 +69,7 @@ impl MainLoop {
         views: Views,
         journal: Journal,
         data_dir: PathBuf,
+        tenants: Tenants,
         queue: mpsc::Receiver<Command>,
     ) -> Result<Self, Error> {
         let listed =
@@ -78,6 +81,7 @@ impl MainLoop {
             data_dir,
             queue,
             policy: Policy::default(),
+            tenants,
             runs: BTreeMap::new(),
             workers: Workers::default(),
         };
@@ -142,6 +146,7 @@ impl MainLoop {
                 answer(reply, done);
             }
             Command::Folder { run, reply } => answer(reply, self.find(&run).map(|found| found.folder.clone())),
+            Command::Explain { run, reply } => answer(reply, self.explain(&run)),
             Command::Workers { reply } => answer(reply, Ok(self.list_workers())),
             Command::OpenSession { hello, outbox, reply } => {
                 let opened = self.open_session(*hello, outbox).await?;
@@ -158,7 +163,7 @@ impl MainLoop {
         Ok(())
     }
 
-    fn find(&self, id: &RunId) -> Result<&Run, Error> {
+    pub(super) fn find(&self, id: &RunId) -> Result<&Run, Error> {
         self.runs.get(id).ok_or_else(|| Error::NotFound(id.clone()))
     }
 
@@ -349,16 +354,12 @@ impl MainLoop {
             tracing::warn!(%worker, "the worker is silent, or does not listen; it is lost");
             self.lose_worker(&worker).await?;
         }
-        let mut waiting: Vec<(u64, RunId)> = self
-            .runs
-            .iter()
-            .filter(|(_, run)| run.wants_ticks())
-            .map(|(id, run)| (run.stored.record.create_ms, id.clone()))
-            .collect();
-        // First come, first served.
-        waiting.sort();
-        for (_, id) in waiting {
-            let input = Input::Tick { free: self.workers.free(&self.held()), fresh: self.fresh(&id) };
+        // One decision for all, so that no slot is given twice.
+        let mut verdicts = self.schedule();
+        let ticked: Vec<RunId> =
+            self.runs.iter().filter(|(_, run)| run.wants_ticks()).map(|(id, _)| id.clone()).collect();
+        for id in ticked {
+            let input = Input::Tick { slots: verdicts.remove(&id), fresh: self.fresh(&id) };
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "a tick was turned away");
             }

@@ -19,6 +19,7 @@ mod inbound;
 mod main_loop;
 mod mirror;
 mod outbound;
+mod queue;
 mod rebuild;
 mod save;
 mod sessions;
@@ -27,6 +28,7 @@ mod workers;
 
 pub use main_loop::{Ended, MainLoop};
 pub use mirror::{mirror, stored_revision};
+pub use queue::Tenants;
 pub(crate) use rebuild::rebuild;
 pub use rebuild::{Error as RebuildError, Rebuilt};
 pub use workers::{Outbox, SessionId};
@@ -128,6 +130,7 @@ pub(crate) enum Command {
     Requested { request_id: String, reply: Reply<Option<Arc<pb::Run>>> },
     Act { run: RunId, action: UserAction, reply: Reply<Arc<pb::Run>> },
     Folder { run: RunId, reply: Reply<RunFolder> },
+    Explain { run: RunId, reply: Reply<pb::ExplainRunResponse> },
     Workers { reply: Reply<Vec<pb::Worker>> },
     OpenSession { hello: Box<Hello>, outbox: Outbox, reply: Reply<SessionId> },
     FromWorker { session: SessionId, message: Box<pb::worker_message::Message> },
@@ -146,9 +149,10 @@ pub async fn load(
     views: views::Views,
     journal: journal::Journal,
     data_dir: PathBuf,
+    tenants: Tenants,
 ) -> Result<(Driver, MainLoop), Error> {
     let (commands, queue) = mpsc::channel(QUEUE);
-    let main_loop = MainLoop::load(fenced, views, journal, data_dir, queue).await?;
+    let main_loop = MainLoop::load(fenced, views, journal, data_dir, tenants, queue).await?;
     Ok((Driver { commands }, main_loop))
 }
 
@@ -171,6 +175,11 @@ impl Driver {
     /// The run's folder.
     pub async fn folder(&self, run: &RunId) -> Result<RunFolder, Error> {
         self.ask(|reply| Command::Folder { run: run.clone(), reply }).await
+    }
+
+    /// Why the run is not training, and what has to happen first.
+    pub async fn explain(&self, run: &RunId) -> Result<pb::ExplainRunResponse, Error> {
+        self.ask(|reply| Command::Explain { run: run.clone(), reply }).await
     }
 
     /// Workers with a session, by name.

@@ -94,6 +94,12 @@ impl pb::run_service_server::RunService for Services {
         self.act(&request.get_ref().name, UserAction::Resume).await
     }
 
+    async fn explain_run(&self, request: Request<pb::ExplainRunRequest>) -> Answer<pb::ExplainRunResponse> {
+        let leader = self.leading().await?;
+        let id = run_id(&request.get_ref().name)?;
+        Ok(Response::new(leader.driver.explain(&id).await.map_err(super::errors::driver)?))
+    }
+
     type TailLogsStream = BoxStream<'static, Result<pb::LogLine, Status>>;
 
     async fn tail_logs(&self, request: Request<pb::TailLogsRequest>) -> Answer<Self::TailLogsStream> {

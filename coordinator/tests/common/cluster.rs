@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::intake::{Planned, SpecPlanner};
 use thaw_coordinator::server::{self, ServeConfig, Server};
 use thaw_coordinator::store::EtcdAccess;
@@ -40,6 +41,7 @@ pub(crate) fn config(store: &str, data_dir: &Path) -> ServeConfig {
         data_dir: data_dir.to_owned(),
         name: "test".to_owned(),
         advertise: None,
+        tenants: Tenants::new(),
     }
 }
 

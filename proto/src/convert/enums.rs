@@ -65,13 +65,14 @@ wire_enums! {
     spec::ThawedBatchNormPolicy = pb::ThawedBatchNorm { Auto, BatchStatistics, FrozenStatistics }
     spec::MemoryFormat = pb::MemoryFormat { Auto, Contiguous, ChannelsLast }
     spec::PrefixCacheMode = pb::PrefixCacheMode { Auto, Off, Required }
+    spec::Priority = pb::Priority { Low, Normal, High }
     spec::OnEnter = pb::OnEnter { RestoreBest, Keep }
     run::RunState = pb::RunState {
         Pending, Admitted, Forming, Running, Resizing, Suspending, Suspended, Preempting, Succeeded, Failed, Cancelled,
     }
     run::RunReason = pb::RunReason {
         WaitingForWorkers, Starting, Training, TrainerLost, GangTimeout, UserRequest, LastStageEnded, NoGain, TrainerError,
-        NoProgress, ReplicasDiverged, StorageError, CoordinatorRestarted,
+        NoProgress, ReplicasDiverged, StorageError, CoordinatorRestarted, WaitingForQuota, WaitingInQueue,
     }
     run::StageEnd = pb::StageEnd { MaxEpochs, MaxSteps, Patience, NotFinite }
 }

@@ -14,7 +14,7 @@ use crate::pb;
 use crate::spec::{
     Backbone, BatchNormPolicy, Checkpoint, ClassWeights, EarlyStopping, Ema, Head, HeadAttach, L2Sp, LayerGroupRule,
     LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Plateau, Precision, PrefixCache,
-    PrefixCacheMode, RateDecay, RunSpec, Strategy, Until, Verification, Workers,
+    PrefixCacheMode, RateDecay, RunSpec, Scheduling, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
 
@@ -117,6 +117,7 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
             let raw = raw.batch_norm.unwrap_or_default();
             at.within("batch_norm", |at| policies::thawed_batch_norm(at, &raw))
         },
+        scheduling: at.within("scheduling", |at| scheduling(at, &raw.scheduling.clone().unwrap_or_default())),
     };
     at.finish(spec)
 }
@@ -127,6 +128,12 @@ impl TryFrom<&pb::RunSpec> for RunSpec {
     fn try_from(raw: &pb::RunSpec) -> Result<Self, Violations> {
         check(raw)
     }
+}
+
+fn scheduling(at: &mut Checker, raw: &pb::Scheduling) -> Scheduling {
+    let default = Scheduling::default();
+    let tenant = if raw.tenant.is_empty() { default.tenant } else { at.name("tenant", &raw.tenant) };
+    Scheduling { tenant, priority: at.choice("priority", raw.priority).unwrap_or(default.priority) }
 }
 
 fn global_batch_size(at: &mut Checker, size: u32) -> u32 {

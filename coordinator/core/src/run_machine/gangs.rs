@@ -2,18 +2,19 @@
 
 use super::turn::Turn;
 use super::{Effect, Member, Proposal, Rejection, Trainer, gang_key};
-use crate::gang::{self, Decision, FreeSlot, WaitReason};
+use crate::gang::FreeSlot;
+use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
-    pub(super) fn tick(&mut self, free: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
+    pub(super) fn tick(&mut self, slots: Option<&Verdict>, fresh: &[Incarnation]) -> Result<(), Rejection> {
         if self.give_up_awaited() {
             return Ok(());
         }
         match self.record.state {
-            RunState::Pending => self.try_start_gang(free, fresh)?,
+            RunState::Pending => self.try_start_gang(slots, fresh)?,
             RunState::Resizing => {
                 if !self.record.members.is_empty() && !self.deadline_passed(self.policy.stop_timeout_ms) {
                     return Ok(());
@@ -21,7 +22,7 @@ impl Turn {
                 // Who has not stopped by now is on a worker that cannot be reached; its generation keeps it out (RUN-2).
                 self.changed |= !self.record.members.is_empty();
                 self.record.members.clear();
-                self.try_start_gang(free, fresh)?;
+                self.try_start_gang(slots, fresh)?;
             }
             RunState::Admitted => {
                 if self.deadline_passed(self.policy.start_timeout_ms) {
@@ -50,23 +51,17 @@ impl Turn {
         Ok(())
     }
 
-    fn try_start_gang(&mut self, free: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
-        let workers = self.record.spec.workers;
-        let proven: Vec<FreeSlot> =
-            free.iter().filter(|place| !self.observed.avoid.contains(*place)).cloned().collect();
-        let decision = match gang::choose(&proven, workers.min, workers.max) {
-            formed @ Decision::Form(_) => formed,
-            Decision::Wait(_) => gang::choose(free, workers.min, workers.max),
-        };
-        let places = match decision {
-            Decision::Wait(reason) => {
+    fn try_start_gang(&mut self, slots: Option<&Verdict>, fresh: &[Incarnation]) -> Result<(), Rejection> {
+        let places = match slots {
+            None => return Ok(()),
+            Some(Verdict::Waits { reason, .. }) => {
                 self.observed.gathering_since_ms = None;
                 self.wait_for_slots(reason);
                 return Ok(());
             }
-            Decision::Form(places) => places,
+            Some(Verdict::Granted(places)) => places,
         };
-        if places.len() < workers.max as usize {
+        if places.len() < self.record.spec.workers.max as usize {
             let since = *self.observed.gathering_since_ms.get_or_insert(self.now_ms);
             if self.now_ms < since + self.policy.gather_ms {
                 return Ok(());
@@ -75,16 +70,29 @@ impl Turn {
         if fresh.len() < places.len() {
             return Err(Rejection::TooFewIncarnations { needed: places.len(), given: fresh.len() });
         }
-        self.start_gang(places, fresh);
+        self.start_gang(places.clone(), fresh);
         Ok(())
     }
 
-    fn wait_for_slots(&mut self, reason: WaitReason) {
-        let WaitReason::TooFewSlots { free, needed } = reason;
-        let message = format!("{free} slot(s) free, {needed} needed");
-        if self.record.reason != RunReason::WaitingForWorkers || self.record.message != message {
+    /// Records why, and nothing that changes while the reason does not: a long queue must not fill the store.
+    fn wait_for_slots(&mut self, reason: &Reason) {
+        let (reason, message) = match reason {
+            Reason::TooFewSlots { needed, .. } => {
+                (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s)"))
+            }
+            Reason::QuotaExhausted { quota, needed, .. } => {
+                let tenant = &self.record.spec.scheduling.tenant;
+                let never = if needed > quota { "; it can never start: lower workers.min" } else { "" };
+                let message = format!("needs {needed} slot(s) of tenant {tenant}'s quota of {quota}{never}");
+                (RunReason::WaitingForQuota, message)
+            }
+            Reason::Reserved { run } => {
+                (RunReason::WaitingInQueue, format!("free slots are kept for {run}, which has waited longer"))
+            }
+        };
+        if self.record.reason != reason || self.record.message != message {
             self.changed = true;
-            self.record.reason = RunReason::WaitingForWorkers;
+            self.record.reason = reason;
             self.record.message.clone_from(&message);
             self.event(message);
         }

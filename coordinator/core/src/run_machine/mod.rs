@@ -44,7 +44,7 @@ mod tests;
 
 pub use record::{Member, Observed, RunRecord, Trainer};
 
-use crate::gang::FreeSlot;
+use crate::scheduler::{Verdict, Waiting};
 use std::collections::BTreeMap;
 use thaw_proto::ids::{Generation, Incarnation, Rank, StageIndex, Step, WorkerName};
 use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
@@ -88,9 +88,9 @@ impl Default for Policy {
 /// What the machine is told.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// Time has passed. `free`: slots that no run holds and no trainer lives in; `fresh`: new incarnations, at least `workers.max`.
+    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least `workers.max`.
     Tick {
-        free: Vec<FreeSlot>,
+        slots: Option<Verdict>,
         fresh: Vec<Incarnation>,
     },
     /// A worker's hello or heartbeat: every trainer of this run that is alive on it.
@@ -265,6 +265,40 @@ impl Rejection {
     }
 }
 
+/// What the run asks the scheduler for; `None` where it has its slots, needs none, or has yet to give up those it had.
+#[must_use]
+pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Option<Waiting> {
+    let is_damaged = match record.state {
+        RunState::Pending => false,
+        RunState::Resizing => {
+            let gone = record.members.is_empty() || observed.deadline_ms.is_some_and(|deadline| now_ms >= deadline);
+            if !gone {
+                return None;
+            }
+            true
+        }
+        RunState::Admitted
+        | RunState::Forming
+        | RunState::Running
+        | RunState::Suspending
+        | RunState::Suspended
+        | RunState::Preempting
+        | RunState::Succeeded
+        | RunState::Failed
+        | RunState::Cancelled => return None,
+    };
+    Some(Waiting {
+        run: record.id.clone(),
+        tenant: record.spec.scheduling.tenant.clone(),
+        priority: record.spec.scheduling.priority,
+        since_ms: record.queued_ms,
+        min: record.spec.workers.min,
+        max: record.spec.workers.max,
+        is_damaged,
+        avoid: observed.avoid.clone(),
+    })
+}
+
 /// Takes one step. `now_ms`: Unix milliseconds.
 ///
 /// # Errors
@@ -278,7 +312,7 @@ pub fn step(
 ) -> Result<Outcome, Rejection> {
     let mut turn = Turn::new(*policy, record, observed, now_ms);
     match input {
-        Input::Tick { free, fresh } => turn.tick(free, fresh)?,
+        Input::Tick { slots, fresh } => turn.tick(slots.as_ref(), fresh)?,
         Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
         Input::TrainerReady { trainer, address } => turn.trainer_ready(trainer, address)?,
         Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,

@@ -42,6 +42,9 @@ pub struct RunRecord {
     pub end_ms: Option<u64>,
     /// Generations since the last newly committed step.
     pub failures_without_progress: u32,
+    /// Submitted, or asked to resume. 0 in records of the first version.
+    #[serde(default)]
+    pub queued_ms: u64,
 }
 
 impl RunRecord {
@@ -68,6 +71,7 @@ impl RunRecord {
             start_ms: None,
             end_ms: None,
             failures_without_progress: 0,
+            queued_ms: now_ms,
         }
     }
 

@@ -55,6 +55,7 @@ impl Turn {
             RunState::Suspended => {
                 self.record.attempt = self.record.attempt.next();
                 self.record.failures_without_progress = 0;
+                self.record.queued_ms = self.now_ms;
                 self.enter(RunState::Pending, RunReason::WaitingForWorkers, String::new(), None);
                 Ok(())
             }

@@ -4,6 +4,8 @@
 
 use super::tests::{checkpoint, result};
 use super::*;
+use crate::gang::FreeSlot;
+use crate::scheduler;
 use crate::test_support::{plan_of, spec};
 use serde_json::json;
 use std::collections::VecDeque;
@@ -156,7 +158,11 @@ impl World {
         }
         let fresh = (0..3).map(|extra| Incarnation(format!("i{}", self.minted + extra))).collect();
         self.minted += 3;
-        self.send(&Input::Tick { free, fresh });
+        let waiting: Vec<Waiting> = wants_slots(&self.record, &self.observed, self.now_ms).into_iter().collect();
+        let none = BTreeMap::new();
+        let limits = scheduler::Policy::default();
+        let verdicts = scheduler::schedule(&limits, self.now_ms, &none, &BTreeMap::new(), &waiting, &free);
+        self.send(&Input::Tick { slots: verdicts.into_values().next(), fresh });
     }
 
     fn deliver_to_worker(&mut self, worker: usize) {

@@ -1,6 +1,6 @@
 //! The table of every state and input, and the check that cited invariants are stated.
 
-use super::tests::{Script, checkpoint, place};
+use super::tests::{Script, checkpoint};
 use super::*;
 use thaw_proto::ids::Slot;
 
@@ -64,7 +64,7 @@ fn run_4_the_table_of_transitions() {
             message: String::new(),
         };
         let cells = [
-            shown(Input::Tick { free: vec![place("a"), place("b")], fresh: vec!["x".into(), "y".into()] }),
+            shown(Input::Tick { slots: script.granted(&["a", "b"]), fresh: vec!["x".into(), "y".into()] }),
             shown(Input::TrainersSeen { worker: "a".into(), trainers: Vec::new() }),
             shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into() }),
             shown(Input::GangBuilt { trainer: rank_0.clone(), generation }),

@@ -1,6 +1,8 @@
 //! One run taken through its life by hand.
 
 use super::*;
+use crate::gang::FreeSlot;
+use crate::scheduler;
 use crate::test_support::{evaluation, plan_of, spec};
 use serde_json::json;
 use thaw_proto::ids::{Attempt, Slot};
@@ -34,10 +36,20 @@ impl Script {
         self.send(input).unwrap().0
     }
 
+    /// What the scheduler says where these workers have a slot each.
+    pub(super) fn granted(&self, workers: &[&str]) -> Option<Verdict> {
+        let free: Vec<FreeSlot> = workers.iter().map(|worker| place(worker)).collect();
+        let waiting: Vec<Waiting> = wants_slots(&self.record, &self.observed, self.now_ms).into_iter().collect();
+        let none = BTreeMap::new();
+        let verdicts =
+            scheduler::schedule(&scheduler::Policy::default(), self.now_ms, &none, &BTreeMap::new(), &waiting, &free);
+        verdicts.into_values().next()
+    }
+
     fn tick(&mut self) -> Input {
         self.minted += 2;
         Input::Tick {
-            free: vec![place("a"), place("b")],
+            slots: self.granted(&["a", "b"]),
             fresh: vec![Incarnation(format!("i{}", self.minted - 1)), Incarnation(format!("i{}", self.minted))],
         }
     }
@@ -369,12 +381,12 @@ fn a_late_trainer_is_left_out() {
 #[test]
 fn a_run_waits_for_workers_and_says_so_once() {
     let mut script = Script::new();
-    let nothing = Input::Tick { free: Vec::new(), fresh: Vec::new() };
+    let nothing = Input::Tick { slots: script.granted(&[]), fresh: Vec::new() };
     let (_, events) = script.send(nothing.clone()).unwrap();
-    assert_eq!((events.len(), script.record.message.as_str()), (1, "0 slot(s) free, 1 needed"));
+    assert_eq!((events.len(), script.record.message.as_str()), (1, "needs 1 free slot(s)"));
     assert!(script.send(nothing).unwrap().1.is_empty());
     script.now_ms += 10_000;
-    let refused = script.send(Input::Tick { free: vec![place("a"), place("b")], fresh: Vec::new() }).unwrap_err();
+    let refused = script.send(Input::Tick { slots: script.granted(&["a", "b"]), fresh: Vec::new() }).unwrap_err();
     assert_eq!(refused, Rejection::TooFewIncarnations { needed: 2, given: 0 });
 }
 

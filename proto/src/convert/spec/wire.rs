@@ -58,6 +58,10 @@ impl From<&RunSpec> for pb::RunSpec {
             activation_checkpointing: spec.activation_checkpointing,
             gradient_accumulation_steps: Some(spec.gradient_accumulation_steps),
             learning_rates: spec.learning_rates.iter().map(|(group, rate)| (group.clone(), *rate)).collect(),
+            scheduling: Some(pb::Scheduling {
+                tenant: spec.scheduling.tenant.clone(),
+                priority: spec.scheduling.priority.number(),
+            }),
             ema: spec.ema.map(|ema| pb::Ema { decay: ema.decay, evaluate: Some(ema.evaluate) }),
         }
     }
