@@ -3,9 +3,9 @@
 //! - SCHED-1: a gang gets at least its minimum at once, or nothing.
 //! - SCHED-2: no tenant is given more than its quota.
 //! - SCHED-3: the order: damaged gangs; then runs that have waited for [`Policy::overdue_after_ms`], oldest first; then by priority; within it the
-//!            tenant that has least for its weight; within that the oldest. Ties go by tenant and id, so that equal input gives equal output.
+//!   tenant that has least for its weight; within that the oldest. Ties go by tenant and id, so that equal input gives equal output.
 //! - SCHED-4: the first run in that order that only slots keep back, and that has waited for [`Policy::reserve_after_ms`], is given whatever comes
-//!            free before anybody behind it: so a large gang is not passed by small ones for ever.
+//!   free before anybody behind it: so a large gang is not passed by small ones for ever.
 //!
 //! It is asked anew each time; nothing is remembered but what runs hold.
 
