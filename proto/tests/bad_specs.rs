@@ -189,11 +189,8 @@ fn policies() {
         ),
         (
             "scheduling: {tenant: Vision, priority: urgent}",
-            "scheduling.priority: expected one of low, normal, high, found the text \"urgent\" (line 5)",
-        ),
-        (
-            "scheduling: {tenant: Vision}",
-            "scheduling.tenant: must be 1-63 characters of [a-z0-9-], starting with a letter, not \"Vision\" (line 5)",
+            "scheduling.priority: \"urgent\" is not a known value: use one of low, normal, high (line 5)\n\
+             scheduling.tenant: must be 1-63 characters of [a-z0-9-], starting with a letter, not \"Vision\" (line 5)",
         ),
         (
             "lr_scheduler: {type: cosine, factor: 0.5}",

@@ -58,7 +58,7 @@ prop_compose! {
         ema in option::of((not_nan(), option::of(any::<bool>()))), learning_rates in rates(), memory_format in 0..4,
         chunk_size in option::of(any::<u32>()), norm in option::of((0..3, 0..4, option::of(any::<u32>()))),
         scheduler in option::of((0..9, option::of(any::<u32>()), option::of(not_nan()), option::of(not_nan()), option::of(any::<u32>()))),
-        overhead in option::of(not_nan()), scheduling in option::of((any_text(), 0..5)),
+        overhead in option::of(not_nan()), scheduling in option::of((any_text(), 0..4)),
     ) -> pb::RunSpec {
         pb::RunSpec {
             activation_checkpointing: flags.0,

@@ -11,8 +11,8 @@ use thaw_tests::process::{self, Ended, Process};
 use thaw_tests::sandbox::{Sandbox, text_spec};
 
 /// The head, then a stage that never pays: its best weights stay the head's.
-const HARMED: &str = "strategy: custom\nstop_when_no_gain: false\nuntil: {max_epochs: 2}\nlearning_rate: 5e-3\n\
-stages:\n  - {name: head, thaw: [head]}\n  - {name: top, thaw: [head, '/2$/'], learning_rate: 3, until: {max_steps: 200}}\n";
+const HARMED: &str = "strategy: custom\nstop_when_no_gain: false\nuntil: {max_epochs: 2}\nlearning_rate: 5e-3\nlr_scheduler: {type: constant}\neval_steps: 50\n\
+stages:\n  - {name: head, thaw: [head]}\n  - {name: top, thaw: [head, '/2$/'], learning_rate: 300, until: {max_steps: 200}}\n";
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());

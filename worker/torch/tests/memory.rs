@@ -30,6 +30,9 @@ fn deep() -> SegmentedGraph {
             let tanh = builder.node("aten::tanh", "", vec![("self", Arg::Tensor(linear))]);
             let dropout = vec![("input", Arg::Tensor(tanh)), ("p", Arg::Float(0.1)), ("train", Arg::Bool(true))];
             value = builder.node("aten::dropout", "", dropout);
+            for result in [linear, tanh, value] {
+                builder.shaped(result, DType::Float32, &[ROWS, WIDTH]);
+            }
         }
         builder.outputs(&[value]);
     }

@@ -250,7 +250,7 @@ fn work_4_a_step_is_forward_backward_sum_and_update() {
         flops: 8 * (2 * (4000 + 50 + 33) + (3 * 4000 + 4 * 50 + 4 * 33)),
         // With the boundary's 512 bytes, read and written.
         activation_bytes: 8 * (3 * 2000 + (2500 + 3000 + 3000) + 2 * 512),
-        weight_bytes: 4 * 1036 + (7 * 1000 + 8 * 36) + 6 * 4144,
+        weight_bytes: 4 * 1036 + (7 * 1000 + 8 * 36) + 2 * 4144,
         update_operators: 4 * 2,
         // AdamW: the norm reads the gradient; weights and two moments are read and written, the gradient read.
         update_bytes: 8 * 4144,
@@ -279,11 +279,11 @@ fn work_4_a_step_is_forward_backward_sum_and_update() {
 fn mem_3_and_4_follow_the_stage() {
     let of = |changes: serde_json::Value, stage: usize| plan_of(&spec(changes)).stages[stage].memory_bytes;
     let weights = 4 * 11_036;
-    // The head, 36 weights: a chunk of 16 texts of 64 tokens through the prefix, and the boundaries of the later stages.
-    let chunk = 16 * (64 * 24 + 600 + 4 * 512);
+    // The head, 36 weights: a chunk of 8 texts of 64 tokens through the prefix, and the boundaries of the later stages.
+    let chunk = 8 * (64 * 24 + 600 + 4 * 512);
     assert_eq!(of(json!({}), 0), weights + (3 + 3) * 4 * 36 + chunk);
     let larger = json!({"prefix_cache": {"mode": "auto", "chunk_size": 32}});
-    assert_eq!(of(larger, 0), weights + 6 * 4 * 36 + 2 * chunk);
+    assert_eq!(of(larger, 0), weights + 6 * 4 * 36 + 4 * chunk);
     // Without a cache every batch has the prefix; an evaluation is the largest, with all its 20 samples' inputs.
     let off = json!({"prefix_cache": {"mode": "off"}});
     assert_eq!(of(off, 0), weights + 6 * 4 * 36 + 20 * (64 * 24 + 600));

@@ -7,9 +7,8 @@ use super::{GraphFacts, Work, cost};
 use thaw_proto::plan::StepWork;
 use thaw_proto::spec::{PrefixCacheMode, RunSpec};
 
-/// Of gradients in a sum over ranks: each trainer's is copied to where the others see it, its part of all is read and written, and the whole is
-/// read back, which is five to six passes.
-const SUM_PASSES: u64 = 6;
+/// Of gradients in a sum over ranks: each trainer reads and writes its share of everybody's, in all as much as its own.
+const SUM_PASSES: u64 = 2;
 /// Kernels of an update per layer group: two spans, the counter, the norm.
 const UPDATE_OPERATORS: u64 = 4;
 

@@ -107,6 +107,14 @@ impl Builder {
         Weight { value, name: name.to_owned(), dtype, shape: shape.to_vec(), flag: true }
     }
 
+    /// Tells what a node's result looks like, where a test reads it from the graph.
+    #[allow(dead_code, reason = "not every test asks")]
+    pub(crate) fn shaped(&mut self, value: ValueId, dtype: DType, shape: &[i64]) -> ValueId {
+        let shape = shape.iter().map(|size| Dim::Known(*size)).collect();
+        self.graph.values[value.0 as usize].tensor = Some(TensorMeta { dtype, shape });
+        value
+    }
+
     /// A parameter of the segment begun last.
     pub(crate) fn parameter(&mut self, name: &str, shape: &[i64]) -> ValueId {
         let weight = self.weight(name, DType::Float32, shape);
