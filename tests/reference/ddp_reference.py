@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import sys
 import tempfile
 
 import torch
@@ -141,6 +142,9 @@ def work(rank: int, world: int, meeting: str, arguments) -> None:
         weights = me.kept[arguments.at][0] if arguments.at is not None else me.model.snapshot()
         outcome.report(arguments, losses, [step.loss for step in steps], weights)
     dist.destroy_process_group()
+    # Gloo's threads may outlive the group, and the interpreter's own end then aborts the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:

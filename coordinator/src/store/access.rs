@@ -104,6 +104,7 @@ impl EtcdAccess {
     /// What to look at when a connection does not come about.
     pub(super) fn advice(&self, url: &StoreUrl, error: &Error) -> String {
         let chain = thaw_runtime::chain(error);
+        let shown = |file: &Option<PathBuf>| file.as_ref().map_or("none".into(), |file| file.display().to_string());
         match (error, &self.user) {
             (Error::Denied { .. }, Some(user)) => {
                 format!(
@@ -113,8 +114,6 @@ impl EtcdAccess {
             (Error::Denied { .. }, None) => format!("etcd asks for a user; give {USER} and {PASSWORD_FILE}"),
             // rustls and etcd say it in words alone.
             _ if chain.contains("ertificate") || chain.contains("tls") => {
-                let shown =
-                    |file: &Option<PathBuf>| file.as_ref().map_or("none".into(), |file| file.display().to_string());
                 format!(
                     "no trust between this coordinator and etcd; check that {CA} ({}) signed etcd's certificate, that \
                      the certificate names this host, and that etcd takes {CERT} ({})",
@@ -125,7 +124,11 @@ impl EtcdAccess {
             _ if matches!(url, StoreUrl::Etcd { tls: false, .. }) => {
                 "cannot connect; check that etcd runs there, and write etcd+tls:// where it speaks TLS".to_owned()
             }
-            _ => "cannot connect; check that etcd runs there and speaks TLS".to_owned(),
+            // An etcd that does not take a certificate may close the connection before it has said so.
+            _ => format!(
+                "cannot connect; check that etcd runs there and speaks TLS, and that etcd takes {CERT} ({})",
+                shown(&self.cert)
+            ),
         }
     }
 }
