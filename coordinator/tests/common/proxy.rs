@@ -71,7 +71,12 @@ async fn pump(
     let mut chunk = vec![0; 64 << 10];
     loop {
         let Ok(read @ 1..) = from.read(&mut chunk).await else { return };
-        if lost.contains(&faults.borrow()) {
+        // Looked at here as well as in `carry`: once `set` has returned, nothing that comes later passes.
+        let fault = *faults.borrow();
+        if fault == Fault::Cut {
+            return;
+        }
+        if lost.contains(&fault) {
             // An error is the end of the proxy.
             let _ = faults.wait_for(|fault| !lost.contains(fault)).await;
             return;
