@@ -308,13 +308,15 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
     let ended = manifests.last().map(|manifest| &manifest.stage_results);
     let stage = |(index, stage): (usize, &thaw_proto::plan::PlannedStage)| {
         let trained: BTreeSet<usize> = stage.trainable_groups.iter().map(|group| group.0 as usize).collect();
-        // At its end a stage's state is its own where the next goes on from it, else that of the best weights, which may be an earlier one's.
-        let keeps = plan.stages.get(index + 1).is_some_and(|next| next.on_enter == OnEnter::Keep);
+        // At its end a stage's state is its own where the next goes on from it, else that of the best weights: those may be an earlier stage's,
+        // and those of the last stage have no optimizer state.
+        let keeps = plan.stages.get(index + 1).map(|next| next.on_enter == OnEnter::Keep);
         let manifest = manifests.iter().rfind(|manifest| {
             let (at, best) =
                 (manifest.position, manifest.tracker.best.as_ref().map(|best| best.position.stage.0 as usize));
             let within = at.stage.0 as usize == index && at.stage_step > 0;
-            within || (at.stage.0 as usize == index + 1 && at.stage_step == 0 && (keeps || best == Some(index)))
+            let own = keeps.is_some_and(|keeps| keeps || best == Some(index));
+            within || (at.stage.0 as usize == index + 1 && at.stage_step == 0 && own)
         });
         let pair = |planned: u64, actual: Option<u64>| Pair {
             planned: (planned > 0).then_some(planned as f64),

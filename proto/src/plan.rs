@@ -61,6 +61,9 @@ pub struct PlannedStage {
     /// Present exactly for reduce_on_plateau.
     #[serde(default)]
     pub plateau: Option<Plateau>,
+    /// On entering, of the groups trained so far.
+    #[serde(default)]
+    pub recompute_batch_norm: bool,
 }
 
 /// What a stage costs: estimates for people and for the scheduler. A floating-point operation is half a multiply-add.

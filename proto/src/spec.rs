@@ -472,6 +472,9 @@ pub struct Stage {
     /// As those of the spec.
     #[serde(default)]
     pub learning_rates: BTreeMap<String, f64>,
+    /// On entering, of the groups trained so far.
+    #[serde(default)]
+    pub recompute_batch_norm: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -29,8 +29,9 @@ fn source() -> impl Strategy<Value = pb::DataSource> {
 
 fn stage() -> impl Strategy<Value = pb::Stage> {
     let numbers = (option::of(any::<f64>()), option::of(any::<u32>()), rates());
-    (any_text(), prop::collection::vec(any_text(), 0..3), 0..3, numbers).prop_map(
-        |(name, thaw, on_enter, (rate, steps, learning_rates))| pb::Stage {
+    (any_text(), prop::collection::vec(any_text(), 0..3), 0..3, any::<bool>(), numbers).prop_map(
+        |(name, thaw, on_enter, recompute_batch_norm, (rate, steps, learning_rates))| pb::Stage {
+            recompute_batch_norm,
             name,
             thaw,
             learning_rate: rate.filter(|rate| !rate.is_nan()),
@@ -301,6 +302,7 @@ proptest! {
                     ..Default::default()
                 },
                 plateau,
+                recompute_batch_norm: count % 2 == 1,
             }],
             classes: vec!["a".into(), "b".into()],
             data: DataSummary { train_samples: count, class_counts: vec![count, 1], fingerprint: "f".into(), ..Default::default() },

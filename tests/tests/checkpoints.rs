@@ -66,6 +66,13 @@ fn each_state_is_stored_once_and_groups_that_never_trained_not_at_all() {
     assert_eq!(blobs(&head["groups"]).len(), 2, "the head's weights and its optimizer state");
     assert!(20 * bytes(&head["groups"]) < bytes(&last["groups"]));
     assert_eq!(last["world_size"], 3);
+    // No stage goes on from the last one's best weights, so they are kept without their optimizer state, unlike an earlier one's.
+    let moments = |manifest: &Value, part: &str| {
+        let groups = manifest[part].as_array().unwrap().iter();
+        groups.filter(|group| group["optimizer"].is_object()).count()
+    };
+    assert_eq!((moments(head, "best_groups"), moments(last, "best_groups")), (1, 0));
+    assert!(moments(last, "groups") > 1);
 }
 
 /// The best weights of a group that has thawed since they were taken are those the run began with, also after a restart.

@@ -242,10 +242,7 @@ fn a_deeper_stage_without_gain_is_undone_to_the_last_bit() {
     assert_eq!(run(&format!("{harm}{later}")), (head, "NO_GAIN".to_owned(), test));
 }
 
-/// The mean of the weights, and statistics recomputed on the target data, are part of what every rank agrees on and a death does not change.
-#[test]
-fn means_and_recomputed_statistics_do_not_depend_on_the_number_of_workers() {
-    let spec = "name: small-image
+const SMALL_IMAGE: &str = "name: small-image
 backbone: {graph: $FIXTURES/image.pt2}
 data:
   train: {path: $FIXTURES/images, format: image_folder}
@@ -254,14 +251,18 @@ data:
 global_batch_size: 32
 workers: {min: 1, max: 2}
 until: {max_epochs: 2}
-thaw_units: 2
 stop_when_no_gain: false
 verification: {digest_steps: 1}
 seed: 11
 ";
+
+/// The mean of the weights, and statistics recomputed on the target data, are part of what every rank agrees on and a death does not change.
+#[test]
+fn means_and_recomputed_statistics_do_not_depend_on_the_number_of_workers() {
     let run = |more: &str, workers: u32| {
         let sandbox = Sandbox::new();
-        weights(&sandbox.train_summary(&sandbox.spec(&format!("{spec}{more}")), workers, &[]))
+        let spec = format!("{SMALL_IMAGE}thaw_units: 2\n{more}");
+        weights(&sandbox.train_summary(&sandbox.spec(&spec), workers, &[]))
     };
     let options = "ema: {decay: 0.8}\nbatch_norm: {frozen_groups: recompute}\nclass_weights: {balanced: true}";
     let alone = run(options, 1);
@@ -271,4 +272,45 @@ seed: 11
         let changes = run(one, 2) != plain;
         assert_eq!(changes, !one.contains("evaluate: false"), "{one}");
     }
+}
+
+/// A stage may do so on entering, for the groups trained so far: what it finds is saved, so that a trainer that dies later changes nothing.
+#[test]
+fn a_stage_recomputes_statistics_of_the_groups_trained_so_far() {
+    let spec = |recompute: bool| {
+        let option = format!("recompute_batch_norm: {recompute}");
+        format!(
+            "{SMALL_IMAGE}batch_norm: {{thawed_groups: frozen_statistics}}\nstrategy: custom\ncheckpoint: {{save_steps: 1}}\nstages:\n  \
+             - {{name: top, thaw: [head, blocks.2]}}\n  \
+             - {{name: deeper, thaw: [head, blocks.2, blocks.1], on_enter: keep, until: {{max_epochs: 40}}, {option}}}\n"
+        )
+    };
+    let run = |recompute: bool, workers: u32| {
+        let sandbox = Sandbox::new();
+        weights(&sandbox.train_summary(&sandbox.spec(&spec(recompute)), workers, &[]))
+    };
+    let alone = run(true, 1);
+    assert_eq!(run(true, 2), alone);
+    assert_ne!(run(false, 2), alone);
+
+    let sandbox = Sandbox::new();
+    let reached = sandbox.path().join("reached");
+    // Late enough that a save has found the last one written.
+    let hold = format!("forward@170={}", reached.display());
+    let training =
+        Process::start(sandbox.train_command(&sandbox.spec(&spec(true)), 2, &["--hold", &hold]).arg("-ojson"));
+    process::file(&reached, Duration::from_secs(60));
+    process::eventually("a checkpoint of the second stage", Duration::from_secs(60), || {
+        let manifests = fs::read_dir(sandbox.run_folder().join("manifests")).ok()?;
+        manifests.flatten().find(|entry| {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let manifest: Value = serde_json::from_str(&text).unwrap_or_default();
+            manifest["position"]["stage"] == 1 && manifest["position"]["stage_step"].as_u64() > Some(0)
+        })
+    });
+    process::kill_by_id(fs::read_to_string(&reached).unwrap().trim().parse().unwrap());
+    let ended = training.wait(Duration::from_secs(120));
+    assert!(ended.status.success(), "{}", ended.stderr);
+    let summary: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((weights(&summary), &summary["world_sizes"]), (alone, &serde_json::json!([2, 2])));
 }

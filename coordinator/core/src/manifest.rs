@@ -65,9 +65,9 @@ pub struct GroupState {
     pub name: String,
     /// Parameters and buffers. Absent: the group has never trained, so they are those the run began with.
     pub weights: Option<BlobRef>,
-    /// Absent: the group has not trained.
+    /// Absent: the group has not trained, or its weights are the best ones and no stage to come goes on from those.
     pub optimizer: Option<BlobRef>,
-    /// Updates the group has had; its bias correction counts them.
+    /// Updates the optimizer state has had; its bias correction counts them.
     pub optimizer_steps: u64,
 }
 

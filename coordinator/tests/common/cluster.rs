@@ -120,6 +120,7 @@ impl SpecPlanner for OneStage {
             learning_rates: vec![spec.learning_rate],
             until: spec.until.clone(),
             on_enter: OnEnter::RestoreBest,
+            recompute_batch_norm: false,
             schedule: LrSchedulerType::Linear,
             warmup_steps: 0,
             max_steps: 2,

@@ -114,6 +114,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
             thawed_groups: groups(&raw.thawed_groups),
             plateau,
             cost: raw.cost.as_ref().map(StageCost::from).unwrap_or_default(),
+            recompute_batch_norm: raw.recompute_batch_norm,
         })
     }
 }
@@ -163,6 +164,7 @@ impl From<&PlannedStage> for pb::PlannedStage {
             memory_bytes: stage.memory_bytes,
             boundary_bytes_per_sample: stage.boundary_bytes_per_sample,
             thawed_groups: indices(&stage.thawed_groups),
+            recompute_batch_norm: stage.recompute_batch_norm,
             cost: Some((&stage.cost).into()),
         }
     }

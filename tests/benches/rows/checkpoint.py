@@ -4,9 +4,9 @@ Cost: the demo's model, fully thawed, in short runs that save every few steps an
 epoch's first step to its last, by when the coordinator heard of them. That gives the cost of a save. How often to save is
 the engine's own choice in a longer run with default settings, from which the stalls come too.
 
-A full save: BERT-base and its moments after the last step of a run, when nothing trains any more: from the end of the
-evaluation to the manifest on the disk. That includes the digest over all of it, which every stage end makes. PyTorch saves
-as much state from as many processes, and syncs its files too.
+A full save: BERT-base and its moments after a stage of one step, before one of its head alone: from the end of the evaluation
+to the manifest on the disk. That includes the digest over all of it, which every stage end makes, and the head's stage begins
+beside it. PyTorch saves as much state from as many processes, when nothing trains, and syncs its files too.
 """
 
 from __future__ import annotations
@@ -121,15 +121,18 @@ def written_bytes(run: thaw.Run) -> tuple[int, int]:
 def full_saves(settings: Settings) -> Iterator[Result | Skipped]:
     ours: list[float] = []
     peer: dict[str, list[float]] = {name: [] for name, row in SAVES.items() if settings.wants(row)}
-    spec = BERT_BASE.spec(strategy="full_fine_tuning", until={"max_steps": 1}, learning_rate=1e-6)
+    head, *_, deepest = BERT_BASE.depths()
+    stages = workloads.stages([deepest, head], lambda _: {"max_steps": 1})
+    more = {"prefix_cache": {"mode": "off"}, "learning_rate": 1e-6, "stop_when_no_gain": False}
+    spec = BERT_BASE.spec(strategy="custom", stages=stages, **more)
     with harness.scratch("saves") as folder, Gang() as gang:
         theirs = gang.call("saves:make", folder=str(BERT_BASE.folder()), eager=BERT_BASE.eager, classes=CLASSES)[0]
         for round_ in range(settings.rounds):
             say(f"full saves, round {round_ + 1} of {settings.rounds}")
             run = thaw.train(spec, Path(folder) / "run", DEADLINE)
-            last = run.manifests()[-1]
-            ours.append(last.written() - run.evaluations[-1].heard)
-            bytes_ = sum((last.blobs() | last.blobs("best_groups")).values())
+            (saved,) = (one for one in run.manifests() if one.document["position"]["stage_step"] == 0 and one.step == 1)
+            ours.append(saved.written() - [one for one in run.evaluations if one.stage == 0][-1].heard)
+            bytes_ = sum((saved.blobs() | saved.blobs("best_groups")).values())
             if not 0.98 < bytes_ / theirs < 1.02:
                 raise Broken(f"the states differ: {bytes_} bytes here, {theirs} in PyTorch")
             for name in peer:

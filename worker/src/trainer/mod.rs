@@ -329,7 +329,10 @@ fn session(
     match job.spec.frozen_batch_norm {
         BatchNormPolicy::Frozen => {}
         // Before the checkpoint, which holds the statistics of thawed groups only.
-        BatchNormPolicy::Recompute => statistics::recompute(job, &mut replica)?,
+        BatchNormPolicy::Recompute => {
+            let all: Vec<usize> = (0..replica.model().groups().len()).collect();
+            statistics::recompute(job, &mut replica, &all)?;
+        }
     }
     let mut ledger = save::Ledger::default();
     let state = match resume {

@@ -3,6 +3,7 @@
 //! TRAIN-1: every rank takes every decision itself, from reduced values that all hold; nothing waits for the coordinator but the end.
 //! TRAIN-2: what a checkpoint holds is enough to come to the same weights as a run that was never interrupted.
 //! TRAIN-3: entering a stage restores the best weights with the optimizer state and counters of that same step.
+//!          Where no stage to come does that, the best weights are kept without.
 //! TRAIN-4: the best weights are whole: a group that thawed after them goes back to what it was.
 
 use super::feed::{self, Feed, Order};
@@ -10,9 +11,10 @@ use super::job::Job;
 use super::outbox::Outbox;
 use super::pace::Pace;
 use super::prefix::{self, Prefix};
-use super::replica::{self, Replica, StepPlan, StepReport, Votes};
+use super::replica::{self, Extent, Replica, StepPlan, StepReport, Votes};
 use super::save::{self, Saver};
 use super::snapshot::GroupSnapshot;
+use super::statistics;
 use super::trace::{Trace, TraceStep};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -224,12 +226,22 @@ impl Session<'_> {
             OnEnter::RestoreBest => self.restore_best()?,
             OnEnter::Keep => None,
         };
+        let extent = self.extent_of_best();
         if let Some(best) = &mut self.state.best {
             // The best weights are those of every group that is ever trained after them, so also of those that thaw only now (TRAIN-4).
             let new: Vec<usize> = indices(stage).into_iter().filter(|group| !best.groups.contains_key(group)).collect();
-            best.groups.extend(self.replica.snapshot(&new, None));
+            best.groups.extend(self.replica.snapshot(&new, Extent::Whole, None));
+            if extent == Extent::Weights {
+                let groups = std::mem::take(&mut best.groups).into_iter();
+                best.groups = groups.map(|(group, copy)| (group, copy.without_optimizer())).collect();
+            }
         }
         self.replica.set_trainable(indices(stage))?;
+        if stage.recompute_batch_norm {
+            let trained = self.job.ever_trained(self.state.position.stage);
+            let changed = statistics::recompute(self.job, &mut self.replica, &trained)?;
+            self.replica.restamp(&changed);
+        }
         self.prefix = Prefix::of_stage(self.job, stage, &self.replica)?;
         if let Some(trace) = &mut self.trace {
             trace.enter(restored);
@@ -272,10 +284,18 @@ impl Session<'_> {
     fn keep_best(&mut self) {
         let groups = self.job.ever_trained(self.state.position.stage);
         // What has changed since is let go first, so that there are never two copies of it.
+        let extent = self.extent_of_best();
         let mut known = self.state.best.take().map(|best| best.groups).unwrap_or_default();
-        known.retain(|group, known| known.stamp == self.replica.stamp(*group));
-        let groups = self.replica.snapshot_evaluated(&groups, Some(&known));
+        known.retain(|group, known| known.stamp == self.replica.stamp_of(*group, extent));
+        let groups = self.replica.snapshot_evaluated(&groups, extent, Some(&known));
         self.state.best = Some(Best { groups });
+    }
+
+    /// What is kept of the best weights of this stage (TRAIN-3).
+    fn extent_of_best(&self) -> Extent {
+        let to_come = self.job.plan.stages.iter().skip(self.state.position.stage.0 as usize + 1);
+        let restores = to_come.into_iter().any(|stage| stage.on_enter == OnEnter::RestoreBest);
+        if restores { Extent::Whole } else { Extent::Weights }
     }
 
     fn evaluate(&mut self, part: Part) -> Result<Evaluation, Error> {
@@ -367,7 +387,7 @@ impl Session<'_> {
         if self.job.dataset.index().size(Part::Test) == 0 {
             return Ok(None);
         }
-        let present = self.replica.snapshot(&self.job.ever_trained(index), Some(&best.groups));
+        let present = self.replica.snapshot(&self.job.ever_trained(index), Extent::Whole, Some(&best.groups));
         self.replica.restore(&best.groups)?;
         let test = self.evaluate(Part::Test)?;
         self.replica.restore(&present)?;

@@ -22,8 +22,21 @@ impl Stamp {
     /// What the run begins with: no optimizer state, and weights that need not be saved.
     pub(crate) const INITIAL: Self = Self(0);
 
+    /// Of a copy without its optimizer state.
+    const WEIGHTS: u64 = 1 << 63;
+
     pub(crate) fn next(self) -> Self {
         Self(self.0 + 1)
+    }
+
+    /// Names the same weights and buffers, without optimizer state.
+    pub(crate) fn of_weights(self) -> Self {
+        Self(self.0 | Self::WEIGHTS)
+    }
+
+    /// What names them with their optimizer state, where this does so without.
+    pub(crate) fn with_optimizer(self) -> Option<Self> {
+        (self.0 & Self::WEIGHTS != 0).then_some(Self(self.0 & !Self::WEIGHTS))
     }
 }
 
@@ -52,6 +65,12 @@ impl GroupSnapshot {
             optimizer: self.optimizer.as_ref().map(|state| state.map(Tensor::shallow_clone)),
             filled: self.filled.clone(),
         }
+    }
+
+    /// The same memory, but for optimizer state.
+    pub(crate) fn without_optimizer(self) -> Self {
+        let stamp = if self.optimizer.is_some() { self.stamp.of_weights() } else { self.stamp };
+        Self { stamp, optimizer: None, ..self }
     }
 
     /// Waits until it holds its values; false where the copying thread died.
@@ -210,6 +229,8 @@ mod tests {
         assert_eq!((first.flat.double_value(&[77]), first.buffers[0].int64_value(&[0])), (1.0, 1));
         let again = first.share();
         assert_eq!((again.stamp, again.flat.data_ptr()), (first.stamp, first.flat.data_ptr()));
+        // Without optimizer state nothing is left out, so it is still the same.
+        assert_eq!(again.without_optimizer().stamp, first.stamp);
     }
 
     #[test]

@@ -1,15 +1,16 @@
-//! `batch_norm.frozen_groups: recompute`: the running statistics of every batch norm over the run's own training samples (adaptive batch
-//! normalisation, Li et al. 2017), before the first stage.
+//! Running statistics of batch norms over the run's own training samples (adaptive batch normalisation, Li et al. 2017): of all groups before
+//! the first stage (`batch_norm.frozen_groups: recompute`), of those trained so far on entering one (`recompute_batch_norm`).
 //!
 //! STAT-1: what comes out follows from weights and samples alone: fixed batches in the part's order, each rank its share, added in that order
 //!         in double precision. So every rank, world size and restart has the same bits.
-//! STAT-2: while statistics are taken a batch norm normalises by its batch; the variance over all samples is that within batches plus that
-//!         between their means.
+//! STAT-2: the batch norms of other groups are as in evaluation. While statistics are taken a batch norm normalises by its batch; the variance
+//!         over all samples is that within batches plus that between their means.
+//! STAT-3: where it fails, the statistics are as they were.
 
 use super::feed;
 use super::job::Job;
 use super::replica::{self, Replica};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use thaw_data::index::Part;
 use thaw_graph::ir::{Arg, Graph, ValueId};
 use thaw_torch::tch::{Kind, Tensor};
@@ -26,17 +27,49 @@ struct Norm {
     momentum: f64,
 }
 
-/// Replaces the running statistics of all batch norms. Does nothing where there are none.
-pub(super) fn recompute(job: &Job, replica: &mut Replica) -> Result<(), super::session::Error> {
-    let norms = norms(&replica.model().graph().graph);
+/// Replaces the running statistics of all batch norms in `groups` (ascending). Returns the groups that have any.
+pub(super) fn recompute(
+    job: &Job,
+    replica: &mut Replica,
+    groups: &[usize],
+) -> Result<Vec<usize>, super::session::Error> {
+    let mut norms = norms(&replica.model().graph().graph);
+    let home = |norm: &Norm| {
+        let holds =
+            |group: &&usize| replica.model().groups()[**group].buffers.iter().any(|(name, _)| *name == norm.mean);
+        groups.iter().find(holds).copied()
+    };
+    let changed: BTreeSet<usize> = norms.iter().filter_map(home).collect();
+    norms.retain(|norm| home(norm).is_some());
     if norms.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
+    let held = |tensor: &Tensor| (tensor.shallow_clone(), tensor.copy());
+    let counters: Vec<(Tensor, Tensor)> = replica.update_counters().into_iter().map(held).collect();
+    let before: Vec<(Tensor, Tensor)> = buffers(replica, &norms).iter().map(|(_, tensor)| held(tensor)).collect();
+    let found = observe_all(job, replica, &norms, groups);
+    put_back(&counters);
+    match found {
+        Ok(found) => put(replica, &norms, &found),
+        Err(error) => {
+            put_back(&before);
+            return Err(error);
+        }
+    }
+    tracing::info!(batch_norms = norms.len(), "recomputed batch-norm statistics on the training samples");
+    Ok(changed.into_iter().collect())
+}
+
+/// The statistics over all training samples, which leaves others in the buffers.
+fn observe_all(
+    job: &Job,
+    replica: &mut Replica,
+    norms: &[Norm],
+    groups: &[usize],
+) -> Result<Vec<f64>, super::session::Error> {
     let samples = job.dataset.index().size(Part::Train);
     let share = replica.evaluation_share(feed::evaluation_batches(samples));
     let mut source = feed::evaluation_source(&job.dataset, Part::Train, share, None)?;
-    let counters: Vec<(Tensor, Tensor)> =
-        replica.update_counters().into_iter().map(|tensor| (tensor.shallow_clone(), tensor.copy())).collect();
     let mut mine = Vec::new();
     while let Some(micro) = source.next(None, replica.model_mut()) {
         let micro = micro?;
@@ -44,17 +77,19 @@ pub(super) fn recompute(job: &Job, replica: &mut Replica) -> Result<(), super::s
         if count < SMALLEST_BATCH && samples as usize > SMALLEST_BATCH {
             continue;
         }
-        let found = observe(replica, &norms, &micro)?;
+        let found = observe(replica, norms, groups, &micro)?;
         mine.extend((count as u64).to_le_bytes());
         mine.extend(found.iter().flat_map(|value| value.to_le_bytes()));
     }
-    for (counter, before) in &counters {
-        let _restored = counter.shallow_clone().f_copy_(before);
-    }
     let all = replica.gather(mine)?;
-    put(replica, &norms, &combine(&all, &norms, replica));
-    tracing::info!(batch_norms = norms.len(), samples, "recomputed batch-norm statistics on the training samples");
-    Ok(())
+    Ok(combine(&all, norms, replica))
+}
+
+/// Gives tensors the values they had.
+fn put_back(pairs: &[(Tensor, Tensor)]) {
+    for (tensor, before) in pairs {
+        let _restored = tensor.shallow_clone().f_copy_(before);
+    }
 }
 
 fn norms(graph: &Graph) -> Vec<Norm> {
@@ -73,12 +108,17 @@ fn norms(graph: &Graph) -> Vec<Norm> {
 }
 
 /// Mean and variance of every batch norm over one batch, one after the other.
-fn observe(replica: &mut Replica, norms: &[Norm], micro: &super::prefix::Micro) -> Result<Vec<f64>, replica::Error> {
+fn observe(
+    replica: &mut Replica,
+    norms: &[Norm],
+    groups: &[usize],
+    micro: &super::prefix::Micro,
+) -> Result<Vec<f64>, replica::Error> {
     let zero = |tensor: &Tensor| drop(tensor.shallow_clone().f_zero_());
     let buffers = buffers(replica, norms);
     buffers.iter().for_each(|(_, tensor)| zero(tensor));
     let inputs = replica::input_tensors(&micro.batch, replica.model().master_kind());
-    replica.model_mut().observe(&inputs)?;
+    replica.model_mut().observe(&inputs, groups)?;
     // From zero, the update leaves momentum times what the batch had.
     let taken = buffers.into_iter().flat_map(|(momentum, tensor)| {
         let values = Vec::<f64>::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap_or_default();

@@ -242,6 +242,13 @@ fn frozen_groups_and_evaluation_are_deterministic_and_leave_statistics_alone() {
     let _ = gradients(&mut model, &[x.shallow_clone()], &labels, 1.0);
     assert!(!same_bits(&buffer(&model, "bn.running_mean"), mean));
     assert_eq!(buffer(&model, "bn.num_batches_tracked").int64_value(&[]), 1);
+
+    let before = buffer(&model, "bn.running_mean");
+    model.observe(&[x.shallow_clone()], &[1]).unwrap();
+    assert!(same_bits(&buffer(&model, "bn.running_mean"), &before), "statistics of a group that is not observed");
+    model.observe(&[x.shallow_clone()], &[0]).unwrap();
+    let moved = before * 0.9 + hidden.mean_dim(0, false, Kind::Float) * 0.1;
+    assert!(buffer(&model, "bn.running_mean").allclose(&moved, 1e-5, 1e-6, false));
 }
 
 #[test]

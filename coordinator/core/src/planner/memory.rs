@@ -3,7 +3,7 @@
 //! MEM-3: it is the largest of four moments: where a chunk of the frozen prefix is computed, where an evaluation batch is, where a backward pass is
 //!        at its height, and where the best weights have just been kept. Each has the weights, gradients, sums and optimizer state beside it.
 //! MEM-4: it is stated for a run that learns: each stage's first evaluation finds better weights than any before, so that from then on the best
-//!        ones are the stage's own with its optimizer state, and before that the last stage's.
+//!        ones are the stage's own, and before that the last stage's. Where a stage to come restores them, their optimizer state is kept too.
 
 use super::{GraphFacts, cost};
 use crate::prefix::{Processor, SampleSize, chunk_samples};
@@ -27,6 +27,8 @@ pub(super) struct Stage<'a> {
     /// Whether an evaluation comes before the stage's last step.
     pub(super) goes_on_after_an_evaluation: bool,
     pub(super) eval_samples: u64,
+    /// Whether a stage to come goes on from the best weights.
+    pub(super) restored_later: bool,
 }
 
 /// Bytes.
@@ -47,7 +49,8 @@ pub(super) fn bytes(spec: &RunSpec, graph: &GraphFacts, stage: &Stage<'_>) -> u6
     let copies = if spec.precision == Precision::Bf16 { 2 * parameters } else { 0 };
     let trainable = cost::trainable_parameters(graph, stage.groups);
     let always = element * (stored + trainable * (1 + sums + states) + pull + ever) + copies;
-    let moments = |groups: &[usize]| element * states * cost::trainable_parameters(graph, groups);
+    let kept = if stage.restored_later { states } else { 0 };
+    let moments = |groups: &[usize]| element * kept * cost::trainable_parameters(graph, groups);
     // The first stage's weights are the best so far as it begins.
     let (first, own) = (moments(stage.before.unwrap_or(stage.groups)), moments(stage.groups));
     let later = if stage.goes_on_after_an_evaluation { first.max(own) } else { first };

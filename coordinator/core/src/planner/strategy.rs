@@ -21,6 +21,7 @@ pub(super) struct Draft {
     pub(super) spread: Option<f64>,
     pub(super) until: Until,
     pub(super) on_enter: OnEnter,
+    pub(super) recompute_batch_norm: bool,
     pub(super) scheduler: LrScheduler,
     /// The stage's own rates by group.
     pub(super) learning_rates: BTreeMap<String, f64>,
@@ -51,6 +52,7 @@ fn derived(spec: &RunSpec, name: &str, groups: Vec<usize>) -> Draft {
         spread: None,
         until: spec.until.clone(),
         on_enter: OnEnter::RestoreBest,
+        recompute_batch_norm: false,
         scheduler: spec.lr_scheduler,
         learning_rates: BTreeMap::new(),
     }
@@ -173,6 +175,7 @@ fn custom(spec: &RunSpec, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<
             spread: stage.learning_rate_spread,
             until: stage.until.clone().unwrap_or_else(|| spec.until.clone()),
             on_enter: stage.on_enter,
+            recompute_batch_norm: stage.recompute_batch_norm,
             scheduler: stage.lr_scheduler.unwrap_or(spec.lr_scheduler),
             learning_rates: stage.learning_rates.clone(),
         });

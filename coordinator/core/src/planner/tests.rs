@@ -291,9 +291,14 @@ fn mem_3_and_4_follow_the_stage() {
     let short = json!({"until": {"max_epochs": 1, "max_steps": null, "early_stopping": null}});
     let (two, three) = (1036 + 1000, 1036 + 3000);
     let step = 8 * (512 + 6 * 1000 + 300) + 40;
-    assert_eq!(of(short, 3), weights + 4 * three * (3 + 1) + 4 * two * 2 + step);
+    assert_eq!(of(short.clone(), 3), weights + 4 * three * (3 + 1) + 4 * two * 2 + step);
     // Of several: its own.
     assert_eq!(of(json!({}), 3), weights + 4 * three * (3 + 1) + 4 * three * 2 + step);
+    // Nothing restores the last stage's: no moments, neither of its own nor of the stage before.
+    let all = 1036 + 5000;
+    let deepest = 8 * (512 + 8 * 1000 + 300) + 40;
+    assert_eq!(of(json!({}), 4), weights + 4 * all * (3 + 1) + deepest);
+    assert_eq!(of(short, 4), of(json!({}), 4));
 }
 
 #[test]

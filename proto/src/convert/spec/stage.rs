@@ -54,6 +54,7 @@ fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
         on_enter: at.choice("on_enter", raw.on_enter).unwrap_or(OnEnter::RestoreBest),
         lr_scheduler: raw.lr_scheduler.as_ref().map(|raw| at.within("lr_scheduler", |at| lr_scheduler(at, raw))),
         learning_rates: learning_rates(at, &raw.learning_rates),
+        recompute_batch_norm: raw.recompute_batch_norm,
     }
 }
 

@@ -9,6 +9,7 @@ mod evaluate;
 mod snapshots;
 mod step;
 
+pub(crate) use snapshots::Extent;
 pub(crate) use step::{ShardBatch, StepPlan, StepReport, Votes};
 
 use super::hold::Hold;
@@ -188,7 +189,8 @@ impl Replica {
         self.last_stamp
     }
 
-    fn restamp(&mut self, groups: &[usize]) {
+    /// Says that the present state of `groups` is another than before.
+    pub(crate) fn restamp(&mut self, groups: &[usize]) {
         for &group in groups {
             self.stamps[group] = self.draw_stamp();
         }

@@ -5,32 +5,51 @@ use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use std::collections::BTreeMap;
 use thaw_torch::tch::Tensor;
 
+/// What of a group is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Weights and buffers.
+    Weights,
+    /// Optimizer state as well.
+    Whole,
+}
+
 impl Replica {
     /// Copies of `groups`, which fill beside training; those that `known` has unchanged share its memory.
     pub(crate) fn snapshot(
         &mut self,
         groups: &[usize],
+        extent: Extent,
         known: Option<&BTreeMap<usize, GroupSnapshot>>,
     ) -> BTreeMap<usize, GroupSnapshot> {
         let copy = |&group: &usize| {
-            let stamp = self.stamps[group];
+            let stamp = self.stamp_of(group, extent);
             let known = known.and_then(|known| known.get(&group)).filter(|known| known.stamp == stamp);
             let parameters = &self.model.groups()[group];
             let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer);
-            let copied = || self.copier.copy(stamp, &parameters.flat, buffers, self.states.get(&group));
+            let state = self.states.get(&group).filter(|_| extent == Extent::Whole);
+            let copied = || self.copier.copy(stamp, &parameters.flat, buffers, state);
             (group, known.map_or_else(copied, GroupSnapshot::share))
         };
         groups.iter().map(copy).collect()
+    }
+
+    /// What names so much of a group's present state.
+    pub(crate) fn stamp_of(&self, group: usize, extent: Extent) -> Stamp {
+        let stamp = self.stamps[group];
+        let left_out = extent == Extent::Weights && self.states.contains_key(&group);
+        if left_out { stamp.of_weights() } else { stamp }
     }
 
     /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated.
     pub(crate) fn snapshot_evaluated(
         &mut self,
         groups: &[usize],
+        extent: Extent,
         known: Option<&BTreeMap<usize, GroupSnapshot>>,
     ) -> BTreeMap<usize, GroupSnapshot> {
         let raw = self.swap_in_mean();
-        let snapshot = self.snapshot(groups, known);
+        let snapshot = self.snapshot(groups, extent, known);
         self.swap_out_mean(raw);
         snapshot
     }

@@ -3,7 +3,7 @@
 use super::blob::{self, Tensors};
 use super::{Error, Ledger};
 use crate::trainer::job::Job;
-use crate::trainer::replica::{self, Replica};
+use crate::trainer::replica::{self, Extent, Replica};
 use crate::trainer::session::{Best, State};
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ pub(crate) fn load(
             // A group that thawed after the best weights is there as the run began (TRAIN-4), which the replica still holds.
             let mut thawed = job.ever_trained(super::last_stage(job, manifest.position.stage));
             thawed.retain(|group| !best.contains_key(group));
-            best.extend(replica.snapshot(&thawed, None));
+            best.extend(replica.snapshot(&thawed, Extent::Whole, None));
             Some(Best { groups: best })
         }
     };

@@ -19,7 +19,7 @@ pub(crate) use model::{StoredAs, weights_blake3, write_archive, write_model, wri
 use super::hold::{Hold, HoldPoint};
 use super::job::Job;
 use super::outbox::{Event, Outbox};
-use super::replica::{Replica, StepReport};
+use super::replica::{Extent, Replica, StepReport};
 use super::session::State;
 use super::snapshot::{GroupSnapshot, Stamp};
 use crate::checkpoint::{self, CheckpointStore, Writer};
@@ -77,6 +77,17 @@ impl Ledger {
 
     fn note(&mut self, stamp: Stamp, state: GroupState) {
         self.0.insert(stamp, state);
+    }
+
+    /// Holds on to `wanted` alone; weights whose whole state is here are part of that.
+    fn keep(&mut self, wanted: &BTreeSet<Stamp>) {
+        for &stamp in wanted {
+            let whole = stamp.with_optimizer().and_then(|whole| self.0.get(&whole)).cloned();
+            if let Some(whole) = whole {
+                self.0.entry(stamp).or_insert(GroupState { optimizer: None, optimizer_steps: 0, ..whole });
+            }
+        }
+        self.0.retain(|stamp, _| wanted.contains(stamp));
     }
 
     /// As a manifest names it (SAVE-1).
@@ -197,12 +208,11 @@ impl Saver {
             return Ok(Duration::ZERO);
         }
         let wanted = Wanted::of(replica, state);
-        let new: Vec<(Stamp, usize)> = wanted
-            .stamps()
-            .filter(|(stamp, _)| !self.written.contains(stamp))
-            .collect::<BTreeMap<_, _>>()
-            .into_iter()
-            .collect();
+        let stamps: BTreeMap<Stamp, usize> = wanted.stamps().collect();
+        let comes_whole = |stamp: &Stamp| stamp.with_optimizer().is_some_and(|whole| stamps.contains_key(&whole));
+        let is_new = |stamp: &Stamp| !self.written.contains(stamp) && !comes_whole(stamp);
+        let new: Vec<(Stamp, usize)> =
+            stamps.iter().filter(|(stamp, _)| is_new(stamp)).map(|(stamp, group)| (*stamp, *group)).collect();
         let sizes: Vec<u64> = new.iter().map(|(_, group)| replica.state_bytes(*group)).collect();
         let writers = share::assign(&sizes, replica.world_size());
         let best = state.best.as_ref().map(|best| &best.groups);
@@ -212,7 +222,7 @@ impl Saver {
             let snapshot = copy(replica, best, *group, *stamp);
             pieces.push(Piece::new(&replica.model().groups()[*group], snapshot));
         }
-        self.written = wanted.stamps().map(|(stamp, _)| stamp).collect();
+        self.written = stamps.into_keys().collect();
         let work = Work {
             generation: self.generation,
             step,
@@ -255,7 +265,7 @@ fn copy(
 ) -> GroupSnapshot {
     match best.and_then(|best| best.get(&group)).filter(|known| known.stamp == stamp) {
         Some(known) => known.share(),
-        None => replica.snapshot(&[group], None).remove(&group).expect("a group that was asked for"),
+        None => replica.snapshot(&[group], Extent::Whole, None).remove(&group).expect("a group that was asked for"),
     }
 }
 
@@ -352,8 +362,7 @@ impl Work {
             mine.extend(share::from_json(&part).map_err(|source| Error::Part { rank, source })?);
         }
         mine.into_iter().for_each(|(stamp, state)| ledger.note(stamp, state));
-        let wanted: BTreeSet<Stamp> = manifest.wanted.stamps().map(|(stamp, _)| stamp).collect();
-        ledger.0.retain(|stamp, _| wanted.contains(stamp));
+        ledger.keep(&manifest.wanted.stamps().map(|(stamp, _)| stamp).collect());
         manifest.write(store, &ledger)
     }
 }

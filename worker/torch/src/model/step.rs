@@ -73,16 +73,17 @@ impl SegmentedModel {
         result
     }
 
-    /// Runs a batch without gradient and without dropout, with every batch norm normalising by the batch and moving its running statistics.
+    /// Runs a batch without gradient and without dropout; the batch norms of `groups` (ascending) normalise by it and move their running
+    /// statistics.
     ///
     /// # Errors
     /// As [`SegmentedModel::forward`].
-    pub fn observe(&mut self, inputs: &[Tensor]) -> Result<(), Error> {
-        const OBSERVE: Phase = Phase { dropout: false, batch_statistics: true };
+    pub fn observe(&mut self, inputs: &[Tensor], groups: &[usize]) -> Result<(), Error> {
+        let phase = |group| Phase { dropout: false, batch_statistics: groups.binary_search(&group).is_ok() };
         let _mode = GradMode::set(false);
         let result = self.enter(&Entry::Inputs(inputs)).and_then(|_| {
-            let mut blocks = self.program.blocks.iter();
-            Ok(blocks.try_for_each(|block| block.run(&mut self.frame, OBSERVE))?)
+            let mut blocks = self.program.blocks.iter().enumerate();
+            Ok(blocks.try_for_each(|(group, block)| block.run(&mut self.frame, phase(group)))?)
         });
         self.clear();
         result
