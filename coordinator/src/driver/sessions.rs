@@ -8,7 +8,7 @@ use crate::folder::Lines;
 use crate::lines;
 use std::collections::{BTreeMap, BTreeSet};
 use thaw_core::run_machine::{Input, Trainer};
-use thaw_proto::ids::{RunId, WorkerName};
+use thaw_proto::ids::{RunId, Step, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::worker::{Hello, TrainerStatus};
@@ -140,7 +140,11 @@ impl MainLoop {
             // Measurements of a gang that is over would only confuse readers.
             Report::Progress(progress) if is_member => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::progress(&progress));
+                let step = Step(progress.position.map_or(0, |position| position.step));
                 self.views.progress(&id, progress);
+                if let Err(rejection) = self.feed(&id, &Input::Progressed { generation, step }).await? {
+                    tracing::error!(run = %id, %rejection, "a gang's progress was turned away");
+                }
             }
             Report::Evaluation(evaluation) if is_member => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::evaluation(&evaluation, generation));

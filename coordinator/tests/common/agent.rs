@@ -197,7 +197,7 @@ impl Session {
                 let trainer = Trainer { start, generation: 0, rank: 0, resume: None };
                 self.report(
                     &trainer,
-                    Report::Ready(pb::TrainerReady { address: format!("127.0.0.1:{}", 9000 + slot) }),
+                    Report::Ready(pb::TrainerReady { address: format!("127.0.0.1:{}", 9000 + slot), keeps_state: false }),
                 )
                 .await;
                 self.trainers.insert(slot, trainer);

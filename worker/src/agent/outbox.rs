@@ -35,6 +35,7 @@ pub(super) fn delivery(report: &TrainerReport) -> Delivery {
             | Event::Finished(_)
             | Event::Suspended(_)
             | Event::Failed(_)
+            | Event::Interrupted(_)
             | Event::Exited(_),
         ) => Delivery::AtLeastOnce,
     }

@@ -39,7 +39,7 @@ fn fake_trainer() {
                 std::fs::write("/proc/self/fd/3", [0xff; 64]).unwrap();
                 continue;
             }
-            Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned() }), 0),
+            Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned(), keeps_state: false }), 0),
             Down::Propose(propose) => {
                 eprintln!("building");
                 (Event::Built(GangBuilt {}), propose.generation)

@@ -85,6 +85,7 @@ impl Trainer {
                 (Some(Event::Built(_)), Some(Event::Built(_)))
                     | (Some(Event::Checkpoint(_)), Some(Event::Checkpoint(_)))
                     | (Some(Event::Suspended(_)), Some(Event::Suspended(_)))
+                    | (Some(Event::Interrupted(_)), Some(Event::Interrupted(_)))
             )
         };
         self.ledger.retain(|kept| !replaces(kept));
@@ -104,6 +105,7 @@ impl Trainer {
                 | Event::Finished(_)
                 | Event::Suspended(_)
                 | Event::Failed(_)
+                | Event::Interrupted(_)
                 | Event::Exited(_)
                 | Event::Log(_),
             )
