@@ -69,6 +69,7 @@ fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Re
             Input::TrainerFailed { trainer, generation, class, reason, message: raw.message }
         }
         Event::Interrupted(raw) => Input::TrainerInterrupted { trainer, generation, message: raw.message },
+        Event::Pong(pb::Pong {}) => return Err(Violations::one("pong", "is for the agent alone")),
         Event::Exited(exited) => Input::TrainerExited { trainer, ending: ending(exited) },
     }))
 }

@@ -369,9 +369,8 @@ impl MainLoop {
 
     /// Incarnations for the trainers of a gang, where one may be started.
     fn fresh(&self, id: &RunId) -> Vec<Incarnation> {
-        let may_start = |run: &&Run| {
-            matches!(run.stored.record.state, RunState::Pending | RunState::Resizing | RunState::Running)
-        };
+        let may_start =
+            |run: &&Run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing | RunState::Running);
         let starts = self.runs.get(id).filter(may_start);
         let most = starts.map_or(0, |run| run.stored.record.spec.workers.max);
         (0..most).map(|_| Incarnation(uuid::Uuid::new_v4().to_string())).collect()

@@ -34,7 +34,7 @@ impl MainLoop {
             return Ok(Err(Error::NameTaken(worker.to_string())));
         };
         tracing::info!(%worker, slots, "the worker has a session");
-        let interval = u32::try_from(HEARTBEAT_INTERVAL.as_millis()).expect("a second");
+        let interval = u32::try_from(HEARTBEAT_INTERVAL.as_millis()).expect("it is below a minute");
         let welcome =
             outbound::under(self.fenced.epoch(), Message::Welcome(pb::Welcome { heartbeat_interval_ms: interval }));
         self.workers.send(&worker, welcome);

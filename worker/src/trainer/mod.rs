@@ -319,6 +319,7 @@ fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, out
                 }
             }
             Some(Message::Suspend(suspend)) => outbox.ask_suspension(Generation(suspend.generation)),
+            Some(Message::Ping(pb::Ping {})) => outbox.send(pb::trainer_report::Event::Pong(pb::Pong {})),
             // The agent keeps these for itself.
             Some(Message::Welcome(_) | Message::Start(_) | Message::Stop(_)) | None => {}
         }

@@ -327,7 +327,8 @@ impl Turn {
             }
         }
         // One that has yet to say it is ready may not have been started when the list was made.
-        let joining = self.record.joining.iter().filter(|trainer| trainer.worker == *worker && !alive.contains(trainer));
+        let joining =
+            self.record.joining.iter().filter(|trainer| trainer.worker == *worker && !alive.contains(trainer));
         let gone = joining.filter(|trainer| self.observed.addresses.contains_key(&trainer.incarnation));
         for trainer in gone.cloned().collect::<Vec<_>>() {
             self.lose_joiner(&trainer, &format!("worker {worker} no longer has it"));

@@ -97,8 +97,7 @@ impl Turn {
         }
         let generation = self.record.generation;
         for (place, incarnation) in places.iter().zip(fresh) {
-            let trainer =
-                Trainer { worker: place.worker.clone(), slot: place.slot, incarnation: incarnation.clone() };
+            let trainer = Trainer { worker: place.worker.clone(), slot: place.slot, incarnation: incarnation.clone() };
             self.record.joining.push(trainer.clone());
             self.effect(Effect::StartTrainer { trainer, generation });
         }

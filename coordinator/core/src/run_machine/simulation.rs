@@ -36,7 +36,10 @@ enum Phase {
     Ready,
     Building,
     Built,
-    Training { step: u64, awaiting: Option<u64> },
+    Training {
+        step: u64,
+        awaiting: Option<u64>,
+    },
     Standing,
     /// Its gang is broken; it waits for another.
     Interrupted,
@@ -327,7 +330,12 @@ impl World {
                     state.say(at, Input::CheckpointWritten { trainer, generation, checkpoint });
                 }
             }
-            Phase::Ready | Phase::Building | Phase::Built | Phase::Training { .. } | Phase::Standing | Phase::Interrupted => {}
+            Phase::Ready
+            | Phase::Building
+            | Phase::Built
+            | Phase::Training { .. }
+            | Phase::Standing
+            | Phase::Interrupted => {}
         }
     }
 
@@ -335,7 +343,10 @@ impl World {
     fn gang_is_whole(&self, of: &SimTrainer) -> bool {
         let alive = self.workers.iter().flat_map(|worker| &worker.trainers);
         let ranks: Vec<u32> = alive
-            .filter(|sim| sim.generation == of.generation && !matches!(sim.phase, Phase::Standing | Phase::Loading | Phase::Interrupted))
+            .filter(|sim| {
+                sim.generation == of.generation
+                    && !matches!(sim.phase, Phase::Standing | Phase::Loading | Phase::Interrupted)
+            })
             .map(|sim| sim.rank.0)
             .collect();
         self.record.generation != of.generation || ranks.len() >= self.record.members.len()
@@ -450,7 +461,10 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
     if after.generation > before.generation {
         let kept = |member: &Member| {
             let still = after.members.iter().any(|other| other.trainer == member.trainer);
-            still || effects.iter().any(|effect| matches!(effect, Effect::StopTrainer { trainer, .. } if *trainer == member.trainer))
+            still
+                || effects
+                    .iter()
+                    .any(|effect| matches!(effect, Effect::StopTrainer { trainer, .. } if *trainer == member.trainer))
         };
         let gone = |member: &Member| match input {
             Input::TrainerExited { trainer, .. } => *trainer == member.trainer,

@@ -559,7 +559,10 @@ fn run_10_survivors_are_the_next_gang_and_others_join_later() {
     assert_eq!((&proposal.trainer, proposal.generation, proposal.rank), (&survivor, Generation(2), Rank(0)));
     assert_eq!((script.record.state, script.record.reason), (RunState::Forming, RunReason::TrainerLost));
     script.effects(Input::GangBuilt { trainer: survivor.clone(), generation: Generation(2) });
-    assert_eq!((script.record.state, script.record.message.as_str()), (RunState::Running, "1 trainer(s) train on from where they were"));
+    assert_eq!(
+        (script.record.state, script.record.message.as_str()),
+        (RunState::Running, "1 trainer(s) train on from where they were")
+    );
     let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
     let effects = script.effects(tick);
     let [Effect::StartTrainer { trainer: joiner, .. }] = &effects[..] else { panic!("{effects:?}") };

@@ -74,11 +74,7 @@ impl Replica {
     }
 
     /// Becomes what a peer is: its states of these groups, whatever this replica held, and the stamps of all groups.
-    pub(crate) fn adopt(
-        &mut self,
-        snapshots: &BTreeMap<usize, GroupSnapshot>,
-        stamps: &[Stamp],
-    ) -> Result<(), Error> {
+    pub(crate) fn adopt(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>, stamps: &[Stamp]) -> Result<(), Error> {
         self.put(snapshots)?;
         self.stamps.copy_from_slice(stamps);
         Ok(())

@@ -64,9 +64,13 @@ pub(crate) enum Error {
     Superseded,
     #[error("rank {rank} sent a state that cannot be used: {problem}")]
     Peer { rank: u32, problem: String },
-    #[error("this trainer's state is older than the run's head, and no other trainer has a newer one; it has to start again")]
+    #[error(
+        "this trainer's state is older than the run's head, and no other trainer has a newer one; it has to start again"
+    )]
     Behind,
-    #[error("replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank {rank}, or have decided otherwise")]
+    #[error(
+        "replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank {rank}, or have decided otherwise"
+    )]
     Differ { step: Step, rank: u32, ranks: Vec<u32> },
     #[error("cannot write the trained model")]
     Archive(#[from] thaw_graph::writer::Error),

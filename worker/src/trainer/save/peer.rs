@@ -128,7 +128,8 @@ fn settle(
     state: &mut Option<State>,
     head: Option<Step>,
 ) -> Result<bool, session::Error> {
-    let claim = Claim { held: state.as_ref().map(|state| held(replica, state)).transpose()?, last_stamp: replica.last_stamp() };
+    let claim =
+        Claim { held: state.as_ref().map(|state| held(replica, state)).transpose()?, last_stamp: replica.last_stamp() };
     let claims = exchange(replica, &claim)?;
     let furthest = claims.iter().filter_map(|claim| claim.held.as_ref()).map(|held| (held.step, held.moves)).max();
     let Some(furthest) = furthest.filter(|(step, _)| head.is_none_or(|head| *step >= head)) else {
@@ -300,10 +301,12 @@ fn receive(replica: &mut Replica, from: Rank, to: &[Rank]) -> Result<Option<Copi
             return Err(wrong(format!("there is no layer group {}", part.group)).into());
         };
         let weights = blob::parse(&body.split_to(part.weights_bytes))?;
-        let optimizer = part.optimizer.map(|(bytes, steps)| Ok::<_, Error>((blob::parse(&body.split_to(bytes))?, steps)));
+        let optimizer =
+            part.optimizer.map(|(bytes, steps)| Ok::<_, Error>((blob::parse(&body.split_to(bytes))?, steps)));
         let optimizer = optimizer.transpose()?;
         let of_optimizer = optimizer.as_ref().map(|(tensors, steps)| (tensors, *steps));
-        let snapshot = blob::snapshot(part.stamp, group, replica.optimizer(), &weights, of_optimizer)?.map_err(wrong)?;
+        let snapshot =
+            blob::snapshot(part.stamp, group, replica.optimizer(), &weights, of_optimizer)?.map_err(wrong)?;
         states.insert((part.group, part.stamp), snapshot);
     }
     Ok(Some(Copied { contents, states, rank: from }))
@@ -331,7 +334,19 @@ impl Copied {
         let present = present.filter_map(|(group, stamp)| Some((group, states.get(&(group, *stamp))?.share())));
         replica.adopt(&present.collect(), &decided.stamps)?;
         let Decided { position, point, moves, ended, first_epoch, tracker, deciding, stamps: _, best: _ } = decided;
-        Ok(State { position, ended, first_epoch, tracker, best, results, deciding, point, moves, seconds, stage_seconds })
+        Ok(State {
+            position,
+            ended,
+            first_epoch,
+            tracker,
+            best,
+            results,
+            deciding,
+            point,
+            moves,
+            seconds,
+            stage_seconds,
+        })
     }
 }
 
