@@ -118,6 +118,37 @@ pub fn kill_by_id(id: u32) {
     nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGKILL).unwrap();
 }
 
+/// The trainers below a process, by id, ascending.
+#[must_use]
+pub fn trainers_below(id: u32) -> Vec<u32> {
+    let mut parents = std::collections::BTreeMap::new();
+    let mut trainers = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().map_while(Result::ok) {
+        let Some(process) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(status) = std::fs::read_to_string(entry.path().join("status")) else { continue };
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse::<u32>().ok());
+        let zombie = status.lines().any(|line| line.starts_with("State:") && line.contains('Z'));
+        parents.insert(process, parent.unwrap_or(0));
+        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if !zombie && arguments.split(|byte| *byte == 0).any(|argument| argument == b"trainer") {
+            trainers.push(process);
+        }
+    }
+    let is_below = |trainer: &u32| {
+        let ancestors = std::iter::successors(Some(*trainer), |process| parents.get(process).copied());
+        ancestors.take_while(|process| *process != 0).any(|process| process == id)
+    };
+    trainers.retain(is_below);
+    trainers.sort_unstable();
+    trainers
+}
+
+/// SIGSTOP to a process that is not our child, by its id.
+pub fn stop_by_id(id: u32) {
+    let id = nix::unistd::Pid::from_raw(i32::try_from(id).unwrap());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGSTOP).unwrap();
+}
+
 /// Waits until `value` gives something; panics with `what` after `deadline`.
 pub fn eventually<T>(what: &str, deadline: Duration, mut value: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + deadline;

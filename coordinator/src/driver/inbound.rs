@@ -41,7 +41,7 @@ pub(super) fn report(worker: &WorkerName, raw: pb::TrainerReport) -> Result<Repo
 
 fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Report, Violations> {
     Ok(Report::Input(match event {
-        Event::Ready(ready) => Input::TrainerReady { trainer, address: ready.address },
+        Event::Ready(ready) => Input::TrainerReady { trainer, address: ready.address, keeps: ready.keeps_state },
         Event::Built(pb::GangBuilt {}) => Input::GangBuilt { trainer, generation },
         Event::Progress(progress) => return Ok(Report::Progress(progress)),
         Event::Evaluation(evaluation) => return Ok(Report::Evaluation(evaluation)),
@@ -68,6 +68,8 @@ fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Re
             let reason = convert::run::reason(raw.reason).map_err(|wrong| wrong.under("failed"))?;
             Input::TrainerFailed { trainer, generation, class, reason, message: raw.message }
         }
+        Event::Interrupted(raw) => Input::TrainerInterrupted { trainer, generation, message: raw.message },
+        Event::Pong(pb::Pong {}) => return Err(Violations::one("pong", "is for the agent alone")),
         Event::Exited(exited) => Input::TrainerExited { trainer, ending: ending(exited) },
     }))
 }

@@ -369,8 +369,9 @@ impl MainLoop {
 
     /// Incarnations for the trainers of a gang, where one may be started.
     fn fresh(&self, id: &RunId) -> Vec<Incarnation> {
-        let starts =
-            self.runs.get(id).filter(|run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing));
+        let may_start =
+            |run: &&Run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing | RunState::Running);
+        let starts = self.runs.get(id).filter(may_start);
         let most = starts.map_or(0, |run| run.stored.record.spec.workers.max);
         (0..most).map(|_| Incarnation(uuid::Uuid::new_v4().to_string())).collect()
     }
@@ -406,7 +407,7 @@ impl Run {
     }
 
     pub(super) fn is_on(&self, worker: &WorkerName) -> bool {
-        self.stored.record.members.iter().any(|member| member.trainer.worker == *worker)
+        self.stored.record.trainers().any(|trainer| trainer.worker == *worker)
     }
 }
 

@@ -29,7 +29,7 @@ impl MainLoop {
     fn held_by_tenant(&self) -> BTreeMap<String, u32> {
         let mut held = BTreeMap::new();
         for record in self.runs.values().map(|run| &run.stored.record) {
-            let slots = u32::try_from(record.members.len()).unwrap_or(u32::MAX);
+            let slots = u32::try_from(record.trainers().count()).unwrap_or(u32::MAX);
             if slots > 0 {
                 *held.entry(record.spec.scheduling.tenant.clone()).or_default() += slots;
             }

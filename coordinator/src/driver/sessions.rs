@@ -8,7 +8,7 @@ use crate::folder::Lines;
 use crate::lines;
 use std::collections::{BTreeMap, BTreeSet};
 use thaw_core::run_machine::{Input, Trainer};
-use thaw_proto::ids::{RunId, WorkerName};
+use thaw_proto::ids::{RunId, Step, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::worker::{Hello, TrainerStatus};
@@ -34,7 +34,7 @@ impl MainLoop {
             return Ok(Err(Error::NameTaken(worker.to_string())));
         };
         tracing::info!(%worker, slots, "the worker has a session");
-        let interval = u32::try_from(HEARTBEAT_INTERVAL.as_millis()).expect("a second");
+        let interval = u32::try_from(HEARTBEAT_INTERVAL.as_millis()).expect("it is below a minute");
         let welcome =
             outbound::under(self.fenced.epoch(), Message::Welcome(pb::Welcome { heartbeat_interval_ms: interval }));
         self.workers.send(&worker, welcome);
@@ -140,7 +140,11 @@ impl MainLoop {
             // Measurements of a gang that is over would only confuse readers.
             Report::Progress(progress) if is_member => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::progress(&progress));
+                let step = Step(progress.position.map_or(0, |position| position.step));
                 self.views.progress(&id, progress);
+                if let Err(rejection) = self.feed(&id, &Input::Progressed { generation, step }).await? {
+                    tracing::error!(run = %id, %rejection, "a gang's progress was turned away");
+                }
             }
             Report::Evaluation(evaluation) if is_member => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::evaluation(&evaluation, generation));

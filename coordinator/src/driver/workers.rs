@@ -15,9 +15,9 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 /// How often workers are asked to say they live.
-pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(400);
 /// Silence after which a worker is lost.
-pub(super) const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Where commands to one worker go. Dropping it ends the worker's stream.
 #[derive(Debug)]

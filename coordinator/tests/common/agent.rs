@@ -190,6 +190,7 @@ impl Session {
     async fn handle(&mut self, message: pb::CoordinatorMessage) {
         assert!(message.leader_epoch > 0, "every command carries the leader epoch");
         match message.message.unwrap() {
+            Down::Ping(_) => panic!("agents ping their trainers; nobody pings agents"),
             Down::Welcome(welcome) => assert!(welcome.heartbeat_interval_ms > 0),
             Down::Start(start) => {
                 let slot = start.slot;
@@ -197,7 +198,10 @@ impl Session {
                 let trainer = Trainer { start, generation: 0, rank: 0, resume: None };
                 self.report(
                     &trainer,
-                    Report::Ready(pb::TrainerReady { address: format!("127.0.0.1:{}", 9000 + slot) }),
+                    Report::Ready(pb::TrainerReady {
+                        address: format!("127.0.0.1:{}", 9000 + slot),
+                        keeps_state: false,
+                    }),
                 )
                 .await;
                 self.trainers.insert(slot, trainer);

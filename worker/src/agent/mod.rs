@@ -11,6 +11,8 @@
 //! - `AGENT-3`: a trainer's end is always reported; asked about a trainer it does not have, the agent says that it ended.
 //! - `AGENT-4`: no trainer outlives the agent.
 //! - `AGENT-5`: of several coordinators it looks for the one that leads: it goes where it is sent, and else asks in turn.
+//! - `AGENT-6`: a trainer that is ready and whose process does not run any more is reported and killed: it is pinged, and its answers do
+//!   not depend on how its training gets on.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 

@@ -25,7 +25,7 @@ pub(super) enum Delivery {
 
 pub(super) fn delivery(report: &TrainerReport) -> Delivery {
     match &report.event {
-        Some(Event::Progress(_)) | None => Delivery::BestEffort,
+        Some(Event::Progress(_) | Event::Pong(_)) | None => Delivery::BestEffort,
         Some(Event::Log(_) | Event::Evaluation(_)) => Delivery::Once,
         Some(
             Event::Ready(_)
@@ -35,6 +35,7 @@ pub(super) fn delivery(report: &TrainerReport) -> Delivery {
             | Event::Finished(_)
             | Event::Suspended(_)
             | Event::Failed(_)
+            | Event::Interrupted(_)
             | Event::Exited(_),
         ) => Delivery::AtLeastOnce,
     }

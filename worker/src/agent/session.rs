@@ -207,7 +207,7 @@ impl<'a> Session<'a> {
             Some(Message::Committed(committed)) => (id!(committed), committed.generation),
             Some(Message::Suspend(suspend)) => (id!(suspend), suspend.generation),
             // A second Welcome changes nothing; a message of a later version cannot be for this one.
-            Some(Message::Welcome(_)) | None => return None,
+            Some(Message::Welcome(_) | Message::Ping(_)) | None => return None,
         };
         trainers.forward(&id, generation, message);
         None

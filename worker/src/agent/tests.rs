@@ -10,7 +10,7 @@ use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::worker_message::Message as Up;
 use thaw_proto::pb::worker_service_server::{WorkerService, WorkerServiceServer};
 use thaw_proto::pb::{
-    Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer, StopTrainer,
+    self, Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer, StopTrainer,
     SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
 };
 use tokio::sync::mpsc;
@@ -29,7 +29,11 @@ fn fake_trainer() {
     crate::pipe::die_with_parent().unwrap();
     let frames = std::fs::File::options().write(true).open("/proc/self/fd/3").unwrap();
     let (pipe, messages) = crate::pipe::TrainerPipe::start(std::io::stdin(), frames, || std::process::exit(0)).unwrap();
+    let mut hangs = false;
     for message in &messages {
+        if let Some(Down::Start(start)) = &message.message {
+            hangs = start.run == "hang";
+        }
         let (event, generation) = match message.message.unwrap() {
             Down::Start(start) if start.run == "crash" => {
                 eprintln!("cannot go on");
@@ -39,7 +43,7 @@ fn fake_trainer() {
                 std::fs::write("/proc/self/fd/3", [0xff; 64]).unwrap();
                 continue;
             }
-            Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned() }), 0),
+            Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned(), keeps_state: false }), 0),
             Down::Propose(propose) => {
                 eprintln!("building");
                 (Event::Built(GangBuilt {}), propose.generation)
@@ -49,7 +53,8 @@ fn fake_trainer() {
                 (Event::Progress(Progress { position, ..Progress::default() }), commit.generation)
             }
             Down::Suspend(suspend) => (Event::Suspended(Suspended {}), suspend.generation),
-            Down::Welcome(_) | Down::Stop(_) | Down::Committed(_) => continue,
+            Down::Ping(_) if !hangs => (Event::Pong(pb::Pong {}), 0),
+            Down::Ping(_) | Down::Welcome(_) | Down::Stop(_) | Down::Committed(_) => continue,
         };
         let report = TrainerReport { generation, event: Some(event), ..TrainerReport::default() };
         pipe.sender().send(report).unwrap();
@@ -271,6 +276,21 @@ async fn a_trainer_that_ends_by_itself_is_reported_with_its_code_and_its_words()
     assert_eq!(source, "slot 1");
     peer.say(1, start("nonsense", 1, "b")).await;
     assert_eq!(peer.exited("b").await, (None, Some(9)), "one that does not speak the protocol is killed");
+    bench.stop().await;
+}
+
+/// AGENT-6
+#[tokio::test]
+async fn a_trainer_that_does_not_answer_is_reported_and_killed_and_one_that_does_is_left_alone() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("demo", 0, "a")).await;
+    peer.ready().await;
+    let answers = peer.heartbeat(0).await;
+    peer.say(1, start("hang", 1, "b")).await;
+    assert!(peer.failed().await.message.contains("has not answered its agent"));
+    assert_eq!(peer.exited("b").await, (None, Some(9)));
+    assert!(is_running(answers), "it was pinged for longer");
     bench.stop().await;
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::{
     self, CoordinatorMessage, FailureClass, LogLine, RunReason, TrainerExited, TrainerFailed, TrainerReport,
@@ -20,6 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 /// Messages that may wait for a trainer; a trainer reads all the time, so more mean that it does not.
 const MAX_WAITING_MESSAGES: usize = 64;
+/// Between two pings of a trainer.
+const PING: Duration = Duration::from_millis(250);
+/// Pings without an answer after which it is given up.
+const MOST_UNANSWERED: u32 = 6;
 /// Last lines of a trainer that are kept for the agent's own log.
 const KEPT_LINES: usize = 20;
 
@@ -56,6 +60,8 @@ struct Trainer {
     rank: Option<u32>,
     generation: u64,
     position: Option<pb::Position>,
+    /// Pings since its last answer (AGENT-6).
+    unanswered: u32,
     /// What the coordinator must have heard (AGENT-2), in order.
     ledger: Vec<TrainerReport>,
     last_lines: VecDeque<String>,
@@ -85,6 +91,7 @@ impl Trainer {
                 (Some(Event::Built(_)), Some(Event::Built(_)))
                     | (Some(Event::Checkpoint(_)), Some(Event::Checkpoint(_)))
                     | (Some(Event::Suspended(_)), Some(Event::Suspended(_)))
+                    | (Some(Event::Interrupted(_)), Some(Event::Interrupted(_)))
             )
         };
         self.ledger.retain(|kept| !replaces(kept));
@@ -104,6 +111,8 @@ impl Trainer {
                 | Event::Finished(_)
                 | Event::Suspended(_)
                 | Event::Failed(_)
+                | Event::Interrupted(_)
+                | Event::Pong(_)
                 | Event::Exited(_)
                 | Event::Log(_),
             )
@@ -198,13 +207,14 @@ impl Trainers {
             rank: None,
             generation: 0,
             position: None,
+            unanswered: 0,
             ledger: Vec::new(),
             last_lines: VecDeque::new(),
             messages,
             kill: kill.clone(),
             ended: CancellationToken::new(),
         };
-        let ended = trainer.ended.clone();
+        let (ended, watched) = (trainer.ended.clone(), trainer.ended.clone());
         tracing::info!(run = id.run, slot = id.slot, pid = trainer.pid, "trainer started");
         self.by_slot().insert(id.slot, trainer);
         let tasks = &self.shared.tasks;
@@ -212,10 +222,54 @@ impl Trainers {
         tasks.spawn(format!("messages to slot {}", id.slot), POLICY, |_| {
             child::write_messages(stdin, waiting, of_writer, ended)
         });
+        let (trainers, of_pings, watched) = (self.clone(), watched, id.clone());
+        tasks.spawn(format!("pings to slot {}", id.slot), POLICY, |_| async move {
+            trainers.watch_answers(&watched, of_pings).await;
+            Ok::<_, io::Error>(())
+        });
         let trainers = self.clone();
         tasks.spawn(format!("trainer in slot {}", id.slot), POLICY, |_| {
             child::watch(child, stdout, stderr, id, trainers, kill)
         });
+    }
+
+    /// Pings a trainer that is ready until it has ended, and kills it where it does not answer (AGENT-6). A trainer that is only slow does:
+    /// none of its threads but one has anything to do with answers. An agent that was kept from running has sent fewer pings meanwhile.
+    async fn watch_answers(&self, id: &TrainerId, ended: CancellationToken) {
+        let mut pings = tokio::time::interval(PING);
+        pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = ended.cancelled() => return,
+                _ = pings.tick() => {}
+            }
+            let silent = {
+                let mut by_slot = self.by_slot();
+                let Some(trainer) = find(&mut by_slot, id) else { return };
+                let is_ready = |report: &TrainerReport| matches!(report.event, Some(Event::Ready(_)));
+                if !trainer.ledger.iter().any(is_ready) {
+                    continue;
+                }
+                if trainer.unanswered < MOST_UNANSWERED {
+                    trainer.unanswered += 1;
+                    let ping = Some(pb::coordinator_message::Message::Ping(pb::Ping {}));
+                    // Where it is full it does not read, so it will not answer either.
+                    let _ = trainer.messages.try_send(CoordinatorMessage { leader_epoch: 0, message: ping });
+                    continue;
+                }
+                trainer.kill.cancel();
+                trainer.generation
+            };
+            let limit = PING * MOST_UNANSWERED;
+            tracing::warn!(run = id.run, slot = id.slot, ?limit, "a trainer does not answer; killing it");
+            let failed = TrainerFailed {
+                class: FailureClass::Retry.into(),
+                reason: RunReason::TrainerLost.into(),
+                message: format!("the process has not answered its agent for {limit:?}; it is stopped, or hangs"),
+            };
+            self.push_for(id, silent, Event::Failed(failed));
+            return;
+        }
     }
 
     /// Kills what is alive in a slot and waits for its end; `false` where it does not end in time.
@@ -272,6 +326,10 @@ impl Trainers {
             let Some(trainer) = find(&mut by_slot, id) else {
                 return;
             };
+            if matches!(report.event, Some(Event::Pong(_))) {
+                trainer.unanswered = 0;
+                return;
+            }
             trainer.observe(&report);
             if delivery(&report) == Delivery::AtLeastOnce {
                 trainer.keep(&report);

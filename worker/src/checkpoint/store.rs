@@ -144,7 +144,7 @@ impl CheckpointStore {
         Ok(())
     }
 
-    /// Waits for what [`CheckpointStore::put_part`] leaves.
+    /// Waits for what [`CheckpointStore::put_part`] leaves, as long as it is not given up.
     ///
     /// # Errors
     /// [`Error::Late`], [`Error::Storage`].
@@ -154,12 +154,13 @@ impl CheckpointStore {
         step: Step,
         rank: u32,
         limit: Duration,
+        given_up: impl Fn() -> bool,
     ) -> Result<Bytes, Error> {
         let path = part_path(generation, step, rank);
         let started = Instant::now();
         loop {
             match self.read(&path) {
-                Err(Error::Missing { .. }) if started.elapsed() < limit => std::thread::sleep(LOOK),
+                Err(Error::Missing { .. }) if started.elapsed() < limit && !given_up() => std::thread::sleep(LOOK),
                 Err(Error::Missing { path }) => return Err(Error::Late { path, seconds: limit.as_secs() }),
                 read => return read,
             }

@@ -138,10 +138,10 @@ fn a_part_is_waited_for_and_swept_when_it_is_old() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     let (generation, step) = (Generation(2), Step(7));
-    let late = store.wait_for_part(generation, step, 1, Duration::ZERO).unwrap_err();
+    let late = store.wait_for_part(generation, step, 1, Duration::ZERO, || false).unwrap_err();
     assert!(matches!(&late, Error::Late { path, .. } if path.ends_with("parts/00000002-0000000007-1.json")), "{late}");
     std::thread::scope(|scope| {
-        let waits = scope.spawn(|| store.wait_for_part(generation, step, 1, Duration::from_secs(60)));
+        let waits = scope.spawn(|| store.wait_for_part(generation, step, 1, Duration::from_secs(60), || false));
         store.put_part(generation, step, 1, b"[]".to_vec()).unwrap();
         assert_eq!(waits.join().unwrap().unwrap(), "[]");
     });

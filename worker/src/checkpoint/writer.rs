@@ -82,6 +82,11 @@ impl<R: Send + 'static> Writer<R> {
         Ok(Some(result))
     }
 
+    /// Ends without waiting: the save that runs ends by itself, those that wait behind it are made too, and nobody hears of them.
+    pub fn abandon(mut self) {
+        self.thread = None;
+    }
+
     /// Whether every save has ended.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -238,6 +238,21 @@ impl Collective for Tree {
         })
     }
 
+    fn copy(&self, from: Rank, to: &[Rank], bytes: &[u8]) -> Result<Vec<u8>, Error> {
+        self.peers.operate(Kind::Copy, 0, |operation| {
+            if from == self.rank() {
+                let others = to.iter().filter(|rank| **rank != from);
+                others.into_iter().try_for_each(|rank| self.peers.send(operation, 0, rank.0, &[bytes]))?;
+            } else if to.contains(&self.rank()) {
+                let received = self.peers.receive(operation, 0, &[from.0])?;
+                let copied = received.first().map(|buffer| Buffer::as_bytes(buffer).to_vec()).unwrap_or_default();
+                self.peers.recycle(received);
+                return Ok(copied);
+            }
+            Ok(Vec::new())
+        })
+    }
+
     fn lost_peer(&self) -> Option<Rank> {
         self.peers.lost().map(Rank)
     }

@@ -94,6 +94,13 @@ pub trait Collective: Send + Sync {
     /// See [`Error`].
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
 
+    /// Gives the ranks in `to` the bytes of rank `from`; all ranks call it, with the same ranks. Returns them where this rank is in `to`, and
+    /// nothing elsewhere. `bytes` is read on `from` alone.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn copy(&self, from: Rank, to: &[Rank], bytes: &[u8]) -> Result<Vec<u8>, Error>;
+
     /// The first peer that is known to be gone, without any operation.
     fn lost_peer(&self) -> Option<Rank>;
 

@@ -234,6 +234,22 @@ fn doubles_are_summed_and_bytes_gathered_over(placement: Placement) {
     }
 }
 
+/// Those that need a rank's bytes get them, the others get nothing, and all go on together.
+#[test]
+fn bytes_are_copied_to_those_that_need_them() {
+    over_all(|placement| {
+        let gang = gang(4, SOON, placement);
+        let bytes: Vec<u8> = (0..300_000_u32).map(|at| at as u8).collect();
+        let copied = on_all(&gang, |tree| {
+            let given = if tree.rank() == Rank(1) { &bytes[..] } else { &[] };
+            let copied = tree.copy(Rank(1), &[Rank(0), Rank(3)], given).unwrap();
+            assert_eq!(tree.all_gather(&[tree.rank().0 as u8]).unwrap(), [[0], [1], [2], [3]]);
+            copied
+        });
+        assert_eq!(copied, [bytes.clone(), Vec::new(), Vec::new(), bytes.clone()]);
+    });
+}
+
 #[test]
 fn abort_wakes_a_blocked_operation_and_stays() {
     over_all(abort_wakes_a_blocked_operation_and_stays_over);

@@ -19,6 +19,7 @@ pub(crate) enum Kind {
     ReduceF32 = 1,
     ReduceF64 = 2,
     AllGather = 3,
+    Copy = 4,
 }
 
 impl Kind {
@@ -27,11 +28,12 @@ impl Kind {
             Self::ReduceF32 => "reduce_shards_f32",
             Self::ReduceF64 => "reduce_shards_f64",
             Self::AllGather => "all_gather",
+            Self::Copy => "copy",
         }
     }
 
     pub(super) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::ReduceF32, Self::ReduceF64, Self::AllGather].into_iter().find(|kind| *kind as u8 == byte)
+        [Self::ReduceF32, Self::ReduceF64, Self::AllGather, Self::Copy].into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 

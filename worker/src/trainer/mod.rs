@@ -1,13 +1,15 @@
 //! The trainer: a process that holds one replica, trains through the plan, and never talks to the coordinator but through its agent.
 //!
 //! ```text
-//! StartTrainer → load → TrainerReady → Propose → connect → GangBuilt → Commit → train … → Finished → stand still until killed
-//!                                         ▲________________________________|  a newer Propose before Commit starts over
+//! StartTrainer → load → TrainerReady → Propose → connect → GangBuilt → Commit → agree → train … → Finished → stand still until killed
+//!                                         ▲________________________________|________|_________|
+//!                          a newer Propose starts over, and so does, on CPUs, a gang that breaks: state and listener are kept
 //! ```
 //!
 //! TRN-1: killing it at any moment is safe: what counts is in committed checkpoints.
 //! TRN-2: it ends when its agent does.
 //! TRN-3: every failure is reported once, with its class, before the process ends.
+//! TRN-4: the loss of a peer, and a newer proposal, end a generation and not the process: it says that it was interrupted, and waits.
 
 mod accumulate;
 mod feed;
@@ -32,6 +34,7 @@ mod trace;
 pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
+use crate::checkpoint;
 use crate::collective::{self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options};
 use crate::device::DeviceOptions;
 use crate::pipe::{TrainerPipe, die_with_parent};
@@ -42,9 +45,9 @@ use replica::{Replica, Settings};
 use session::{Ending, Session, State};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
-use thaw_proto::ids::{Generation, Rank};
+use thaw_proto::ids::{Generation, Rank, Step};
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::{self, FailureClass};
 use thaw_proto::run::{CheckpointRef, RunReason};
@@ -129,29 +132,66 @@ fn first_message(messages: &Receiver<pb::CoordinatorMessage>) -> Option<pb::Star
     }
 }
 
-/// The newest proposal, and what ends the forming of its gang.
+/// The newest proposal, and what ends the forming of its gang, and the gang that trains.
 #[derive(Default)]
-struct Latest(Mutex<(u64, Abort)>);
+struct Latest(Mutex<Proposed>);
+
+#[derive(Default)]
+struct Proposed {
+    generation: u64,
+    forming: Abort,
+    training: Option<(u64, Weak<dyn Collective>)>,
+}
 
 impl Latest {
-    /// A newer proposal ends the forming of what was proposed before.
+    fn proposed(&self) -> MutexGuard<'_, Proposed> {
+        self.0.lock().expect("no code that holds the lock panics")
+    }
+
+    /// A newer proposal ends the forming of what was proposed before, and what trains.
     fn propose(&self, generation: u64) {
-        let mut latest = self.0.lock().expect("no code that holds the lock panics");
-        if generation > latest.0 {
-            let (_, older) = std::mem::replace(&mut *latest, (generation, Abort::default()));
-            older.abort();
+        let mut latest = self.proposed();
+        if generation > latest.generation {
+            latest.generation = generation;
+            std::mem::take(&mut latest.forming).abort();
+            let training = latest.training.take();
+            drop(latest);
+            if let Some(collective) = training.and_then(|(_, collective)| collective.upgrade()) {
+                collective.abort();
+            }
         }
     }
 
     /// What ends the forming of a generation; has ended it where a newer one is proposed.
     fn abort_of(&self, generation: u64) -> Abort {
-        let latest = self.0.lock().expect("no code that holds the lock panics");
-        let abort = if latest.0 == generation { latest.1.clone() } else { Abort::default() };
-        if latest.0 > generation {
+        let latest = self.proposed();
+        let abort = if latest.generation == generation { latest.forming.clone() } else { Abort::default() };
+        if latest.generation > generation {
             abort.abort();
         }
         abort
     }
+
+    /// From here on a newer proposal ends this generation's collective.
+    fn train(&self, generation: u64, collective: &Arc<dyn Collective>) {
+        let mut latest = self.proposed();
+        if latest.generation > generation {
+            drop(latest);
+            collective.abort();
+        } else {
+            latest.training = Some((generation, Arc::downgrade(collective)));
+        }
+    }
+}
+
+/// What outlives a generation.
+enum Held {
+    /// Loaded, and in no gang so far.
+    Model(Box<SegmentedModel>),
+    /// A replica; and its state, once it is as a checkpoint or a peer has it.
+    Replica(Box<Replica>, Option<Box<State>>),
+    /// Between two of the others.
+    Nothing,
 }
 
 /// What the training thread waits for; everything else is noted as it comes.
@@ -187,26 +227,62 @@ fn train(
         host: HostId::of_this_machine(),
     };
     let (listener, address) = Listener::bind(host)?;
-    outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address }));
+    // A trace is written by whoever is rank 0 from the head on, so its run starts again from there; NCCL's end on a loss is not trusted.
+    let keeps_state = device == Device::Cpu && !job.spec.verification.trace;
+    outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address, keeps_state }));
     let (orders, ordered) = channel();
     let (noting, latest) = (Arc::clone(outbox), Arc::new(Latest::default()));
     let proposed = Arc::clone(&latest);
     // Never joined: it listens until the agent is gone, and with the agent this process ends (TRN-2).
     std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting, &proposed))?;
-    let (proposal, links) = form(&listener, (&ordered, &latest), outbox, (options, device), &start.run)?;
-    drop(listener);
-    let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
-    let resume =
-        resume.map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
-    let ending = session(&job, model, links, &proposal, resume.as_ref(), outbox, hold)?;
-    match ending {
-        Ending::Finished { result, reason } if proposal.rank == 0 => outbox.send(Outbox::finished(&result, reason)),
-        Ending::Suspended if proposal.rank == 0 => outbox.send(pb::trainer_report::Event::Suspended(pb::Suspended {})),
-        Ending::Finished { .. } | Ending::Suspended => {}
+    let mut trainer = Trainer { job: &job, outbox, hold, held: Held::Model(Box::new(model)) };
+    loop {
+        let step = trainer.step();
+        let outcome = match form(&listener, (&ordered, &latest), outbox, (options, device), &start.run) {
+            Ok((proposal, links)) => {
+                latest.train(proposal.generation, &links.host);
+                trainer.generation(links, &proposal)
+            }
+            Err(error) => Err(error),
+        };
+        match outcome {
+            // Leaving by itself would look like a loss; the coordinator says when.
+            Ok(()) => {}
+            Err(error) if keeps_state && is_interruption(&error, outbox) => {
+                let message = thaw_runtime::chain(&error);
+                tracing::warn!(message, "the gang is broken; waiting for the next with what this trainer holds");
+                outbox.send(Outbox::interrupted(trainer.step().max(step), message));
+            }
+            Err(error) => return Err(error),
+        }
     }
-    // Leaving by itself would look like a loss; the coordinator says when.
-    while ordered.recv().is_ok() {}
-    Ok(())
+}
+
+/// Whether an error ends the generation alone (TRN-4). The state is as it was before what failed (TRAIN-5).
+fn is_interruption(error: &Error, outbox: &Outbox) -> bool {
+    let of_collective = |error: &collective::Error| matches!(error.class(), ErrorClass::Retry | ErrorClass::Fenced);
+    match error {
+        Error::Collective(error)
+        | Error::Replica(replica::Error::Collective(error))
+        | Error::Session(session::Error::Replica(replica::Error::Collective(error))) => of_collective(error),
+        Error::Session(session::Error::Superseded) => true,
+        // Of a checkpoint that nobody waits for any more.
+        Error::Save(error) | Error::Session(session::Error::Save(error)) => match error {
+            save::Error::Superseded => true,
+            save::Error::Checkpoint(checkpoint::Error::Late { .. }) => outbox.is_behind(),
+            _ => false,
+        },
+        Error::Protocol { .. }
+        | Error::Proposal { .. }
+        | Error::Job(_)
+        | Error::Device(_)
+        | Error::Model(_)
+        | Error::Runtime(_)
+        | Error::Replica(_)
+        | Error::Session(_)
+        | Error::Thread(_)
+        | Error::AgentGone => false,
+    }
 }
 
 fn load_model(job: &Job, device: Device) -> Result<SegmentedModel, Error> {
@@ -230,6 +306,7 @@ fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, out
     while let Ok(message) = messages.recv() {
         match message.message {
             Some(Message::Propose(propose)) => {
+                outbox.note_proposal(Generation(propose.generation));
                 latest.propose(propose.generation);
                 let _ = orders.send(Order::Propose(propose));
             }
@@ -242,6 +319,7 @@ fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, out
                 }
             }
             Some(Message::Suspend(suspend)) => outbox.ask_suspension(Generation(suspend.generation)),
+            Some(Message::Ping(pb::Ping {})) => outbox.send(pb::trainer_report::Event::Pong(pb::Pong {})),
             // The agent keeps these for itself.
             Some(Message::Welcome(_) | Message::Start(_) | Message::Stop(_)) | None => {}
         }
@@ -300,18 +378,126 @@ fn connect(
     Ok(Links { host, gpus })
 }
 
-fn session(
-    job: &Job,
-    model: SegmentedModel,
-    links: Links,
-    proposal: &pb::Propose,
-    resume: Option<&CheckpointRef>,
-    outbox: &Arc<Outbox>,
+/// What this process trains, through its generations.
+struct Trainer<'a> {
+    job: &'a Job,
+    outbox: &'a Arc<Outbox>,
     hold: Option<Hold>,
-) -> Result<Ending, Error> {
-    let span = tracing::info_span!("generation", generation = proposal.generation, rank = proposal.rank);
-    let _entered = span.entered();
-    let settings = Settings {
+    held: Held,
+}
+
+impl Trainer<'_> {
+    /// The last step it has applied.
+    fn step(&self) -> Step {
+        match &self.held {
+            Held::Replica(_, Some(state)) => state.position.step,
+            Held::Model(_) | Held::Replica(_, None) | Held::Nothing => Step(0),
+        }
+    }
+
+    /// One generation, to the run's end or a suspension. After an interruption `held` is what the next one begins with.
+    fn generation(&mut self, links: Links, proposal: &pb::Propose) -> Result<(), Error> {
+        let span = tracing::info_span!("generation", generation = proposal.generation, rank = proposal.rank);
+        let _entered = span.entered();
+        let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
+        let resume = resume
+            .map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
+        let (mut replica, state) = self.take_place(links)?;
+        let head = resume.as_ref().map(|head| head.position.step);
+        let agreed = match save::agree(self.job, &mut replica, state.map(|state| *state), head) {
+            Ok(agreed) => agreed,
+            Err((state, error)) => {
+                self.held = Held::Replica(replica, state.map(Box::new));
+                return Err(error.into());
+            }
+        };
+        let mut ledger = save::Ledger::default();
+        let (mut state, kept) = match agreed {
+            save::Agreed::State(state) => (state, true),
+            save::Agreed::Nothing => match begin(self.job, &mut replica, resume.as_ref(), &mut ledger) {
+                Ok(state) => (Box::new(state), false),
+                Err(error) => {
+                    self.held = Held::Replica(replica, None);
+                    return Err(error);
+                }
+            },
+        };
+        let ended = self.train((&mut replica, &mut state, kept), proposal, resume.as_ref(), ledger);
+        self.held = Held::Replica(replica, Some(state));
+        match ended? {
+            Ending::Finished { result, reason } if proposal.rank == 0 => {
+                self.outbox.send(Outbox::finished(&result, reason));
+            }
+            Ending::Suspended if proposal.rank == 0 => {
+                self.outbox.send(pb::trainer_report::Event::Suspended(pb::Suspended {}));
+            }
+            Ending::Finished { .. } | Ending::Suspended => {}
+        }
+        Ok(())
+    }
+
+    /// The replica in its place in a gang, and the state it was kept with.
+    fn take_place(&mut self, links: Links) -> Result<(Box<Replica>, Option<Box<State>>), Error> {
+        match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::Model(model) => {
+                let mut replica = Replica::new(*model, settings(self.job, self.hold.clone()), links)?;
+                replica.model_mut().set_activation_checkpointing(self.job.spec.activation_checkpointing);
+                Ok((Box::new(replica), None))
+            }
+            Held::Replica(mut replica, state) => {
+                replica.rejoin(links)?;
+                Ok((replica, state))
+            }
+            Held::Nothing => unreachable!("a generation that ended without a replica ended the process"),
+        }
+    }
+
+    fn train(
+        &self,
+        (replica, state, kept): (&mut Replica, &mut State, bool),
+        proposal: &pb::Propose,
+        resume: Option<&CheckpointRef>,
+        ledger: save::Ledger,
+    ) -> Result<Ending, Error> {
+        let Self { job, outbox, hold, .. } = self;
+        let leads = proposal.rank == 0;
+        if leads {
+            // The coordinator may have missed what the last generation said just before it ended.
+            state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
+        }
+        let trace = if leads && job.spec.verification.trace {
+            Some(trace::Trace::open(job, replica, resume.is_none())?)
+        } else {
+            None
+        };
+        let generation = Generation(proposal.generation);
+        let saver = save::Saver::start(job, generation, proposal.rank, outbox, hold.clone(), resume, ledger)?;
+        let mut session = Session {
+            job,
+            generation,
+            replica,
+            state,
+            kept,
+            outbox,
+            prefix: None,
+            evaluated: prefix::Counts::default(),
+            saver,
+            restored_in: Duration::ZERO,
+            trace,
+        };
+        match session.run() {
+            // What was saved is told first: a suspended run resumes from it.
+            Ok(ending) => Ok(ending),
+            Err(error) => {
+                session.saver.abandon();
+                Err(error.into())
+            }
+        }
+    }
+}
+
+fn settings(job: &Job, hold: Option<Hold>) -> Settings {
+    Settings {
         seed: job.spec.seed,
         logical_shards: job.plan.logical_shards,
         optimizer: job.spec.optimizer,
@@ -322,48 +508,29 @@ fn session(
         thawed_batch_norm: job.spec.thawed_batch_norm,
         max_grad_norm: job.spec.max_grad_norm,
         classes: job.plan.classes.len(),
-        hold: hold.clone(),
-    };
-    let mut replica = Replica::new(model, settings, links)?;
-    replica.model_mut().set_activation_checkpointing(job.spec.activation_checkpointing);
+        hold,
+    }
+}
+
+/// The state that a gang begins with of which nobody holds one.
+fn begin(
+    job: &Job,
+    replica: &mut Replica,
+    resume: Option<&CheckpointRef>,
+    ledger: &mut save::Ledger,
+) -> Result<State, Error> {
     match job.spec.frozen_batch_norm {
         BatchNormPolicy::Frozen => {}
         // Before the checkpoint, which holds the statistics of thawed groups only.
         BatchNormPolicy::Recompute => {
             let all: Vec<usize> = (0..replica.model().groups().len()).collect();
-            statistics::recompute(job, &mut replica, &all)?;
+            statistics::recompute(job, replica, &all)?;
         }
     }
-    let mut ledger = save::Ledger::default();
-    let state = match resume {
-        Some(checkpoint) => save::load(job, checkpoint, &mut replica, &mut ledger)?,
-        None => State::beginning(job),
-    };
-    let leads = proposal.rank == 0;
-    if leads {
-        // The coordinator may have missed what the last generation said just before it ended.
-        state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
+    match resume {
+        Some(checkpoint) => Ok(save::load(job, checkpoint, replica, ledger)?),
+        None => Ok(State::beginning(job)),
     }
-    let trace = if leads && job.spec.verification.trace {
-        Some(trace::Trace::open(job, &replica, resume.is_none())?)
-    } else {
-        None
-    };
-    let generation = Generation(proposal.generation);
-    let saver = save::Saver::start(job, generation, proposal.rank, outbox, hold, resume, ledger)?;
-    Ok(Session {
-        job,
-        generation,
-        replica,
-        state,
-        outbox,
-        prefix: None,
-        evaluated: prefix::Counts::default(),
-        saver,
-        restored_in: std::time::Duration::ZERO,
-        trace,
-    }
-    .run()?)
 }
 
 /// What the coordinator should do about a failure, and what to call it.
@@ -392,7 +559,11 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
     let of_save = |error: &save::Error| match error {
         save::Error::Checkpoint(error) if error.is_storage() => (FailureClass::Invalid, RunReason::StorageError),
         save::Error::File { .. } => (FailureClass::Invalid, RunReason::StorageError),
-        save::Error::NotCommitted => (FailureClass::Retry, RunReason::TrainerLost),
+        save::Error::NotCommitted | save::Error::Superseded | save::Error::Behind => {
+            (FailureClass::Retry, RunReason::TrainerLost)
+        }
+        save::Error::Differ { .. } => (FailureClass::Fatal, RunReason::ReplicasDiverged),
+        save::Error::Peer { .. } => (FailureClass::Fatal, RunReason::TrainerError),
         save::Error::Checkpoint(_)
         | save::Error::Manifest { .. }
         | save::Error::Unfit { .. }
@@ -407,7 +578,9 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         Error::Collective(error) => of_collective(error),
         Error::Replica(error) | Error::Session(session::Error::Replica(error)) => of_replica(error),
         Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
-        Error::AgentGone | Error::Thread(_) | Error::Session(session::Error::Prefix(prefix::Error::Thread(_))) => {
+        Error::AgentGone
+        | Error::Thread(_)
+        | Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Thread(_))) => {
             (FailureClass::Retry, RunReason::TrainerLost)
         }
         Error::Job(_)

@@ -25,6 +25,8 @@ struct Heard {
     generation: Generation,
     suspend: bool,
     committed: Option<Step>,
+    /// The newest that was proposed.
+    proposed: Generation,
 }
 
 /// Shared by the training thread, the saving thread and the one that listens to the agent.
@@ -41,7 +43,26 @@ impl Outbox {
     }
 
     pub(crate) fn enter(&self, generation: Generation) {
-        *self.heard() = Heard { generation, suspend: false, committed: None };
+        let mut heard = self.heard();
+        *heard = Heard { generation, suspend: false, committed: None, proposed: heard.proposed.max(generation) };
+    }
+
+    /// A gang is proposed. What waits for the coordinator in an older one need not wait any more.
+    pub(crate) fn note_proposal(&self, generation: Generation) {
+        let mut heard = self.heard();
+        heard.proposed = heard.proposed.max(generation);
+        self.changed.notify_all();
+    }
+
+    /// Whether a newer gang than that of `generation` is proposed.
+    pub(crate) fn is_superseded(&self, generation: Generation) -> bool {
+        self.heard().proposed > generation
+    }
+
+    /// Whether a newer gang is proposed than the one this trainer is in.
+    pub(crate) fn is_behind(&self) -> bool {
+        let heard = self.heard();
+        heard.proposed > heard.generation
     }
 
     pub(crate) fn send(&self, event: Event) {
@@ -93,6 +114,10 @@ impl Outbox {
         Payload::Finished(pb::RunFinished { result: Some(result.into()), reason: pb::RunReason::from(reason).into() })
     }
 
+    pub(crate) fn interrupted(step: Step, message: String) -> Event {
+        Payload::Interrupted(pb::TrainerInterrupted { message, step: step.0 })
+    }
+
     pub(crate) fn failed(class: pb::FailureClass, reason: RunReason, message: String) -> Event {
         Payload::Failed(pb::TrainerFailed { class: class.into(), reason: pb::RunReason::from(reason).into(), message })
     }
@@ -113,13 +138,13 @@ impl Outbox {
         self.changed.notify_all();
     }
 
-    /// Waits until the checkpoint of `step` is the head; false at the deadline.
+    /// Waits until the checkpoint of `step` is the head; false at the deadline, or where a newer gang is proposed meanwhile.
     pub(crate) fn wait_for_commit(&self, step: Step, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut heard = self.heard();
         while heard.committed < Some(step) {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || heard.proposed > heard.generation {
                 return false;
             }
             heard = self.changed.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;

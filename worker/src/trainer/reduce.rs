@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_core::sampler::ranks_shards;
 use thaw_core::sampler::tree::maximal_subtrees;
+use thaw_proto::ids::Rank;
 use thaw_torch::runtime::{tensor_in, with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
 use thaw_torch::tch::{Kind, Tensor};
 
@@ -28,6 +29,12 @@ enum Work {
     Gather {
         mine: Vec<u8>,
         all: Vec<Vec<u8>>,
+    },
+    /// What is given, and then what is received.
+    Copy {
+        from: Rank,
+        to: Vec<Rank>,
+        bytes: Vec<u8>,
     },
 }
 
@@ -185,6 +192,15 @@ impl Exchange {
         }
     }
 
+    /// See [`Collective::copy`].
+    pub(crate) fn copy(&mut self, from: Rank, to: &[Rank], bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let ticket = self.queue.submit(Work::Copy { from, to: to.to_vec(), bytes }, work);
+        match self.queue.wait(ticket)? {
+            Work::Copy { bytes, .. } => Ok(bytes),
+            _ => unreachable!("a ticket gives back its own work"),
+        }
+    }
+
     /// Every rank's bytes, in rank order.
     pub(crate) fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
         let ticket = self.queue.submit(Work::Gather { mine, all: Vec::new() }, work);
@@ -216,6 +232,10 @@ fn work(collective: &dyn Collective, work: &mut Work) -> Result<(), Error> {
         }
         Work::Gather { mine, all } => {
             *all = collective.all_gather(mine)?;
+            Ok(())
+        }
+        Work::Copy { from, to, bytes } => {
+            *bytes = collective.copy(*from, to, bytes)?;
             Ok(())
         }
     }

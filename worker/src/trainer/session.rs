@@ -5,6 +5,8 @@
 //! TRAIN-3: entering a stage restores the best weights with the optimizer state and counters of that same step.
 //!          Where no stage to come does that, the best weights are kept without.
 //! TRAIN-4: the best weights are whole: a group that thawed after them goes back to what it was.
+//! TRAIN-5: where an operation over all ranks fails, position, replica and trackers are as they were before it: what it was for is decided
+//!          and applied only after it. So a rank whose gang broke goes on from where it stands, and ranks that have made as many moves hold the same.
 
 use super::feed::{self, Feed, Order};
 use super::job::Job;
@@ -16,6 +18,7 @@ use super::save::{self, Saver};
 use super::snapshot::GroupSnapshot;
 use super::statistics;
 use super::trace::{Trace, TraceStep};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use thaw_core::schedule::Rates;
@@ -44,12 +47,31 @@ pub(crate) enum Error {
     NeverFinite,
     #[error("the data ended before the stage did")]
     DataEnded,
+    #[error("a newer gang is proposed")]
+    Superseded,
 }
 
 /// How a session ended, where it did not fail.
 pub(crate) enum Ending {
     Finished { result: Box<RunResult>, reason: RunReason },
     Suspended,
+}
+
+/// What comes next at a position, so that a gang that breaks between two steps goes on from there in the next generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Point {
+    /// The stage is to be entered.
+    Entering,
+    /// The stage's weights are there. Its statistics are to be recomputed, where it does that.
+    Thawed,
+    /// What the stage starts from is to be evaluated.
+    Entered,
+    /// A step.
+    Training,
+    /// The last step is applied, and what follows from it is to be decided.
+    Deciding,
+    /// The stage is to be ended.
+    Ending(StageEnd),
 }
 
 /// The best weights so far, as they were evaluated.
@@ -69,6 +91,10 @@ pub(crate) struct State {
     pub(crate) results: Vec<StageResult>,
     /// The last evaluation of the present stage; made anew after a resume before it is needed.
     pub(crate) deciding: Option<Evaluation>,
+    pub(crate) point: Point,
+    /// Changes of `position` and `point` since the run's beginning or the checkpoint it resumed from. The same on every rank that has come as
+    /// far, and higher on one that has come further (KEEP-1).
+    pub(crate) moves: u64,
     /// Before this stage.
     pub(crate) seconds: f64,
     pub(crate) stage_seconds: f64,
@@ -84,17 +110,26 @@ impl State {
             best: None,
             results: Vec::new(),
             deciding: None,
+            point: Point::Entering,
+            moves: 0,
             seconds: 0.0,
             stage_seconds: 0.0,
         }
+    }
+
+    fn move_to(&mut self, point: Point) {
+        self.point = point;
+        self.moves += 1;
     }
 }
 
 pub(crate) struct Session<'a> {
     pub(crate) job: &'a Job,
     pub(crate) generation: Generation,
-    pub(crate) replica: Replica,
-    pub(crate) state: State,
+    pub(crate) replica: &'a mut Replica,
+    pub(crate) state: &'a mut State,
+    /// Whether the state is from before this generation and from no checkpoint.
+    pub(crate) kept: bool,
     pub(crate) outbox: &'a Outbox,
     /// Of the present stage, where its frozen part is run apart.
     pub(crate) prefix: Option<Prefix>,
@@ -109,13 +144,17 @@ pub(crate) struct Session<'a> {
 
 impl Session<'_> {
     /// Trains to the end of the run, or to a suspension.
-    pub(crate) fn run(mut self) -> Result<Ending, Error> {
+    pub(crate) fn run(&mut self) -> Result<Ending, Error> {
         let Some(reason) = self.stages()? else { return Ok(Ending::Suspended) };
         self.finish(reason)
     }
 
     /// `None` for a suspension.
     fn stages(&mut self) -> Result<Option<RunReason>, Error> {
+        if self.kept && self.state.point == Point::Entering && self.state.position.step > Step(0) {
+            // The generation before may have lost the checkpoint of this boundary, which a run's end rests on.
+            self.save(Vec::new())?;
+        }
         if let Some(reason) = self.after_ended_stage()? {
             return Ok(Some(reason));
         }
@@ -150,11 +189,23 @@ impl Session<'_> {
         let started = Instant::now();
         let before = self.state.stage_seconds;
         let _since_here = runtime::memory_use(true);
-        if self.state.position.stage_step == 0 {
+        if self.state.point == Point::Entering {
             self.enter(stage)?;
         } else {
             self.replica.set_trainable(indices(stage))?;
-            self.prefix = Prefix::of_stage(self.job, stage, &self.replica)?;
+        }
+        if self.state.point == Point::Thawed {
+            self.recompute_statistics(stage)?;
+        }
+        self.prefix = Prefix::of_stage(self.job, stage, self.replica)?;
+        if self.state.point == Point::Entered {
+            self.evaluate_start(stage)?;
+        }
+        if self.state.point == Point::Deciding {
+            self.decide(stage)?;
+        }
+        if let Point::Ending(end) = self.state.point {
+            return Ok(Some(end));
         }
         let steps = self.state.position.stage_step..stage.max_steps;
         let order = Order::new(&self.job.plan, &self.job.spec, &self.job.shard_sizes);
@@ -168,6 +219,10 @@ impl Session<'_> {
         self.saver.enter_stage();
         self.touch_memory_of_next(stage);
         loop {
+            // A rank that is alone hears of it nowhere else.
+            if self.outbox.is_superseded(self.generation) {
+                return Err(Error::Superseded);
+            }
             let waited = Instant::now();
             let batches = feed.next(self.prefix.as_mut(), self.replica.model_mut()).ok_or(Error::DataEnded)??;
             let counts = self.prefix.as_mut().map(Prefix::take_counts).unwrap_or_default();
@@ -188,6 +243,7 @@ impl Session<'_> {
             self.saver.after_step(&report)?;
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
+            self.state.move_to(Point::Deciding);
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             pace.add(&report, data_wait, counts, plan.samples);
             pace.add_evaluated(std::mem::take(&mut self.evaluated));
@@ -219,7 +275,7 @@ impl Session<'_> {
         }
     }
 
-    /// Restores the best weights, thaws, and evaluates what the stage starts from.
+    /// Restores the best weights, and thaws.
     fn enter(&mut self, stage: &PlannedStage) -> Result<(), Error> {
         let restored = match stage.on_enter {
             // After the last stage this was done already; not so where the run resumes.
@@ -237,19 +293,29 @@ impl Session<'_> {
             }
         }
         self.replica.set_trainable(indices(stage))?;
-        if stage.recompute_batch_norm {
-            let trained = self.job.ever_trained(self.state.position.stage);
-            let changed = statistics::recompute(self.job, &mut self.replica, &trained)?;
-            self.replica.restamp(&changed);
-        }
-        self.prefix = Prefix::of_stage(self.job, stage, &self.replica)?;
         if let Some(trace) = &mut self.trace {
             trace.enter(restored);
         }
+        self.state.move_to(Point::Thawed);
+        Ok(())
+    }
+
+    fn recompute_statistics(&mut self, stage: &PlannedStage) -> Result<(), Error> {
+        if stage.recompute_batch_norm {
+            let trained = self.job.ever_trained(self.state.position.stage);
+            let changed = statistics::recompute(self.job, self.replica, &trained)?;
+            self.replica.restamp(&changed);
+        }
+        self.state.move_to(Point::Entered);
+        Ok(())
+    }
+
+    fn evaluate_start(&mut self, stage: &PlannedStage) -> Result<(), Error> {
         let baseline = self.evaluate(Part::Eval)?;
         if self.state.tracker.enter_stage(stage, &baseline) == Standing::Best {
             self.keep_best();
         }
+        self.state.move_to(Point::Training);
         Ok(())
     }
 
@@ -264,7 +330,12 @@ impl Session<'_> {
             }
             self.state.deciding = Some(evaluation);
         }
-        Ok(self.state.tracker.decide(stage, plan.steps_per_epoch, step))
+        let decision = self.state.tracker.decide(stage, plan.steps_per_epoch, step);
+        self.state.move_to(match decision {
+            Decision::Continue => Point::Training,
+            Decision::End(end) => Point::Ending(end),
+        });
+        Ok(decision)
     }
 
     /// What a step's samples count for over all shards, in shard order, so that every rank finds the same number.
@@ -352,7 +423,7 @@ impl Session<'_> {
     fn end_stage(&mut self, index: StageIndex, end: StageEnd) -> Result<(), Error> {
         let digest = self.replica.digest(self.state.position.step)?;
         if let Some(trace) = &self.trace {
-            trace.end(self.job, &self.replica, index)?;
+            trace.end(self.job, self.replica, index)?;
         }
         let steps = self.state.position.stage_step;
         let deciding = self.state.deciding.clone();
@@ -376,6 +447,7 @@ impl Session<'_> {
         self.state.stage_seconds = 0.0;
         self.state.position.stage = index.next();
         self.state.position.stage_step = 0;
+        self.state.move_to(Point::Entering);
         self.restore_best_where_nothing_else_counts()?;
         self.save(vec![Outbox::stage_ended(&result)]).map(drop)
     }
@@ -389,13 +461,13 @@ impl Session<'_> {
         }
         let present = self.replica.snapshot(&self.job.ever_trained(index), Extent::Whole, Some(&best.groups));
         self.replica.restore(&best.groups)?;
-        let test = self.evaluate(Part::Test)?;
+        let test = self.evaluate(Part::Test);
         self.replica.restore(&present)?;
-        Ok(Some(test))
+        test.map(Some)
     }
 
     fn save(&mut self, then: Vec<super::outbox::Event>) -> Result<Duration, Error> {
-        Ok(self.saver.save(self.job, &mut self.replica, &self.state, then)?)
+        Ok(self.saver.save(self.job, self.replica, self.state, then)?)
     }
 
     /// Restores the best weights unless the next stage goes on from the last ones: what nobody will read need not be saved.
@@ -417,16 +489,16 @@ impl Session<'_> {
     }
 
     /// Tests the best weights and, on rank 0, waits until the last checkpoint is committed and writes the model.
-    fn finish(mut self, reason: RunReason) -> Result<Ending, Error> {
+    fn finish(&mut self, reason: RunReason) -> Result<Ending, Error> {
         let best = self.state.best.as_ref().ok_or(Error::NeverFinite)?;
         self.replica.restore(&best.groups)?;
         let started = Instant::now();
         let has_test = self.job.dataset.index().size(Part::Test) > 0;
         let test = if has_test { Some(self.evaluate(Part::Test)?) } else { None };
-        let weights = save::weights_blake3(&self.replica)?;
+        let weights = save::weights_blake3(self.replica)?;
         self.saver.finish()?;
         if self.replica.rank() == 0 {
-            save::write_model(self.job, &self.replica)?;
+            save::write_model(self.job, self.replica)?;
         }
         let result = RunResult {
             test,

@@ -10,11 +10,26 @@ use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
     pub(super) fn tick(&mut self, slots: Option<&Verdict>, fresh: &[Incarnation]) -> Result<(), Rejection> {
-        if self.give_up_awaited() {
+        if self.give_up_awaited() || self.mend_broken() {
             return Ok(());
         }
         match self.record.state {
             RunState::Pending => self.try_start_gang(slots, fresh)?,
+            RunState::Resizing if self.observed.kept => {
+                if self.deadline_passed(self.policy.keep_timeout_ms) {
+                    self.observed.kept = false;
+                    self.stop_members();
+                    let message = "the trainers that were left are stopped: too few others have come";
+                    self.enter(
+                        RunState::Resizing,
+                        RunReason::WaitingForWorkers,
+                        message,
+                        Some(self.policy.stop_timeout_ms),
+                    );
+                } else {
+                    self.try_start_gang(slots, fresh)?;
+                }
+            }
             RunState::Resizing => {
                 if !self.record.members.is_empty() && !self.deadline_passed(self.policy.stop_timeout_ms) {
                     return Ok(());
@@ -41,8 +56,13 @@ impl Turn {
                     self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
                 }
             }
-            RunState::Running
-            | RunState::Preempting
+            RunState::Running => {
+                if let (Some(Verdict::Granted(places)), true) = (slots, self.record.joining.is_empty()) {
+                    self.start_joiners(places, fresh)?;
+                }
+                self.join_if_ready();
+            }
+            RunState::Preempting
             | RunState::Suspended
             | RunState::Succeeded
             | RunState::Failed
@@ -61,7 +81,7 @@ impl Turn {
             }
             Some(Verdict::Granted(places)) => places,
         };
-        if places.len() < self.record.spec.workers.max as usize {
+        if places.len() < self.record.spec.workers.max as usize && !self.observed.kept {
             let since = *self.observed.gathering_since_ms.get_or_insert(self.now_ms);
             if self.now_ms < since + self.policy.gather_ms {
                 return Ok(());
@@ -98,10 +118,8 @@ impl Turn {
         }
     }
 
-    /// Takes the next generation (RUN-1) and starts its trainers.
+    /// Takes the next generation (RUN-1) and starts its trainers, beside those that are kept.
     fn start_gang(&mut self, places: Vec<FreeSlot>, fresh: &[Incarnation]) {
-        let generation = self.record.generation.next();
-        self.record.generation = generation;
         if self.record.attempt == Attempt(0) {
             self.record.attempt = Attempt(1);
         }
@@ -110,22 +128,47 @@ impl Turn {
             slot: place.slot,
             incarnation: incarnation.clone(),
         });
-        self.record.members = (0..).zip(trainers).map(|(rank, trainer)| Member { rank: Rank(rank), trainer }).collect();
-        self.observed.addresses.clear();
-        self.observed.built.clear();
-        for member in self.record.members.clone() {
-            self.effect(Effect::StartTrainer { trainer: member.trainer, generation });
+        let started: Vec<Trainer> = trainers.collect();
+        if !self.observed.kept {
+            self.record.members.clear();
+            self.observed.addresses.clear();
+            self.observed.keepers.clear();
+            self.observed.carries = false;
         }
-        let message = format!("starting {} trainer(s)", self.record.members.len());
-        self.enter(RunState::Admitted, RunReason::Starting, message, Some(self.policy.start_timeout_ms));
+        let members = started.iter().map(|trainer| Member { rank: Rank(0), trainer: trainer.clone() });
+        self.record.members.extend(members);
+        let message = format!("starting {} trainer(s)", started.len());
+        self.next_generation(RunReason::Starting, message);
+        let generation = self.record.generation;
+        for trainer in started {
+            self.effect(Effect::StartTrainer { trainer, generation });
+        }
     }
 
-    pub(super) fn trainer_ready(&mut self, trainer: &Trainer, address: &str) -> Result<(), Rejection> {
-        self.member_of_any(trainer)?;
+    pub(super) fn trainer_ready(&mut self, trainer: &Trainer, address: &str, keeps: bool) -> Result<(), Rejection> {
+        if !self.is_joining(trainer) {
+            self.member_of_any(trainer)?;
+        }
+        let note = |turn: &mut Self| {
+            turn.observed.addresses.insert(trainer.incarnation.clone(), address.to_owned());
+            if keeps {
+                turn.observed.keepers.insert(trainer.incarnation.clone());
+            }
+        };
         match self.record.state {
-            RunState::Admitted => {}
-            // Said twice.
+            RunState::Admitted => note(self),
+            RunState::Resizing if self.observed.kept => {
+                note(self);
+                return Ok(());
+            }
+            RunState::Running if self.is_joining(trainer) => {
+                note(self);
+                self.join_if_ready();
+                return Ok(());
+            }
+            // Said twice, or to the leader before; or by one that joins later.
             RunState::Forming | RunState::Running | RunState::Suspending | RunState::Preempting => {
+                note(self);
                 return Ok(());
             }
             RunState::Pending
@@ -135,7 +178,12 @@ impl Turn {
             | RunState::Failed
             | RunState::Cancelled => return Err(self.not_legal("take a trainer in")),
         }
-        self.observed.addresses.insert(trainer.incarnation.clone(), address.to_owned());
+        self.propose_if_ready(RunReason::Starting, "");
+        Ok(())
+    }
+
+    /// Proposes the present generation's gang, once all its members listen. `why`: what has led to it, or nothing.
+    pub(super) fn propose_if_ready(&mut self, reason: RunReason, why: &str) -> bool {
         let addresses: Option<Vec<String>> = self
             .record
             .members
@@ -143,7 +191,7 @@ impl Turn {
             .map(|member| self.observed.addresses.get(&member.trainer.incarnation).cloned())
             .collect();
         let Some(addresses) = addresses else {
-            return Ok(());
+            return false;
         };
         let key = gang_key(&self.record);
         for member in self.record.members.clone() {
@@ -156,9 +204,10 @@ impl Turn {
                 resume: self.record.head.clone(),
             })));
         }
-        let message = format!("{} trainer(s) build their communicator", addresses.len());
-        self.enter(RunState::Forming, RunReason::Starting, message, Some(self.policy.forming_timeout_ms));
-        Ok(())
+        let separator = if why.is_empty() { "" } else { "; " };
+        let message = format!("{why}{separator}{} trainer(s) build their communicator", addresses.len());
+        self.enter(RunState::Forming, reason, message, Some(self.policy.forming_timeout_ms));
+        true
     }
 
     pub(super) fn gang_built(&mut self, trainer: &Trainer, generation: Generation) -> Result<(), Rejection> {
@@ -187,7 +236,11 @@ impl Turn {
         }
         self.observed.avoid.clear();
         self.record.start_ms.get_or_insert(self.now_ms);
+        self.observed.broken = None;
         let message = match &self.record.head {
+            _ if self.observed.carries => {
+                format!("{} trainer(s) train on from where they were", self.record.members.len())
+            }
             Some(head) => format!("{} trainer(s) train on from step {}", self.record.members.len(), head.position.step),
             None => format!("{} trainer(s) train from the beginning", self.record.members.len()),
         };
@@ -220,11 +273,17 @@ impl Turn {
             .collect();
         let names: Vec<String> = late.iter().map(|place| format!("{} slot {}", place.worker, place.slot)).collect();
         let message = format!("trainer(s) on {} {what} in time", names.join(", "));
+        let members = self.record.members.iter().map(|member| member.trainer.clone());
+        let gone: Vec<Trainer> = members.filter(|trainer| late.contains(&trainer.place())).collect();
         self.observed.avoid.extend(late);
-        self.lose_gang(RunReason::GangTimeout, message);
+        self.lose_gang(&gone, RunReason::GangTimeout, message);
     }
 
     pub(super) fn trainer_exited(&mut self, trainer: &Trainer, ending: &str) -> Result<(), Rejection> {
+        if self.is_joining(trainer) {
+            self.lose_joiner(trainer, &format!("{} slot {} ended: {ending}", trainer.worker, trainer.slot));
+            return Ok(());
+        }
         let rank = self.member_of_any(trainer)?;
         let message = format!("rank {rank} on {} slot {} ended: {ending}", trainer.worker, trainer.slot);
         self.lose_trainer(trainer, RunReason::TrainerLost, message);
@@ -232,22 +291,21 @@ impl Turn {
     }
 
     pub(super) fn worker_lost(&mut self, worker: &WorkerName) {
-        let lost: Vec<Trainer> = self
-            .record
-            .members
-            .iter()
-            .map(|member| member.trainer.clone())
-            .filter(|trainer| trainer.worker == *worker)
-            .collect();
-        for trainer in lost {
-            self.lose_trainer(&trainer, RunReason::TrainerLost, format!("worker {worker} is lost"));
+        let message = format!("worker {worker} is lost");
+        let is_here = |trainer: &&Trainer| trainer.worker == *worker;
+        let joining: Vec<Trainer> = self.record.joining.iter().filter(is_here).cloned().collect();
+        for trainer in joining {
+            self.lose_joiner(&trainer, &message);
         }
+        let members = self.record.members.iter().map(|member| &member.trainer);
+        let lost: Vec<Trainer> = members.filter(is_here).cloned().collect();
+        self.lose_trainers(&lost, RunReason::TrainerLost, message);
     }
 
     /// RUN-8: stops who should not be, and misses who should.
     pub(super) fn trainers_seen(&mut self, worker: &WorkerName, alive: &[Trainer]) {
         let stopping = match self.record.state {
-            RunState::Resizing => true,
+            RunState::Resizing => !self.observed.kept,
             RunState::Pending
             | RunState::Admitted
             | RunState::Forming
@@ -260,7 +318,7 @@ impl Turn {
             | RunState::Cancelled => false,
         };
         for trainer in alive {
-            if stopping || !self.record.members.iter().any(|member| member.trainer == *trainer) {
+            if stopping || !self.record.trainers().any(|known| known == trainer) {
                 self.stop(trainer.clone());
             } else if self.observed.awaited.remove(&trainer.incarnation) && self.record.state == RunState::Suspending {
                 // The leader before may have gone before it said so.
@@ -268,8 +326,14 @@ impl Turn {
                 self.effect(Effect::SuspendTrainer { trainer: trainer.clone(), generation });
             }
         }
-        let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
         // One that has yet to say it is ready may not have been started when the list was made.
+        let joining =
+            self.record.joining.iter().filter(|trainer| trainer.worker == *worker && !alive.contains(trainer));
+        let gone = joining.filter(|trainer| self.observed.addresses.contains_key(&trainer.incarnation));
+        for trainer in gone.cloned().collect::<Vec<_>>() {
+            self.lose_joiner(&trainer, &format!("worker {worker} no longer has it"));
+        }
+        let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
         let missing: Vec<Trainer> = here
             .filter(|trainer| !alive.contains(trainer))
             .filter(|trainer| stopping || self.was_heard_from(trainer))

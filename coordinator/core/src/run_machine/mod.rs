@@ -10,6 +10,7 @@
 //!              └── Suspend, from PENDING, ADMITTED, FORMING and RESIZING
 //!
 //! any state that has not ended ── Cancel ──► CANCELLED
+//! RUNNING, FORMING, ADMITTED ── loss that the others survive ──► FORMING, ADMITTED or RESIZING, with them
 //! any state with trainers ── an error that trying again cannot mend, or no progress ──► FAILED
 //! ```
 //!
@@ -21,15 +22,20 @@
 //! - RUN-3: the head's position never goes back.
 //! - RUN-4: cancel is legal in every state that has not ended, and wins: nothing leads out of an ended state.
 //! - RUN-5: success is a committed last step and rank 0's word; never an exit code.
-//! - RUN-6: all trainers of a generation stop before the next one is chosen, or have had [`Policy::stop_timeout_ms`] for it.
+//! - RUN-6: before the next generation is chosen each trainer of the present one has stopped, or has had [`Policy::stop_timeout_ms`] for
+//!   it, or was given up with its worker, or is kept: it survives its gang and is a member of the next. A slot never has two.
 //! - RUN-7: a run without a fault ends: every wait of the machine has a deadline, and [`Policy::most_failures`] generations in a
-//!   row without a newly committed step end it. Coordinator restarts do not count.
+//!   row without a new step end it: a committed one, or one that a gang applied beyond where the last was lost. Coordinator restarts do
+//!   not count.
 //! - RUN-8: what is wanted is derived again from what workers report ([`Input::TrainersSeen`]): a lost effect delays, never wedges.
 //! - RUN-9: a new leader stops no trainer of a gang that trains: it waits [`Policy::reattach_timeout_ms`] for each to be seen.
+//! - RUN-10: where a gang breaks and its other trainers survive that, they are the next generation at once if they are `workers.min`, and
+//!   else wait up to [`Policy::keep_timeout_ms`] for others. What was lost is started meanwhile and joins at a generation of its own.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone. PREEMPTING is entered by nothing yet.
 
 mod gangs;
+mod keeping;
 mod record;
 mod reports;
 mod requests;
@@ -65,6 +71,12 @@ pub struct Policy {
     /// From a new leader's start until a trainer of a gang that it has taken over is taken for lost: a full limit of silence
     /// for the worker, after the time it needs to find the leader.
     pub reattach_timeout_ms: u64,
+    /// From the loss of so many members that the others cannot train until those are stopped too.
+    pub keep_timeout_ms: u64,
+    /// From a trainer's word that its gang is broken until it is formed again, where no loss is heard of.
+    pub broken_timeout_ms: u64,
+    /// From the end of a trainer that was to join until another is started.
+    pub rejoin_wait_ms: u64,
     /// How long a run that could start waits for more of its `workers.max`.
     pub gather_ms: u64,
     /// Generations in a row without a newly committed step that end the run.
@@ -79,6 +91,9 @@ impl Default for Policy {
             stop_timeout_ms: 10_000,
             suspend_timeout_ms: 300_000,
             reattach_timeout_ms: 10_000,
+            keep_timeout_ms: 60_000,
+            broken_timeout_ms: 1_000,
+            rejoin_wait_ms: 5_000,
             gather_ms: 2_000,
             most_failures: 5,
         }
@@ -102,6 +117,19 @@ pub enum Input {
     TrainerReady {
         trainer: Trainer,
         address: String,
+        /// Whether it survives the loss of a peer, with its state.
+        keeps: bool,
+    },
+    /// A trainer's gang is broken; it keeps its state and waits for the next proposal.
+    TrainerInterrupted {
+        trainer: Trainer,
+        generation: Generation,
+        message: String,
+    },
+    /// A gang has applied a step. Of use only after a loss (RUN-7).
+    Progressed {
+        generation: Generation,
+        step: Step,
     },
     GangBuilt {
         trainer: Trainer,
@@ -268,18 +296,31 @@ impl Rejection {
 /// What the run asks the scheduler for; `None` where it has its slots, needs none, or has yet to give up those it had.
 #[must_use]
 pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Option<Waiting> {
-    let is_damaged = match record.state {
-        RunState::Pending => false,
+    let members = u32::try_from(record.members.len()).unwrap_or(u32::MAX);
+    let workers = &record.spec.workers;
+    let (is_damaged, since_ms, min, max) = match record.state {
+        RunState::Pending => (false, record.queued_ms, workers.min, workers.max),
+        RunState::Resizing if observed.kept => {
+            (true, record.queued_ms, workers.min.saturating_sub(members), workers.max.saturating_sub(members))
+        }
         RunState::Resizing => {
             let gone = record.members.is_empty() || observed.deadline_ms.is_some_and(|deadline| now_ms >= deadline);
             if !gone {
                 return None;
             }
-            true
+            (true, record.queued_ms, workers.min, workers.max)
+        }
+        RunState::Running => {
+            let missing = record.whole_size().saturating_sub(members);
+            let survive = record.members.iter().all(|member| observed.keepers.contains(&member.trainer.incarnation));
+            if missing == 0 || !survive || !record.joining.is_empty() || now_ms < observed.join_ms {
+                return None;
+            }
+            // It trains, so it can wait: nothing is kept free for it.
+            (true, now_ms, 1, missing)
         }
         RunState::Admitted
         | RunState::Forming
-        | RunState::Running
         | RunState::Suspending
         | RunState::Suspended
         | RunState::Preempting
@@ -291,9 +332,9 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
         run: record.id.clone(),
         tenant: record.spec.scheduling.tenant.clone(),
         priority: record.spec.scheduling.priority,
-        since_ms: record.queued_ms,
-        min: record.spec.workers.min,
-        max: record.spec.workers.max,
+        since_ms,
+        min,
+        max,
         is_damaged,
         avoid: observed.avoid.clone(),
     })
@@ -314,7 +355,11 @@ pub fn step(
     match input {
         Input::Tick { slots, fresh } => turn.tick(slots.as_ref(), fresh)?,
         Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
-        Input::TrainerReady { trainer, address } => turn.trainer_ready(trainer, address)?,
+        Input::TrainerReady { trainer, address, keeps } => turn.trainer_ready(trainer, address, *keeps)?,
+        Input::TrainerInterrupted { trainer, generation, message } => {
+            turn.trainer_interrupted(trainer, *generation, message)?;
+        }
+        Input::Progressed { generation, step } => turn.progressed(*generation, *step),
         Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,
         Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, ending)?,
         Input::WorkerLost { worker } => turn.worker_lost(worker),

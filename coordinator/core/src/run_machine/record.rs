@@ -4,7 +4,7 @@ use super::Addresses;
 use crate::gang::FreeSlot;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, RunId, Slot, WorkerName};
+use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, RunId, Slot, Step, WorkerName};
 use thaw_proto::plan::Plan;
 use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
 use thaw_proto::spec::RunSpec;
@@ -26,7 +26,7 @@ pub struct RunRecord {
     pub attempt: Attempt,
     /// 0 before the first gang.
     pub generation: Generation,
-    /// Trainers of `generation` that may be alive, in rank order. While RESIZING: those that have yet to stop.
+    /// Trainers of `generation` that may be alive, in rank order. While RESIZING: those that have yet to stop, or are kept for the next one.
     pub members: Vec<Member>,
     pub head: Option<CheckpointRef>,
     /// Of `head`.
@@ -45,6 +45,9 @@ pub struct RunRecord {
     /// Submitted, or asked to resume. 0 in records of the first version.
     #[serde(default)]
     pub queued_ms: u64,
+    /// Trainers that are starting and will be in the next generation, beside `members`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joining: Vec<Trainer>,
 }
 
 impl RunRecord {
@@ -72,6 +75,7 @@ impl RunRecord {
             end_ms: None,
             failures_without_progress: 0,
             queued_ms: now_ms,
+            joining: Vec::new(),
         }
     }
 
@@ -94,7 +98,18 @@ impl RunRecord {
 
     /// Slots this run holds, so that no other run may be given them.
     pub fn held_slots(&self) -> impl Iterator<Item = FreeSlot> {
-        self.members.iter().map(|member| member.trainer.place())
+        self.trainers().map(Trainer::place)
+    }
+
+    /// Members, and those that are to join them.
+    pub fn trainers(&self) -> impl Iterator<Item = &Trainer> {
+        self.members.iter().map(|member| &member.trainer).chain(&self.joining)
+    }
+
+    /// How many trainers the gang had at its largest: what a loss is made up to.
+    #[must_use]
+    pub fn whole_size(&self) -> u32 {
+        self.world_sizes.iter().copied().max().unwrap_or(0).clamp(self.spec.workers.min, self.spec.workers.max)
     }
 }
 
@@ -126,8 +141,22 @@ pub struct Member {
 /// What the leader knows of a run and can learn again. Times are Unix milliseconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Members that have said they listen.
+    /// Trainers that have said they listen, joining ones too.
     pub(super) addresses: Addresses,
+    /// Those of them that survive their gang.
+    pub(super) keepers: BTreeSet<Incarnation>,
+    /// While RESIZING: whether members are kept for the next gang, instead of being stopped.
+    pub(super) kept: bool,
+    /// Whether members of the present gang were in one before.
+    pub(super) carries: bool,
+    /// When a gang that says it is broken is formed again, if no loss explains it before.
+    pub(super) broken: Option<(u64, String)>,
+    /// Until when joining trainers may take to be ready; where none are joining, before when none are started.
+    pub(super) join_ms: u64,
+    /// The last step that the present gang is known to have applied.
+    pub(super) step: Step,
+    /// `step` when the run last lost a gang.
+    pub(super) lost_at: Step,
     /// Members that have built the communicator.
     pub(super) built: BTreeSet<Incarnation>,
     /// When the present wait is over. `None`: there is none, or it has yet to be armed.

@@ -128,6 +128,10 @@ impl Turn {
         reason: RunReason,
         message: &str,
     ) -> Result<(), Rejection> {
+        if self.is_joining(trainer) {
+            self.joiner_failed(trainer, class, message);
+            return Ok(());
+        }
         let rank =
             if generation == Generation(0) { self.member_of_any(trainer)? } else { self.member(trainer, generation)? };
         let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
@@ -137,10 +141,11 @@ impl Turn {
         }
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                // It is still alive, so it stays a member until it has stopped.
-                self.lose_gang(reason, message);
+                // It is still alive, so where the others are not kept it stays a member until it has stopped.
+                self.lose_gang(std::slice::from_ref(trainer), reason, message);
             }
             RunState::Suspending => self.lose_trainer_that_failed(trainer, reason, message),
+            RunState::Resizing if self.observed.kept => self.lose_trainer_that_failed(trainer, reason, message),
             // It was told to stop.
             RunState::Resizing => {}
             // These hold no members, so they were turned away above.

@@ -77,6 +77,10 @@ impl Turn {
     pub(super) fn coordinator_started(&mut self) {
         match self.record.state {
             RunState::Running | RunState::Suspending | RunState::Preempting => {
+                for trainer in std::mem::take(&mut self.record.joining) {
+                    self.changed = true;
+                    self.stop(trainer);
+                }
                 let members = self.record.members.iter();
                 self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
                 self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
@@ -116,6 +120,9 @@ impl Turn {
         self.changed = true;
         match self.record.state {
             RunState::Running | RunState::Preempting => {
+                if self.keep_members(&[], RunReason::CoordinatorRestarted, &message) {
+                    return;
+                }
                 self.stop_members();
                 let timeout = Some(self.policy.stop_timeout_ms);
                 self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, message, timeout);

@@ -28,6 +28,13 @@ fn run_4_the_table_of_transitions() {
         ("ADMITTED", Script::admitted()),
         ("FORMING", Script::forming()),
         ("RUNNING", Script::running()),
+        ("KEEPING", Script::keeping()),
+        ("KEPT", {
+            let mut script = Script::keeping();
+            script.record.spec.workers.min = 2;
+            let lost = script.exited(1);
+            script.after(lost)
+        }),
         ("RESIZING", resizing()),
         ("SUSPENDING", Script::running().after(Input::Suspend)),
         ("SUSPENDED", Script::new().after(Input::Suspend)),
@@ -66,7 +73,7 @@ fn run_4_the_table_of_transitions() {
         let cells = [
             shown(Input::Tick { slots: script.granted(&["a", "b"]), fresh: vec!["x".into(), "y".into()] }),
             shown(Input::TrainersSeen { worker: "a".into(), trainers: Vec::new() }),
-            shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into() }),
+            shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into(), keeps: true }),
             shown(Input::GangBuilt { trainer: rank_0.clone(), generation }),
             shown(Input::TrainerExited { trainer: rank_0.clone(), ending: "exit code 0".into() }),
             shown(Input::WorkerLost { worker: "a".into() }),
@@ -78,22 +85,26 @@ fn run_4_the_table_of_transitions() {
             shown(Input::Resume),
             shown(Input::Cancel),
             shown(Input::CoordinatorStarted),
+            shown(Input::TrainerInterrupted { trainer: rank_0.clone(), generation, message: String::new() }),
+            shown(Input::Progressed { generation, step: Step(7) }),
         ];
         table.push_str(&format!("{name}: {}\n", cells.join(" ")));
     }
-    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted
+    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted TrainerInterrupted Progressed
     let expected = "
-PENDING: Admitted = - - - = - - - - Suspended - Cancelled =
-ADMITTED: = = = - Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
-FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing
-RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled =
-RESIZING: = = - - = = = Failed = - Suspended - Cancelled =
-SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled =
-SUSPENDED: = = - - - = - - - - = Pending Cancelled =
-PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled =
-SUCCEEDED: = = - - - = - - - - - - - =
-FAILED: = = - - - = - - - - - - - =
-CANCELLED: = = - - - = - - - - - - = =
+PENDING: Admitted = - - - = - - - - Suspended - Cancelled = - =
+ADMITTED: = = = - = = = Failed - - Suspended - Cancelled Resizing = =
+FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing = =
+RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled = = =
+KEEPING: = Forming = = Forming Forming Forming Failed = - Suspending - Cancelled = = =
+KEPT: Admitted = = - = = = Failed = - Suspended - Cancelled = = =
+RESIZING: = = - - = = = Failed = - Suspended - Cancelled = = =
+SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled = Suspended =
+SUSPENDED: = = - - - = - - - - = Pending Cancelled = - =
+PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled = - =
+SUCCEEDED: = = - - - = - - - - - - - = - =
+FAILED: = = - - - = - - - - - - - = - =
+CANCELLED: = = - - - = - - - - - - = = - =
 ";
     assert_eq!(table, expected);
 }
@@ -104,6 +115,7 @@ fn cited_invariants_exist() {
     let law = include_str!("mod.rs");
     let sources = [
         include_str!("gangs.rs"),
+        include_str!("keeping.rs"),
         include_str!("reports.rs"),
         include_str!("requests.rs"),
         include_str!("turn.rs"),

@@ -14,6 +14,8 @@ pub(super) struct Script {
     pub(super) now_ms: u64,
     /// Incarnations handed out so far.
     minted: u32,
+    /// Whether its trainers survive the loss of a peer.
+    keeps: bool,
 }
 
 impl Script {
@@ -21,7 +23,7 @@ impl Script {
         let spec = spec(json!({"workers": {"min": 1, "max": 2, "threads_per_trainer": 1}}));
         let plan = plan_of(&spec);
         let record = RunRecord::new("demo-00000001".into(), spec, plan, "file:///d/runs/demo-00000001".into(), 1000);
-        Self { record, observed: Observed::default(), now_ms: 1000, minted: 0 }
+        Self { record, observed: Observed::default(), now_ms: 1000, minted: 0, keeps: false }
     }
 
     fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
@@ -75,6 +77,7 @@ impl Script {
         let ready = |script: &Self, rank: usize| Input::TrainerReady {
             trainer: script.trainer(rank),
             address: format!("h:{rank}"),
+            keeps: script.keeps,
         };
         let (first, second) = (ready(self, 0), ready(self, 1));
         assert!(self.effects(first).is_empty());
@@ -94,12 +97,22 @@ impl Script {
         self.effects(Input::GangBuilt { trainer: second, generation })
     }
 
+    /// [`Script::running`] with trainers that survive the loss of a peer.
+    pub(super) fn keeping() -> Self {
+        let mut script = Self { keeps: true, ..Self::new() };
+        let tick = script.tick();
+        script.effects(tick);
+        script.all_ready();
+        script.all_built();
+        script
+    }
+
     pub(super) fn after(mut self, input: Input) -> Self {
         self.send(input).unwrap();
         self
     }
 
-    fn exited(&self, rank: usize) -> Input {
+    pub(super) fn exited(&self, rank: usize) -> Input {
         Input::TrainerExited { trainer: self.trainer(rank), ending: "signal 9".to_owned() }
     }
 
@@ -530,4 +543,154 @@ fn stages_end_in_order_and_once() {
     script.effects(first.clone());
     script.effects(first);
     assert_eq!(script.record.stage_results.len(), 1);
+}
+
+fn ready(trainer: &Trainer, address: &str) -> Input {
+    Input::TrainerReady { trainer: trainer.clone(), address: address.to_owned(), keeps: true }
+}
+
+/// RUN-10: the survivor is proposed the next generation at once; what was lost is started meanwhile and joins at one of its own.
+#[test]
+fn run_10_survivors_are_the_next_gang_and_others_join_later() {
+    let mut script = Script::keeping();
+    let (lost, survivor) = (script.exited(1), script.trainer(0));
+    let effects = script.effects(lost);
+    let [Effect::Propose(proposal)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((&proposal.trainer, proposal.generation, proposal.rank), (&survivor, Generation(2), Rank(0)));
+    assert_eq!((script.record.state, script.record.reason), (RunState::Forming, RunReason::TrainerLost));
+    script.effects(Input::GangBuilt { trainer: survivor.clone(), generation: Generation(2) });
+    assert_eq!(
+        (script.record.state, script.record.message.as_str()),
+        (RunState::Running, "1 trainer(s) train on from where they were")
+    );
+    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    let effects = script.effects(tick);
+    let [Effect::StartTrainer { trainer: joiner, .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((script.record.state, script.record.held_slots().count()), (RunState::Running, 2));
+    // Its heartbeat is no stranger's, and nobody else is started for it.
+    assert!(script.effects(seen("b", std::slice::from_ref(joiner))).is_empty());
+    assert_eq!(script.granted(&["c"]), None);
+    let effects = script.effects(ready(joiner, "h:7"));
+    let [Effect::Propose(first), Effect::Propose(second)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((&first.trainer, &second.trainer, second.generation), (&survivor, joiner, Generation(3)));
+    assert_eq!(first.addresses, ["h:0", "h:7"]);
+    assert!(script.record.joining.is_empty());
+    script.all_built();
+    assert_eq!((script.record.state, &script.record.world_sizes[..]), (RunState::Running, &[2, 1, 2][..]));
+}
+
+/// RUN-10: too few are left to train: they wait with what they hold, and are the gang with whoever comes.
+#[test]
+fn run_10_too_few_survivors_wait_for_others_and_not_for_ever() {
+    let too_few = || {
+        let mut script = Script::keeping();
+        script.record.spec.workers.min = 2;
+        let lost = script.exited(1);
+        assert!(script.effects(lost).is_empty(), "the survivor is neither stopped nor proposed a gang");
+        assert_eq!((script.record.state, script.record.members.len()), (RunState::Resizing, 1));
+        script
+    };
+    let mut script = too_few();
+    let survivor = script.trainer(0);
+    assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty(), "it is not stopped later either");
+    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    assert_eq!(generations(&script.effects(tick)), ["start"]);
+    assert_eq!((script.record.state, script.record.generation), (RunState::Admitted, Generation(2)));
+    let joiner = script.trainer(1);
+    assert_eq!(generations(&script.effects(ready(&joiner, "h:7"))), ["propose", "propose"]);
+
+    let mut script = too_few();
+    script.now_ms += Policy::default().keep_timeout_ms;
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["stop"]);
+    assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::WaitingForWorkers));
+}
+
+/// A gang that says it is broken is formed again with all its members, unless a loss explains it in time.
+#[test]
+fn a_broken_gang_without_a_loss_is_mended() {
+    let interrupted = |script: &Script| Input::TrainerInterrupted {
+        trainer: script.trainer(1),
+        generation: script.record.generation,
+        message: "reduce_shards_f32 7 lost rank 0".to_owned(),
+    };
+    let mut script = Script::keeping();
+    let input = interrupted(&script);
+    assert!(script.effects(input).is_empty());
+    script.now_ms += Policy::default().broken_timeout_ms - 1;
+    let tick = script.tick();
+    assert!(script.effects(tick).is_empty());
+    script.now_ms += 1;
+    let tick = script.tick();
+    assert_eq!(generations(&script.effects(tick)), ["propose", "propose"]);
+    assert!(script.record.message.contains("lost rank 0"), "{}", script.record.message);
+    // A loss in time is the reason, and the word of it is forgotten.
+    let mut script = Script::keeping();
+    let input = interrupted(&script);
+    script.effects(input);
+    let lost = script.exited(0);
+    assert_eq!(generations(&script.effects(lost)), ["propose"]);
+    script.now_ms += Policy::default().broken_timeout_ms;
+    let tick = Input::Tick { slots: None, fresh: Vec::new() };
+    assert!(script.effects(tick).is_empty());
+    assert_eq!(script.record.generation, Generation(2));
+}
+
+/// RUN-7: without a new step survivors do not go on for ever; with one they do.
+#[test]
+fn run_7_a_gang_that_keeps_breaking_at_one_step_ends_the_run() {
+    let lose = |script: &mut Script, step: u64| {
+        let generation = script.record.generation;
+        script.effects(Input::Progressed { generation, step: Step(step) });
+        let lost = script.exited(1);
+        script.effects(lost);
+        if script.record.state.has_ended() {
+            return;
+        }
+        let (generation, survivor) = (script.record.generation, script.trainer(0));
+        script.effects(Input::GangBuilt { trainer: survivor, generation });
+        let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec![Incarnation(format!("j{generation}"))] };
+        script.effects(tick);
+        let joiner = script.record.joining[0].clone();
+        script.effects(ready(&joiner, "h:7"));
+        script.all_built();
+    };
+    let mut script = Script::keeping();
+    for step in 1..20 {
+        lose(&mut script, step);
+    }
+    assert_eq!((script.record.state, script.record.failures_without_progress), (RunState::Running, 1));
+    for _ in 0..4 {
+        lose(&mut script, 19);
+    }
+    assert_eq!((script.record.state, script.record.reason), (RunState::Failed, RunReason::NoProgress));
+}
+
+/// A trainer that cannot join is no failure of the run that trains without it.
+#[test]
+fn a_joiner_that_fails_leaves_the_gang_alone() {
+    let mut script = Script::keeping();
+    let lost = script.exited(1);
+    script.effects(lost);
+    let survivor = script.trainer(0);
+    script.effects(Input::GangBuilt { trainer: survivor, generation: Generation(2) });
+    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    script.effects(tick);
+    let failed = Input::TrainerFailed {
+        trainer: script.record.joining[0].clone(),
+        generation: Generation(0),
+        class: FailureClass::Invalid,
+        reason: RunReason::TrainerError,
+        message: "cannot open the data".to_owned(),
+    };
+    assert_eq!(generations(&script.effects(failed)), ["stop"]);
+    assert_eq!((script.record.state, script.record.generation), (RunState::Running, Generation(2)));
+    assert_eq!(script.granted(&["b"]), None, "not at once again");
+    script.now_ms += Policy::default().rejoin_wait_ms;
+    assert!(script.granted(&["b"]).is_some());
+    // RUN-4: an end stops who is joining too.
+    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["k".into()] };
+    script.effects(tick);
+    assert_eq!(generations(&script.effects(Input::Cancel)), ["stop", "stop"]);
+    assert_eq!(script.record.held_slots().count(), 0);
 }

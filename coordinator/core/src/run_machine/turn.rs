@@ -66,6 +66,8 @@ impl Turn {
         self.record.message = message.into();
         self.observed.deadline_ms = timeout_ms.map(|timeout| self.now_ms + timeout);
         self.observed.gathering_since_ms = None;
+        self.observed.kept = false;
+        self.observed.broken = None;
         if state.has_ended() {
             self.record.end_ms = Some(self.now_ms);
         }
@@ -82,13 +84,16 @@ impl Turn {
         self.effect(Effect::StopTrainer { trainer, generation: self.record.generation });
     }
 
-    /// Tells every member to stop, and keeps them in the record.
+    /// Tells every member to stop, and keeps them in the record; those that were to join are told and forgotten.
     pub(super) fn stop_members(&mut self) {
-        let trainers: Vec<Trainer> = self.record.members.iter().map(|member| member.trainer.clone()).collect();
+        let trainers: Vec<Trainer> = self.record.trainers().cloned().collect();
         for trainer in trainers {
             self.stop(trainer);
         }
+        self.changed |= !self.record.joining.is_empty();
+        self.record.joining.clear();
         self.observed.addresses.clear();
+        self.observed.keepers.clear();
         self.observed.built.clear();
         self.observed.awaited.clear();
     }
@@ -100,35 +105,45 @@ impl Turn {
         self.record.members.clear();
     }
 
-    /// The gang is over: its members stop, and a new one is chosen once they have (RUN-6), or the run has failed (RUN-7).
-    pub(super) fn lose_gang(&mut self, reason: RunReason, message: String) {
+    /// The gang is over. What is left of it without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one
+    /// is chosen once they have (RUN-6), or the run has failed (RUN-7).
+    pub(super) fn lose_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
         self.record.failures_without_progress += 1;
+        self.observed.lost_at = self.observed.step;
         let failures = self.record.failures_without_progress;
         if failures >= self.policy.most_failures {
-            let message =
-                format!("{failures} generations in a row ended without a newly committed step; the last: {message}");
+            let message = format!("{failures} generations in a row ended without a new step; the last: {message}");
             self.release_members();
             self.enter(RunState::Failed, RunReason::NoProgress, message, None);
-        } else {
+        } else if !self.keep_members(gone, reason, &message) {
             self.stop_members();
             self.enter(RunState::Resizing, reason, message, Some(self.policy.stop_timeout_ms));
         }
     }
 
-    /// A trainer is gone. What that means depends on what the run was doing.
+    /// [`Turn::lose_trainers`] of one.
     pub(super) fn lose_trainer(&mut self, trainer: &Trainer, reason: RunReason, message: String) {
-        self.record.members.retain(|member| member.trainer != *trainer);
+        self.lose_trainers(std::slice::from_ref(trainer), reason, message);
+    }
+
+    /// Trainers are gone at once. What that means depends on what the run was doing.
+    pub(super) fn lose_trainers(&mut self, lost: &[Trainer], reason: RunReason, message: String) {
+        let before = self.record.members.len();
+        self.record.members.retain(|member| !lost.contains(&member.trainer));
+        if self.record.members.len() == before {
+            return;
+        }
         self.changed = true;
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                self.lose_gang(reason, message)
+                self.lose_gang(&[], reason, message)
             }
             RunState::Suspending => {
                 self.release_members();
                 let message = format!("suspended from the last checkpoint: {message}");
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
             }
-            // It was told to stop.
+            // It was told to stop, or others are waited for anyway.
             RunState::Resizing => {}
             // These hold no members.
             RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}

@@ -63,6 +63,14 @@ impl Replica {
 
     /// BLAKE3 over all weights, buffers and optimizer state, after checking that every rank holds the same.
     pub(crate) fn digest(&mut self, step: Step) -> Result<blake3::Hash, Error> {
+        let mine = self.hash()?;
+        let all = self.exchange.gather(mine.as_bytes().to_vec())?;
+        let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+        if ranks.is_empty() { Ok(mine) } else { Err(Error::Diverged { step, ranks }) }
+    }
+
+    /// BLAKE3 over all weights, buffers and optimizer state.
+    pub(crate) fn hash(&self) -> Result<blake3::Hash, Error> {
         let mut hasher = blake3::Hasher::new();
         for (index, group) in self.model.groups().iter().enumerate() {
             hash(&mut hasher, &group.flat)?;
@@ -76,10 +84,7 @@ impl Replica {
                 hasher.update(&state.steps().to_le_bytes());
             }
         }
-        let mine = hasher.finalize();
-        let all = self.exchange.gather(mine.as_bytes().to_vec())?;
-        let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
-        if ranks.is_empty() { Ok(mine) } else { Err(Error::Diverged { step, ranks }) }
+        Ok(hasher.finalize())
     }
 }
 

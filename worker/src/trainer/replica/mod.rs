@@ -3,6 +3,7 @@
 //! REP-1: only trainable groups have gradients, optimizer state and a part in the norm; a frozen group is absent.
 //! REP-2: gradients, losses and batch-norm statistics are summed over logical shards in the fixed tree, never in rank order.
 //! REP-3: the update runs only after every sum it needs has come back clean from the collective.
+//! REP-4: a step whose sums do not come back leaves weights, buffers and optimizer state as they were.
 
 mod buffers;
 mod evaluate;
@@ -24,7 +25,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use thaw_core::sampler;
 use thaw_data::batch::{ArrayData, Batch};
-use thaw_proto::ids::Step;
+use thaw_proto::ids::{Rank, Step};
 use thaw_proto::spec;
 use thaw_torch::SegmentedModel;
 use thaw_torch::tch::{Kind, Tensor};
@@ -108,11 +109,8 @@ impl Replica {
     pub(crate) fn new(mut model: SegmentedModel, settings: Settings, links: Links) -> Result<Self, Error> {
         let (rank, world_size) = (links.host.rank().0, links.host.world_size());
         let shards = sampler::ranks_shards(rank, world_size, settings.logical_shards);
-        // With several shards the sum is not made in the model's buffers, but in what they are added up in.
-        let lender = (links.gpus.is_none() && world_size > 1 && shards.len() == 1).then(|| Arc::clone(&links.host));
-        if let Some(host) = lender.clone() {
-            model.set_gradient_memory(Box::new(move |elements, kind| reduce::shared(&*host, elements, kind)));
-        }
+        let lender = lender_of(&links, &shards);
+        model.set_gradient_memory(gradient_memory(&lender));
         let exchange = Exchange::new(links);
         let optimizer = Optimizer::new(&settings.optimizer, settings.ema)?;
         let pull = settings.l2_sp.map(|l2_sp| Pull::new(l2_sp, &model));
@@ -142,6 +140,23 @@ impl Replica {
             stamps,
             last_stamp: Stamp::INITIAL,
         })
+    }
+
+    /// Takes its place in the next generation, with everything it holds but gradients.
+    ///
+    /// # Errors
+    /// [`Error::Model`].
+    pub(crate) fn rejoin(&mut self, links: Links) -> Result<(), Error> {
+        let (rank, world_size) = (links.host.rank().0, links.host.world_size());
+        let shards = sampler::ranks_shards(rank, world_size, self.settings.logical_shards);
+        // Gradients of the generation before lie where its ranks may still write.
+        self.model.set_trainable(&[])?;
+        self.lender = lender_of(&links, &shards);
+        self.model.set_gradient_memory(gradient_memory(&self.lender));
+        self.exchange = Exchange::new(links);
+        self.model.set_trainable(&self.trainable)?;
+        (self.rank, self.world_size, self.shards) = (rank, world_size, shards);
+        Ok(())
     }
 
     /// Has the system find memory for a stage that needs so many bytes more, of which so many are gradients. Ends with it; the caller need not
@@ -187,6 +202,15 @@ impl Replica {
     pub(crate) fn draw_stamp(&mut self) -> Stamp {
         self.last_stamp = self.last_stamp.next();
         self.last_stamp
+    }
+
+    pub(crate) fn last_stamp(&self) -> Stamp {
+        self.last_stamp
+    }
+
+    /// Draws no stamp up to this one any more.
+    pub(crate) fn skip_stamps(&mut self, last: Stamp) {
+        self.last_stamp = self.last_stamp.max(last);
     }
 
     /// Says that the present state of `groups` is another than before.
@@ -237,11 +261,28 @@ impl Replica {
         Ok(self.exchange.gather(mine)?)
     }
 
+    /// See [`Collective::copy`].
+    pub(crate) fn copy(&mut self, from: Rank, to: &[Rank], bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+        Ok(self.exchange.copy(from, to, bytes)?)
+    }
+
     /// The buffers in which batch norms of all groups count their updates.
     pub(crate) fn update_counters(&self) -> Vec<&Tensor> {
         let all: Vec<usize> = (0..self.model.groups().len()).collect();
         self.norms.counters(&self.model, &all)
     }
+}
+
+/// Whose memory gradients are to lie in.
+fn lender_of(links: &Links, shards: &Range<u32>) -> Option<Arc<dyn Collective>> {
+    // With several shards the sum is not made in the model's buffers, but in what they are added up in.
+    let lends = links.gpus.is_none() && links.host.world_size() > 1 && shards.len() == 1;
+    lends.then(|| Arc::clone(&links.host))
+}
+
+fn gradient_memory(lender: &Option<Arc<dyn Collective>>) -> Option<model::GradientMemory> {
+    let host = lender.clone()?;
+    Some(Box::new(move |elements, kind| reduce::shared(&*host, elements, kind)))
 }
 
 /// The batch's inputs as tensors; real-valued ones in the model's element type.

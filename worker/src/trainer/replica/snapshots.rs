@@ -87,11 +87,21 @@ impl Replica {
 
     /// Puts copies back, with their optimizer state; a group without any gets fresh state when it is next trained.
     pub(crate) fn restore(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<(), Error> {
+        let changed = snapshots.iter().filter(|(group, snapshot)| self.stamps[**group] != snapshot.stamp);
+        let changed = changed.map(|(group, snapshot)| (*group, snapshot.share())).collect();
+        self.put(&changed)
+    }
+
+    /// Becomes what a peer is: its states of these groups, whatever this replica held, and the stamps of all groups.
+    pub(crate) fn adopt(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>, stamps: &[Stamp]) -> Result<(), Error> {
+        self.put(snapshots)?;
+        self.stamps.copy_from_slice(stamps);
+        Ok(())
+    }
+
+    fn put(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>) -> Result<(), Error> {
         self.copier.settle();
         for (&group, snapshot) in snapshots {
-            if self.stamps[group] == snapshot.stamp {
-                continue;
-            }
             let parameters = &self.model.groups()[group];
             if !snapshot.wait() {
                 return Err(Error::Snapshot { group: parameters.name.clone() });

@@ -114,7 +114,17 @@ impl Replica {
         Hold::at(self.settings.hold.as_ref(), HoldPoint::AllReduce, plan.step.0);
         let (forward, backward) = (computed.forward, computed.backward);
         let alone = self.exchange.is_alone().then(|| std::mem::take(&mut computed.numbers));
-        let summed = self.collect(computed, before.is_some())?;
+        let summed = match self.collect(computed, before.is_some()) {
+            Ok(summed) => summed,
+            Err(error) => {
+                // The forward has moved what only a whole step may move (REP-4).
+                if let Some(before) = &before {
+                    self.norms.put_statistics(&self.model, &self.trainable, before);
+                }
+                self.count_updates(counted, false);
+                return Err(error);
+            }
+        };
         // Since the last step: an evaluation of the mean, or putting back the best weights, waits too.
         let waited_before = self.copier.take_waited();
         let updated = Instant::now();

@@ -4,6 +4,7 @@ use super::Error;
 use crate::checkpoint::{self, CheckpointStore, TensorBytes, decode, encode};
 use crate::trainer::optimizer::Optimizer;
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
+use bytes::Bytes;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -27,26 +28,45 @@ impl Piece {
         Self { stamp: snapshot.stamp, name: group.name.clone(), buffers, layout: group.layout(), snapshot }
     }
 
-    /// Writes both blobs, once the snapshot has its values.
-    pub(super) fn write(self, store: &CheckpointStore) -> Result<GroupState, Error> {
+    /// Both blobs' bytes, once the snapshot has its values.
+    pub(super) fn encode(&self) -> Result<Encoded, Error> {
         if !self.snapshot.wait() {
-            return Err(Error::Snapshot { group: self.name });
+            return Err(Error::Snapshot { group: self.name.clone() });
         }
         // Row-major whatever the memory format, so that what is saved does not depend on it.
         let mut tensors = vec![tensor_bytes("weights", &self.layout.to_row_major(&self.snapshot.flat)?)?];
         for (buffer, value) in self.buffers.iter().zip(&self.snapshot.buffers) {
             tensors.push(tensor_bytes(&format!("buffer.{buffer}"), value)?);
         }
-        let weights = store.put_blob(encode(tensors)?)?;
-        let (mut optimizer, mut optimizer_steps) = (None, 0);
-        if let Some(state) = &self.snapshot.optimizer {
-            let tensors = state.tensors().into_iter();
-            let tensors = tensors.map(|(name, tensor)| tensor_bytes(name, &self.layout.to_row_major(tensor)?));
-            optimizer = Some(store.put_blob(encode(tensors.collect::<Result<_, _>>()?)?)?);
-            optimizer_steps = state.steps();
-        }
-        Ok(GroupState { name: self.name, weights: Some(weights), optimizer, optimizer_steps })
+        let weights = encode(tensors)?;
+        let optimizer = match &self.snapshot.optimizer {
+            None => None,
+            Some(state) => {
+                let tensors = state.tensors().into_iter();
+                let tensors = tensors.map(|(name, tensor)| tensor_bytes(name, &self.layout.to_row_major(tensor)?));
+                Some((encode(tensors.collect::<Result<_, _>>()?)?, state.steps()))
+            }
+        };
+        Ok(Encoded { weights, optimizer })
     }
+
+    /// Writes both blobs.
+    pub(super) fn write(self, store: &CheckpointStore) -> Result<GroupState, Error> {
+        let Encoded { weights, optimizer } = self.encode()?;
+        let weights = store.put_blob(weights)?;
+        let (mut stored, mut optimizer_steps) = (None, 0);
+        if let Some((pieces, steps)) = optimizer {
+            (stored, optimizer_steps) = (Some(store.put_blob(pieces)?), steps);
+        }
+        Ok(GroupState { name: self.name, weights: Some(weights), optimizer: stored, optimizer_steps })
+    }
+}
+
+/// A state as bytes, each blob in pieces.
+pub(super) struct Encoded {
+    pub(super) weights: Vec<Bytes>,
+    /// With the number of updates; absent where the group has none.
+    pub(super) optimizer: Option<(Vec<Bytes>, u64)>,
 }
 
 /// Blobs on their way at a time: while one waits for the disk to have it, the next is encoded and hashed.
@@ -77,7 +97,12 @@ pub(super) fn write_all(pieces: Vec<Piece>, store: &CheckpointStore) -> Result<V
 pub(super) type Tensors = BTreeMap<String, Tensor>;
 
 pub(super) fn read(store: &CheckpointStore, blob: &BlobRef) -> Result<Tensors, Error> {
-    let tensors = decode(&store.get_blob(blob)?)?;
+    parse(&store.get_blob(blob)?)
+}
+
+/// The tensors in a blob's bytes.
+pub(super) fn parse(bytes: &Bytes) -> Result<Tensors, Error> {
+    let tensors = decode(bytes)?;
     tensors.into_iter().map(|tensor| Ok((tensor.name.clone(), tensor_of(tensor)?))).collect()
 }
 

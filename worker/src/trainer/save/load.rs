@@ -4,7 +4,7 @@ use super::blob::{self, Tensors};
 use super::{Error, Ledger};
 use crate::trainer::job::Job;
 use crate::trainer::replica::{self, Extent, Replica};
-use crate::trainer::session::{Best, State};
+use crate::trainer::session::{Best, Point, State};
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -48,6 +48,8 @@ pub(crate) fn load(
         best,
         results: manifest.stage_results,
         deciding: None,
+        point: if manifest.position.stage_step == 0 { Point::Entering } else { Point::Training },
+        moves: 0,
         seconds: manifest.seconds,
         stage_seconds: manifest.stage_seconds,
     })

@@ -11,10 +11,12 @@ mod blob;
 mod cadence;
 mod load;
 mod model;
+mod peer;
 mod share;
 
 pub(crate) use load::load;
 pub(crate) use model::{StoredAs, weights_blake3, write_archive, write_model, write_weights};
+pub(crate) use peer::{Agreed, agree};
 
 use super::hold::{Hold, HoldPoint};
 use super::job::Job;
@@ -58,6 +60,18 @@ pub(crate) enum Error {
     Part { rank: u32, source: serde_json::Error },
     #[error("the last checkpoint was not committed within {} s; is the coordinator alive?", COMMIT_DEADLINE.as_secs())]
     NotCommitted,
+    #[error("a newer gang is proposed, so this one's checkpoint is not wanted any more")]
+    Superseded,
+    #[error("rank {rank} sent a state that cannot be used: {problem}")]
+    Peer { rank: u32, problem: String },
+    #[error(
+        "this trainer's state is older than the run's head, and no other trainer has a newer one; it has to start again"
+    )]
+    Behind,
+    #[error(
+        "replicas differ after step {step}: ranks {ranks:?} hold other weights or optimizer state than rank {rank}, or have decided otherwise"
+    )]
+    Differ { step: Step, rank: u32, ranks: Vec<u32> },
     #[error("cannot write the trained model")]
     Archive(#[from] thaw_graph::writer::Error),
     #[error("cannot read the backbone's weights")]
@@ -250,9 +264,17 @@ impl Saver {
             result?;
         }
         match (&self.lead, self.last) {
-            (Some(lead), Some(step)) if !lead.outbox.wait_for_commit(step, COMMIT_DEADLINE) => Err(Error::NotCommitted),
+            (Some(lead), Some(step)) if !lead.outbox.wait_for_commit(step, COMMIT_DEADLINE) => {
+                let superseded = lead.outbox.is_superseded(self.generation);
+                Err(if superseded { Error::Superseded } else { Error::NotCommitted })
+            }
             _ => Ok(()),
         }
+    }
+
+    /// Leaves the save in progress to end by itself: its generation is over, so nothing it writes will be the head.
+    pub(crate) fn abandon(self) {
+        self.writer.abandon();
     }
 }
 
@@ -358,7 +380,8 @@ impl Work {
         };
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         for &rank in &manifest.others {
-            let part = store.wait_for_part(self.generation, self.step, rank, COMMIT_DEADLINE)?;
+            let superseded = || manifest.lead.outbox.is_superseded(self.generation);
+            let part = store.wait_for_part(self.generation, self.step, rank, COMMIT_DEADLINE, superseded)?;
             mine.extend(share::from_json(&part).map_err(|source| Error::Part { rank, source })?);
         }
         mine.into_iter().for_each(|(stamp, state)| ledger.note(stamp, state));
@@ -377,6 +400,9 @@ impl ManifestWork {
         (manifest.groups, manifest.best_groups) = (current, best);
         Hold::at(lead.hold.as_ref(), HoldPoint::CheckpointWrite, manifest.position.step.0);
         let (generation, step) = (manifest.generation, manifest.position.step);
+        if lead.outbox.is_superseded(generation) {
+            return Err(Error::Superseded);
+        }
         let written = store.put_manifest(generation, step, manifest.to_json())?;
         lead.outbox.send(Outbox::checkpoint(&CheckpointRef {
             position: manifest.position,

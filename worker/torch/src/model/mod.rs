@@ -272,9 +272,9 @@ impl SegmentedModel {
         self.options.device
     }
 
-    /// Has the gradient buffers of groups that are thawed from now on lie in this memory, where it has room.
-    pub fn set_gradient_memory(&mut self, memory: GradientMemory) {
-        self.gradient_memory = Memory(Some(memory));
+    /// Has the gradient buffers of groups that are thawed from now on lie in this memory, where it has room; in libtorch's own without any.
+    pub fn set_gradient_memory(&mut self, memory: Option<GradientMemory>) {
+        self.gradient_memory = Memory(memory);
     }
 
     /// What training steps minimise from now on; plain cross-entropy at first.

@@ -1,0 +1,227 @@
+//! Gangs that break and go on: survivors are kept, and what was lost joins them later (RUN-10).
+
+use super::turn::Turn;
+use super::{Effect, FailureClass, Member, Rejection, Trainer};
+use crate::gang::FreeSlot;
+use thaw_proto::ids::{Generation, Incarnation, Rank, Step};
+use thaw_proto::run::{RunReason, RunState};
+
+impl Turn {
+    /// What is left of a gang without `gone` becomes the next one, or waits for what it needs; false where it cannot be kept.
+    pub(super) fn keep_members(&mut self, gone: &[Trainer], reason: RunReason, message: &str) -> bool {
+        let starting = match self.record.state {
+            RunState::Admitted => true,
+            RunState::Forming | RunState::Running => false,
+            RunState::Pending
+            | RunState::Resizing
+            | RunState::Suspending
+            | RunState::Suspended
+            | RunState::Preempting
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => return false,
+        };
+        let observed = &self.observed;
+        // One that is starting is in no gang that it could fail to survive.
+        let is_starting = |one: &Incarnation| starting && !observed.addresses.contains_key(one);
+        let survives = |one: &Incarnation| observed.keepers.contains(one) || is_starting(one);
+        let mut left = self.record.members.iter().map(|member| &member.trainer).filter(|one| !gone.contains(one));
+        if left.clone().next().is_none() || !left.all(|trainer| survives(&trainer.incarnation)) {
+            return false;
+        }
+        for trainer in gone {
+            self.stop(trainer.clone());
+        }
+        self.observed.carries = true;
+        self.changed = true;
+        self.record.members.retain(|member| !gone.contains(&member.trainer));
+        self.take_joiners(true);
+        if !self.is_enough() {
+            // Who is starting may be what is missing: as a member it is waited for.
+            self.take_joiners(false);
+        }
+        if self.is_enough() {
+            self.next_generation(reason, message.to_owned());
+            return true;
+        }
+        self.rank_members();
+        self.observed.built.clear();
+        self.observed.awaited.clear();
+        self.enter(RunState::Resizing, reason, message, Some(self.policy.keep_timeout_ms));
+        self.observed.kept = true;
+        true
+    }
+
+    fn is_enough(&self) -> bool {
+        self.record.members.len() >= self.record.spec.workers.min as usize
+    }
+
+    /// Takes the next generation (RUN-1) with the present members: at once where all listen.
+    pub(super) fn next_generation(&mut self, reason: RunReason, message: String) {
+        self.changed = true;
+        self.record.generation = self.record.generation.next();
+        if self.record.joining.is_empty() {
+            self.observed.join_ms = self.now_ms;
+        }
+        self.rank_members();
+        self.observed.built.clear();
+        self.observed.awaited.clear();
+        if !self.propose_if_ready(reason, &message) {
+            self.enter(RunState::Admitted, reason, message, Some(self.policy.start_timeout_ms));
+        }
+    }
+
+    /// Ranks by place, so that those of a worker are neighbours (GANG-3).
+    fn rank_members(&mut self) {
+        self.record.members.sort_by(|one, other| one.trainer.cmp(&other.trainer));
+        for (rank, member) in (0..).zip(&mut self.record.members) {
+            member.rank = Rank(rank);
+        }
+    }
+
+    /// Those that are to join become members: all of them, or only those that listen.
+    fn take_joiners(&mut self, only_ready: bool) {
+        for trainer in std::mem::take(&mut self.record.joining) {
+            if only_ready && !self.observed.addresses.contains_key(&trainer.incarnation) {
+                self.record.joining.push(trainer);
+            } else {
+                self.record.members.push(Member { rank: Rank(0), trainer });
+            }
+        }
+    }
+
+    /// Starts trainers that will join the gang that trains.
+    pub(super) fn start_joiners(&mut self, places: &[FreeSlot], fresh: &[Incarnation]) -> Result<(), Rejection> {
+        if fresh.len() < places.len() {
+            return Err(Rejection::TooFewIncarnations { needed: places.len(), given: fresh.len() });
+        }
+        let generation = self.record.generation;
+        for (place, incarnation) in places.iter().zip(fresh) {
+            let trainer = Trainer { worker: place.worker.clone(), slot: place.slot, incarnation: incarnation.clone() };
+            self.record.joining.push(trainer.clone());
+            self.effect(Effect::StartTrainer { trainer, generation });
+        }
+        self.changed = true;
+        self.observed.join_ms = self.now_ms + self.policy.start_timeout_ms;
+        self.event(format!("starting {} trainer(s) to join", places.len()));
+        Ok(())
+    }
+
+    pub(super) fn is_joining(&self, trainer: &Trainer) -> bool {
+        self.record.joining.contains(trainer)
+    }
+
+    /// Once all that are to join listen, or their time is over, a generation begins that has those that do.
+    pub(super) fn join_if_ready(&mut self) {
+        let listens = |trainer: &Trainer| self.observed.addresses.contains_key(&trainer.incarnation);
+        let ready = self.record.joining.iter().filter(|trainer| listens(trainer)).count();
+        let late = self.now_ms >= self.observed.join_ms;
+        if self.record.joining.is_empty() || (ready < self.record.joining.len() && !late) {
+            return;
+        }
+        self.take_joiners(true);
+        for trainer in std::mem::take(&mut self.record.joining) {
+            self.changed = true;
+            self.observed.avoid.insert(trainer.place());
+            self.stop(trainer);
+        }
+        if ready > 0 {
+            let message = format!("{ready} trainer(s) join");
+            self.observed.carries = true;
+            self.next_generation(RunReason::Starting, message);
+        } else {
+            self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
+        }
+    }
+
+    /// A trainer that was to join is gone; the gang trains on without it.
+    pub(super) fn lose_joiner(&mut self, trainer: &Trainer, message: &str) {
+        self.changed = true;
+        self.record.joining.retain(|other| other != trainer);
+        self.event(format!("a trainer that was to join is lost: {message}"));
+        match self.record.state {
+            RunState::Running => {}
+            RunState::Pending
+            | RunState::Admitted
+            | RunState::Forming
+            | RunState::Resizing
+            | RunState::Suspending
+            | RunState::Suspended
+            | RunState::Preempting
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => return,
+        }
+        if self.record.joining.is_empty() {
+            self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
+        } else {
+            self.join_if_ready();
+        }
+    }
+
+    pub(super) fn trainer_interrupted(
+        &mut self,
+        trainer: &Trainer,
+        generation: Generation,
+        message: &str,
+    ) -> Result<(), Rejection> {
+        let rank = self.member(trainer, generation)?;
+        match self.record.state {
+            RunState::Forming | RunState::Running => {
+                if self.observed.broken.is_none() {
+                    let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
+                    self.observed.broken = Some((self.now_ms + self.policy.broken_timeout_ms, message));
+                }
+                Ok(())
+            }
+            RunState::Suspending => {
+                self.release_members();
+                let message = format!("suspended from the last checkpoint: {message}");
+                self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
+                Ok(())
+            }
+            // It has yet to be proposed another gang, or is being stopped.
+            RunState::Admitted | RunState::Resizing => Ok(()),
+            RunState::Pending
+            | RunState::Suspended
+            | RunState::Preempting
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => Err(self.not_legal("be interrupted")),
+        }
+    }
+
+    /// Forms a gang again that says it is broken, where nobody was lost; whether it did.
+    pub(super) fn mend_broken(&mut self) -> bool {
+        match &self.observed.broken {
+            Some((at, _)) if self.now_ms >= *at => {}
+            Some(_) | None => return false,
+        }
+        let Some((_, message)) = self.observed.broken.take() else { return false };
+        self.lose_gang(&[], RunReason::TrainerLost, message);
+        true
+    }
+
+    /// RUN-7: a step beyond where the last gang was lost is progress.
+    pub(super) fn progressed(&mut self, generation: Generation, step: Step) {
+        if generation != self.record.generation || self.record.state != RunState::Running {
+            return;
+        }
+        self.observed.step = self.observed.step.max(step);
+        if self.record.failures_without_progress > 0 && step > self.observed.lost_at {
+            self.record.failures_without_progress = 0;
+            self.changed = true;
+        }
+    }
+
+    /// A trainer that was to join says that it cannot.
+    pub(super) fn joiner_failed(&mut self, trainer: &Trainer, class: FailureClass, message: &str) {
+        match class {
+            FailureClass::Retry | FailureClass::Fenced => {}
+            // The others train with the same spec and data, so it is this place that is at fault.
+            FailureClass::Invalid | FailureClass::Fatal => drop(self.observed.avoid.insert(trainer.place())),
+        }
+        self.stop(trainer.clone());
+        self.lose_joiner(trainer, message);
+    }
+}

@@ -1,0 +1,375 @@
+//! The state of a training, agreed on and copied between the trainers of a new generation.
+//!
+//! ```text
+//! all ranks: claim (steps, moves, digest) ─▶ the furthest, if their digests agree ─▶ lowest of them ── contents, parts in chunks ─▶ all others
+//! ```
+//!
+//! KEEP-1: a generation goes on from the furthest state that any of its ranks holds, if that is no older than the head; else from the head.
+//! KEEP-2: ranks that have come equally far must hold the same, to the last bit; where they do not, nothing is guessed and the run ends.
+//! KEEP-3: a rank takes over a peer's state whole, after every chunk's hash and its weights' own have been checked, or not at all.
+
+use super::Error;
+use super::blob::{self, Encoded, Piece};
+use crate::trainer::job::Job;
+use crate::trainer::replica::{Extent, Replica};
+use crate::trainer::session::{self, Best, Point, State};
+use crate::trainer::snapshot::{GroupSnapshot, Stamp};
+use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use thaw_core::stage_end::RunTracker;
+use thaw_proto::ids::{Rank, Step};
+use thaw_proto::run::{Evaluation, Position, StageResult};
+use thaw_proto::spec::BatchNormPolicy;
+
+/// Of a copy; each goes with its hash.
+const CHUNK_BYTES: usize = 4 << 20;
+
+/// What a rank says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Claim {
+    /// Absent on a rank that has just started.
+    held: Option<Held>,
+    last_stamp: Stamp,
+}
+
+/// Ordered by how far it has come.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Held {
+    step: Step,
+    moves: u64,
+    digest: String,
+}
+
+/// Everything that a copy holds besides tensors.
+#[derive(Debug, Serialize, Deserialize)]
+struct Contents {
+    decided: Decided,
+    results: Vec<StageResult>,
+    seconds: f64,
+    stage_seconds: f64,
+    parts: Vec<Part>,
+}
+
+/// What all ranks that have come equally far hold alike, besides tensors.
+#[derive(Debug, Serialize, Deserialize)]
+struct Decided {
+    position: Position,
+    point: Point,
+    moves: u64,
+    ended: Vec<u32>,
+    first_epoch: u32,
+    tracker: RunTracker,
+    deciding: Option<Evaluation>,
+    /// Of each group's present state.
+    stamps: Vec<Stamp>,
+    /// Of the best weights, by group.
+    best: Option<BTreeMap<usize, Stamp>>,
+}
+
+impl Decided {
+    fn of(replica: &Replica, state: &State) -> Self {
+        let best = state.best.as_ref();
+        Self {
+            position: state.position,
+            point: state.point,
+            moves: state.moves,
+            ended: state.ended.clone(),
+            first_epoch: state.first_epoch,
+            tracker: state.tracker.clone(),
+            deciding: state.deciding.clone(),
+            stamps: (0..replica.model().groups().len()).map(|group| replica.stamp(group)).collect(),
+            best: best.map(|best| best.groups.iter().map(|(group, kept)| (*group, kept.stamp)).collect()),
+        }
+    }
+}
+
+/// One state of one group, in the order in which its bytes follow: its weights, then its optimizer state.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Part {
+    group: usize,
+    stamp: Stamp,
+    weights_bytes: usize,
+    /// Bytes and updates; absent where it has none.
+    optimizer: Option<(usize, u64)>,
+}
+
+/// What a generation begins with.
+pub(crate) enum Agreed {
+    /// No rank holds anything that is of use: from the head.
+    Nothing,
+    /// Every rank holds the same state.
+    State(Box<State>),
+}
+
+/// Finds out who has come furthest, and brings everybody there. `head`: the step of the head pointer.
+///
+/// # Errors
+/// [`Error::Differ`] (KEEP-2); [`Error::Behind`] on a rank that must be started again, since it holds a state that is older than the head;
+/// [`Error::Peer`]; a peer's loss.
+pub(crate) fn agree(
+    job: &Job,
+    replica: &mut Replica,
+    mut state: Option<State>,
+    head: Option<Step>,
+) -> Result<Agreed, (Option<State>, session::Error)> {
+    let agreed = settle(job, replica, &mut state, head);
+    match agreed {
+        Ok(true) => Ok(Agreed::State(Box::new(state.expect("who has settled on a state holds it")))),
+        Ok(false) => Ok(Agreed::Nothing),
+        Err(error) => Err((state, error)),
+    }
+}
+
+/// Whether there is a state to go on from, which every rank then holds.
+fn settle(
+    job: &Job,
+    replica: &mut Replica,
+    state: &mut Option<State>,
+    head: Option<Step>,
+) -> Result<bool, session::Error> {
+    let claim =
+        Claim { held: state.as_ref().map(|state| held(replica, state)).transpose()?, last_stamp: replica.last_stamp() };
+    let claims = exchange(replica, &claim)?;
+    let furthest = claims.iter().filter_map(|claim| claim.held.as_ref()).map(|held| (held.step, held.moves)).max();
+    let Some(furthest) = furthest.filter(|(step, _)| head.is_none_or(|head| *step >= head)) else {
+        return if state.is_some() { Err(Error::Behind.into()) } else { Ok(false) };
+    };
+    let holders: Vec<(u32, &Held)> = (0..)
+        .zip(&claims)
+        .filter_map(|(rank, claim)| Some((rank, claim.held.as_ref()?)))
+        .filter(|(_, held)| (held.step, held.moves) == furthest)
+        .collect();
+    let (source, first) = holders[0];
+    let differing: Vec<u32> =
+        holders.iter().filter(|(_, held)| held.digest != first.digest).map(|(rank, _)| *rank).collect();
+    if !differing.is_empty() {
+        return Err(Error::Differ { step: furthest.0, rank: source, ranks: differing }.into());
+    }
+    let in_need: Vec<Rank> =
+        (0..replica.world_size()).filter(|rank| holders.iter().all(|(holder, _)| holder != rank)).map(Rank).collect();
+    let last_stamp = claims.iter().map(|claim| claim.last_stamp).max().unwrap_or(Stamp::INITIAL);
+    if !in_need.is_empty() {
+        if replica.rank() == source {
+            let state = state.as_ref().expect("the source has claimed a state");
+            send(job, replica, state, &in_need)?;
+        } else {
+            if let Some(copied) = receive(replica, Rank(source), &in_need)? {
+                let taken = copied.put_into(replica)?;
+                let found = held(replica, &taken)?;
+                if found.digest != first.digest {
+                    let problem = format!("it has the digest {}, not {}", found.digest, first.digest);
+                    return Err(Error::Peer { rank: source, problem }.into());
+                }
+                tracing::info!(from = source, step = furthest.0.0, "took over a peer's state");
+                *state = Some(taken);
+            }
+        }
+    }
+    // Ranks that were interrupted in an evaluation have drawn stamps that others have not (SNAP-2).
+    replica.skip_stamps(last_stamp);
+    Ok(true)
+}
+
+fn held(replica: &Replica, state: &State) -> Result<Held, session::Error> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(replica.hash()?.as_bytes());
+    hasher.update(&serde_json::to_vec(&Decided::of(replica, state)).expect("it is plain data"));
+    Ok(Held { step: state.position.step, moves: state.moves, digest: hasher.finalize().to_hex().to_string() })
+}
+
+fn exchange(replica: &mut Replica, claim: &Claim) -> Result<Vec<Claim>, session::Error> {
+    let all = replica.gather(serde_json::to_vec(claim).expect("a claim is plain data"))?;
+    let read = |(rank, bytes): (u32, &Vec<u8>)| {
+        serde_json::from_slice(bytes).map_err(|error| Error::Peer { rank, problem: error.to_string() }.into())
+    };
+    (0..).zip(&all).map(read).collect()
+}
+
+/// Groups whose present state may differ from what a run begins with.
+fn copied_groups(job: &Job, replica: &Replica, state: &State) -> Vec<usize> {
+    match job.spec.frozen_batch_norm {
+        BatchNormPolicy::Frozen => job.ever_trained(super::last_stage(job, state.position.stage)),
+        BatchNormPolicy::Recompute => (0..replica.model().groups().len()).collect(),
+    }
+}
+
+fn send(job: &Job, replica: &mut Replica, state: &State, to: &[Rank]) -> Result<(), session::Error> {
+    let groups = copied_groups(job, replica, state);
+    let mut wanted = replica.snapshot(&groups, Extent::Whole, None).into_iter().collect::<Vec<_>>();
+    let best = state.best.iter().flat_map(|best| &best.groups);
+    let is_present = |group: usize, kept: &GroupSnapshot| groups.contains(&group) && replica.stamp(group) == kept.stamp;
+    let apart = best.filter(|(group, kept)| !is_present(**group, kept));
+    wanted.extend(apart.map(|(group, kept)| (*group, kept.share())).collect::<Vec<_>>());
+    let mut parts = Vec::with_capacity(wanted.len());
+    let mut body: Vec<Bytes> = Vec::new();
+    for (group, snapshot) in wanted {
+        let stamp = snapshot.stamp;
+        let Encoded { weights, optimizer } = Piece::new(&replica.model().groups()[group], snapshot).encode()?;
+        let length = |pieces: &[Bytes]| pieces.iter().map(Bytes::len).sum::<usize>();
+        let weights_bytes = length(&weights);
+        body.extend(weights);
+        let optimizer = optimizer.map(|(pieces, steps)| {
+            let bytes = length(&pieces);
+            body.extend(pieces);
+            (bytes, steps)
+        });
+        parts.push(Part { group, stamp, weights_bytes, optimizer });
+    }
+    let contents = Contents {
+        decided: Decided::of(replica, state),
+        results: state.results.clone(),
+        seconds: state.seconds,
+        stage_seconds: state.stage_seconds,
+        parts,
+    };
+    let contents = serde_json::to_vec(&contents).expect("it is plain data");
+    let from = Rank(replica.rank());
+    replica.copy(from, &others(replica), hashed(contents))?;
+    let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+    for mut piece in body {
+        while !piece.is_empty() {
+            let taken = piece.split_to(piece.len().min(CHUNK_BYTES - chunk.len()));
+            chunk.extend_from_slice(&taken);
+            if chunk.len() == CHUNK_BYTES {
+                replica.copy(from, to, hashed(std::mem::take(&mut chunk)))?;
+            }
+        }
+    }
+    if !chunk.is_empty() {
+        replica.copy(from, to, hashed(chunk))?;
+    }
+    Ok(())
+}
+
+fn others(replica: &Replica) -> Vec<Rank> {
+    (0..replica.world_size()).map(Rank).collect()
+}
+
+/// The bytes, and their hash behind them.
+fn hashed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let hash = blake3::hash(&bytes);
+    bytes.extend(hash.as_bytes());
+    bytes
+}
+
+/// The bytes without the hash behind them, once it has been checked.
+fn checked(mut bytes: Vec<u8>, rank: Rank) -> Result<Vec<u8>, Error> {
+    let wrong = |problem: &str| Error::Peer { rank: rank.0, problem: problem.to_owned() };
+    let end = bytes.len().checked_sub(blake3::OUT_LEN).ok_or_else(|| wrong("a chunk is shorter than its hash"))?;
+    if blake3::hash(&bytes[..end]).as_bytes()[..] != bytes[end..] {
+        return Err(wrong("a chunk does not have its hash"));
+    }
+    bytes.truncate(end);
+    Ok(bytes)
+}
+
+/// A state that has been read whole and not been put anywhere.
+struct Copied {
+    contents: Contents,
+    /// By group and stamp.
+    states: BTreeMap<(usize, Stamp), GroupSnapshot>,
+    /// Whose it was.
+    rank: Rank,
+}
+
+/// `None` on a rank that does not need it.
+fn receive(replica: &mut Replica, from: Rank, to: &[Rank]) -> Result<Option<Copied>, session::Error> {
+    // By all, since all follow the copying: ranks call the same operations (COLL-3).
+    let contents = checked(replica.copy(from, &others(replica), Vec::new())?, from)?;
+    let wrong = |problem: String| Error::Peer { rank: from.0, problem };
+    let contents: Contents = serde_json::from_slice(&contents).map_err(|error| wrong(error.to_string()))?;
+    let length = |part: &Part| part.weights_bytes + part.optimizer.map_or(0, |(bytes, _)| bytes);
+    let whole: usize = contents.parts.iter().map(length).sum();
+    let needs = to.contains(&Rank(replica.rank()));
+    let mut body = BytesMut::new();
+    for _ in 0..whole.div_ceil(CHUNK_BYTES) {
+        let chunk = replica.copy(from, to, Vec::new())?;
+        if needs {
+            body.extend_from_slice(&checked(chunk, from)?);
+        }
+    }
+    if !needs {
+        return Ok(None);
+    }
+    if body.len() != whole {
+        return Err(wrong(format!("it has {} bytes instead of {whole}", body.len())).into());
+    }
+    let (mut body, mut states) = (body.freeze(), BTreeMap::new());
+    for part in &contents.parts {
+        let Some(group) = replica.model().groups().get(part.group) else {
+            return Err(wrong(format!("there is no layer group {}", part.group)).into());
+        };
+        let weights = blob::parse(&body.split_to(part.weights_bytes))?;
+        let optimizer =
+            part.optimizer.map(|(bytes, steps)| Ok::<_, Error>((blob::parse(&body.split_to(bytes))?, steps)));
+        let optimizer = optimizer.transpose()?;
+        let of_optimizer = optimizer.as_ref().map(|(tensors, steps)| (tensors, *steps));
+        let snapshot =
+            blob::snapshot(part.stamp, group, replica.optimizer(), &weights, of_optimizer)?.map_err(wrong)?;
+        states.insert((part.group, part.stamp), snapshot);
+    }
+    Ok(Some(Copied { contents, states, rank: from }))
+}
+
+impl Copied {
+    fn put_into(self, replica: &mut Replica) -> Result<State, session::Error> {
+        let Self { contents, states, rank } = self;
+        let Contents { decided, results, seconds, stage_seconds, parts: _ } = contents;
+        let missing = |group: usize| Error::Peer { rank: rank.0, problem: format!("layer group {group} is missing") };
+        if decided.stamps.len() != replica.model().groups().len() {
+            return Err(missing(decided.stamps.len()).into());
+        }
+        let best = match &decided.best {
+            None => None,
+            Some(stamps) => {
+                let find = |(group, stamp): (&usize, &Stamp)| {
+                    let kept = states.get(&(*group, *stamp)).ok_or_else(|| missing(*group))?;
+                    Ok::<_, Error>((*group, kept.share()))
+                };
+                Some(Best { groups: stamps.iter().map(find).collect::<Result<_, _>>()? })
+            }
+        };
+        let present = decided.stamps.iter().enumerate();
+        let present = present.filter_map(|(group, stamp)| Some((group, states.get(&(group, *stamp))?.share())));
+        replica.adopt(&present.collect(), &decided.stamps)?;
+        let Decided { position, point, moves, ended, first_epoch, tracker, deciding, stamps: _, best: _ } = decided;
+        Ok(State {
+            position,
+            ended,
+            first_epoch,
+            tracker,
+            best,
+            results,
+            deciding,
+            point,
+            moves,
+            seconds,
+            stage_seconds,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keep_3_a_chunk_that_was_changed_is_refused() {
+        let whole = hashed(b"weights".to_vec());
+        assert_eq!(checked(whole.clone(), Rank(3)).unwrap(), b"weights");
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            let error = checked(changed, Rank(3)).unwrap_err().to_string();
+            assert!(error.starts_with("rank 3 sent a state that cannot be used"), "{error}");
+        }
+        assert!(checked(whole[..10].to_vec(), Rank(3)).is_err());
+    }
+
+    #[test]
+    fn keep_1_more_moves_are_further_at_the_same_step() {
+        let held = |step, moves| Held { step: Step(step), moves, digest: String::new() };
+        assert!(held(3, 9) < held(4, 1) && held(4, 1) < held(4, 2));
+    }
+}
