@@ -106,7 +106,8 @@ pub(super) fn schedule(draw: &mut Draw, kinds: &[Fault], count: usize) -> Vec<Fa
     faults
 }
 
-/// Until the run trains, with all its trainers there and a checkpoint newer than that of `step`. `false` where it has ended or stands still.
+/// Until the run trains, with all its trainers there, and has committed a checkpoint of a later step than `head`: a run that never comes to one
+/// ends by itself after some losses. `false` where it has ended or stands still.
 pub(super) async fn settled(cluster: &Cluster, run: &Followed, head: Option<u64>) -> bool {
     let end = Instant::now() + DEADLINE;
     loop {
@@ -115,8 +116,7 @@ pub(super) async fn settled(cluster: &Cluster, run: &Followed, head: Option<u64>
             return false;
         }
         let whole = cluster.trainers().len() >= cluster.workers();
-        let moved = head.is_none_or(|head| head_step(&seen).is_some_and(|now| now > head));
-        if seen.state() == RunState::Running && whole && moved && run.next() > 0 {
+        if seen.state() == RunState::Running && whole && head_step(&seen) > head {
             return true;
         }
         if Instant::now() > end {

@@ -169,7 +169,8 @@ async fn disturb(cluster: &mut Cluster, run: &Followed, options: &ChaosOptions) 
             break;
         }
         tokio::time::sleep_until(due.into()).await;
-        if !faults::settled(cluster, run, None).await {
+        // Meanwhile it may have ended.
+        if !faults::settled(cluster, run, head).await {
             break;
         }
         head = faults::head_step(&run.run());
