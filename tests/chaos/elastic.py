@@ -28,7 +28,7 @@ def measure(count: int) -> Iterator[str]:
 def recoveries(folder: Path, count: int) -> list[float]:
     script = ROOT / "tests/reference/elastic_ddp.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
-    launcher += ["--nproc-per-node", str(TRAINERS), "--max-restarts", str(count + 1)]
+    launcher += ["--nproc-per-node", str(TRAINERS), "--max-restarts", str(3 * count)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*launcher, str(script), str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -17,11 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 SAVE_EVERY = 10
 
 
+def store() -> dist.Store:
+    """The launcher's, with keys of this try alone: with those of the try before, ranks would look for dead peers for ever."""
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"try-{os.environ['TORCHELASTIC_RESTART_COUNT']}", launcher)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(11)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=store(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     rank = dist.get_rank()
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4))
     optimizer = torch.optim.AdamW(model.parameters())

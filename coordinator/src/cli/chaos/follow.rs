@@ -68,6 +68,15 @@ impl Steps {
         firsts
     }
 
+    /// Lines of a trace, all seen now.
+    #[cfg(test)]
+    pub(super) fn of(lines: &[&str]) -> Self {
+        let mut steps = Self::default();
+        let read = lines.iter().filter_map(|line| serde_json::from_str(line).ok());
+        read.for_each(|line| steps.take(Instant::now(), line));
+        steps
+    }
+
     fn take(&mut self, at: Instant, line: Line) {
         self.all.push(Applied { at, step: line.step, stage: line.stage });
         if let Some(before) = self.samples.insert(line.step, line.shards)

@@ -290,6 +290,15 @@ fn compare(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &En
 
 /// The ledger: each step there once, with the samples it has without faults, and each epoch using each sample once.
 fn samples(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) -> Result<(), Failure> {
+    ledger(report, reference, disturbed);
+    let verified = verify::verify(&disturbed.folder, |_, _| {}).map_err(|error| Failure::from_error(&error))?;
+    for check in verified.checks.iter().filter(|check| !check.holds) {
+        report.problems.push(format!("{}: {}", check.name, check.detail));
+    }
+    Ok(())
+}
+
+fn ledger(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) {
     let made = disturbed.run.result.as_ref().map_or(0, |result| result.steps);
     let found = &disturbed.steps.samples;
     let missing = (0..made).filter(|step| !found.contains_key(step)).count();
@@ -301,14 +310,48 @@ fn samples(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) ->
     if missing + differing > 0 {
         report.problems.push(format!("{missing} steps are missing, {differing} have other samples than without faults"));
     }
-    let verified = verify::verify(&disturbed.folder, |_, _| {}).map_err(|error| Failure::from_error(&error))?;
-    for check in verified.checks.iter().filter(|check| !check.holds) {
-        report.problems.push(format!("{}: {}", check.name, check.detail));
-    }
-    Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "what is counted here stays far below 2^53")]
 fn count(things: usize) -> f64 {
     things as f64
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    fn made(weights: &str, lines: &[&str], steps: u64) -> Ended {
+        let result = pb::RunResult { weights_blake3: weights.to_owned(), steps, ..Default::default() };
+        let run = pb::Run { result: Some(result), ..Default::default() };
+        Ended { run, steps: Steps::of(lines), folder: PathBuf::new() }
+    }
+
+    fn line(step: u64, sample: u32) -> String {
+        format!("{{\"step\":{step},\"stage\":0,\"shards\":[{{\"shard\":0,\"samples\":[{sample}]}}],\"loss\":1}}")
+    }
+
+    /// CHAOS-2.
+    #[test]
+    fn other_weights_and_other_samples_are_problems_and_a_missed_goal_is_none() {
+        let (first, second, other) = (line(0, 4), line(1, 5), line(1, 6));
+        let reference = made("aa", &[&first, &second], 2);
+        let problems = |disturbed: &Ended| {
+            let mut report = Report::default();
+            compare(&mut report, &[], &reference, disturbed);
+            ledger(&mut report, Some(&reference), disturbed);
+            report.problems.len()
+        };
+        // A step that was made again counts once.
+        assert_eq!(problems(&made("aa", &[&first, &first, &second], 2)), 0);
+        assert_eq!(problems(&made("bb", &[&first, &second], 2)), 1);
+        assert_eq!(problems(&made("aa", &[&first], 2)), 1, "a step is missing");
+        assert_eq!(problems(&made("aa", &[&first, &other], 2)), 1, "another sample");
+        assert_eq!(problems(&made("aa", &[&first, &other, &second], 2)), 1, "another sample before a loss");
+        let mut report = Report::default();
+        report.row(Row::new("slow", vec![9.0], Goal::P99(1.0)));
+        assert_eq!(report.problems, Vec::<String>::new());
+    }
 }
