@@ -40,7 +40,7 @@ pub(crate) enum Verb {
     Verify(VerifyOptions),
     /// Train a spec twice on a cluster of its own, the second time under faults, and report what they cost. Needs etcd on the path.
     #[command(
-        after_help = "Example:\n  thaw chaos spec.yaml --workers 8 --faults kill-trainer,kill-leader --count 40 --seed 7\n\nIt starts etcd, coordinators and workers on this machine, and ends all of them. It fails where the weights differ from the\nundisturbed run's, a run does not end, samples are missing or used twice, or a process is left; a goal that is missed\nis no failure. The same seed gives the same faults in the same order.\n\nWhat a client sees of a run meanwhile:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
+        after_help = "Example:\n  thaw chaos spec.yaml --workers 8 --faults kill-trainer,kill-leader --count 40 --seed 7\n\nIt starts etcd, coordinators and workers on this machine, and ends all of them. With --attach it harms a staging cluster:\n  thaw chaos spec.yaml --attach --server http://127.0.0.1:7070 --data-dir /shared/thaw\n\nIt fails where the weights differ from the\nundisturbed run's, a run does not end, samples are missing or used twice, or a process is left; a goal that is missed\nis no failure. The same seed gives the same faults in the same order.\n\nWhat a client sees of a run meanwhile:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
     )]
     Chaos(ChaosOptions),
     /// Start a coordinator with an embedded store and workers, on this machine.
@@ -261,6 +261,13 @@ pub(crate) struct ChaosOptions {
     /// What order and victims follow from.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    /// Harm the cluster at --server instead of one of its own, which must train nothing else: those of its processes that run on this machine. Whoever started them starts
+    /// them again.
+    #[arg(long)]
+    pub(crate) attach: bool,
+    /// With --attach: the folder that holds the folder runs.
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
     /// Seconds that an outage lasts.
     #[arg(long, default_value_t = 300.0, value_parser = seconds)]
     pub(crate) outage: f64,

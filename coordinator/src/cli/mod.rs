@@ -99,7 +99,7 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Up(options) => embedded::up(options).await,
         Verb::Train(options) => train::train(options).await,
         Verb::Verify(options) => verify::verify(options).await,
-        Verb::Chaos(options) => chaos::chaos(options).await,
+        Verb::Chaos(options) => chaos::chaos(options, &args.server).await,
         Verb::LrFind(options) => lr_find::lr_find(options).await,
         Verb::Recover(options) => recover::recover(options).await,
         Verb::Plan(options) => train::plan(options).await,

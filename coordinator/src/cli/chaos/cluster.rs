@@ -6,6 +6,7 @@ use super::super::Failure;
 use super::super::args::ChaosOptions;
 use super::super::client::Coordinators;
 use super::super::embedded::worker_program;
+use super::faults::Fault;
 use super::processes::{self, POLL, Process};
 use futures::FutureExt as _;
 use nix::sys::signal::Signal;
@@ -37,9 +38,10 @@ const FOREIGN: [&str; 11] = [
 
 /// One coordinator.
 #[derive(Debug)]
-pub(super) struct Member {
+struct Member {
     /// `host:port`.
-    pub(super) address: String,
+    address: String,
+    /// Empty where it is not ours.
     name: String,
     /// `None` while it is down, and where it is not ours.
     process: Option<Process>,
@@ -48,13 +50,19 @@ pub(super) struct Member {
 #[derive(Debug)]
 struct Agent {
     name: String,
+    /// `None` while it is down, and where it is not ours.
     process: Option<Process>,
+    /// Where it is not ours, but on this machine.
+    found: Option<u32>,
 }
 
-/// A cluster of its own: etcd, coordinators, agents, all on this machine and on ports that were free.
+/// A cluster of its own: etcd, coordinators, agents, all on this machine and on ports that were free. Or one that runs already, of which the
+/// processes on this machine are found by the names that they were started with, and started again by whoever started them.
 #[derive(Debug)]
 pub(super) struct Cluster {
     folder: PathBuf,
+    /// Of a cluster that runs already.
+    attached: Option<PathBuf>,
     memory: PathBuf,
     etcd: Option<Process>,
     etcd_address: String,
@@ -70,6 +78,7 @@ impl Cluster {
         let unique = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let mut cluster = Self {
             folder: folder.to_owned(),
+            attached: None,
             memory: Path::new("/dev/shm").join(unique),
             etcd: None,
             etcd_address: "127.0.0.1:0".to_owned(),
@@ -80,14 +89,56 @@ impl Cluster {
         };
         cluster.start_etcd().await?;
         for index in 0..options.coordinators {
-            cluster.members.push(Member { address: "127.0.0.1:0".to_owned(), name: format!("c{index}"), process: None });
+            cluster.members.push(Member {
+                address: "127.0.0.1:0".to_owned(),
+                name: format!("c{index}"),
+                process: None,
+            });
             cluster.start_member(index as usize).await?;
         }
         for index in 0..options.workers {
-            cluster.agents.push(Agent { name: format!("worker-{index}"), process: None });
+            cluster.agents.push(Agent { name: format!("worker-{index}"), process: None, found: None });
             cluster.start_agent(index as usize)?;
         }
         cluster.wait_for_workers().await?;
+        Ok(cluster)
+    }
+
+    /// One that runs already, with coordinators at `servers`.
+    pub(super) async fn attach(options: &ChaosOptions, servers: &str) -> Result<Self, Failure> {
+        if options.requests || options.faults.contains(&Fault::Outage) {
+            return Err(Failure::invalid(
+                "--requests and the fault outage need a cluster of their own: leave --attach out",
+            ));
+        }
+        let address = |server: &str| match server.trim().strip_prefix("http://") {
+            Some(address) => Ok(Member { address: address.to_owned(), name: String::new(), process: None }),
+            None => Err(Failure::invalid(format!("--server {server:?}: --attach takes http:// addresses alone"))),
+        };
+        let members = servers.split(',').map(address).collect::<Result<Vec<_>, _>>()?;
+        let data_dir = std::path::absolute(&options.data_dir)
+            .map_err(|error| Failure::invalid(format!("--data-dir {}: {error}", options.data_dir.display())))?;
+        let mut cluster = Self {
+            folder: data_dir.clone(),
+            attached: Some(data_dir),
+            memory: PathBuf::new(),
+            etcd: None,
+            etcd_address: String::new(),
+            members,
+            agents: Vec::new(),
+            worker_program: PathBuf::new(),
+            hold: None,
+        };
+        let (_, workers) = leading(&voices(&cluster.addresses())?)
+            .await
+            .ok_or_else(|| Failure::failed(format!("no coordinator leads at {servers}")))?;
+        for worker in workers {
+            let found = processes::named("agent", "THAW_WORKER_NAME", &worker.name)?;
+            cluster.agents.push(Agent { name: worker.name, process: None, found });
+        }
+        if cluster.agent_ids().is_empty() {
+            return Err(Failure::invalid("no worker of this cluster runs on this machine, so there is none to harm"));
+        }
         Ok(cluster)
     }
 
@@ -135,7 +186,7 @@ impl Cluster {
     }
 
     pub(super) fn data_dir(&self) -> PathBuf {
-        self.folder.join("data")
+        self.attached.clone().unwrap_or_else(|| self.folder.join("data"))
     }
 
     pub(super) fn etcd_address(&self) -> &str {
@@ -169,14 +220,16 @@ impl Cluster {
             if Instant::now() > end {
                 let count = self.agents.len();
                 let logs = self.folder.display();
-                return Err(Failure::failed(format!("not all of {count} workers have a session in time; logs in {logs}")));
+                return Err(Failure::failed(format!(
+                    "not all of {count} workers have a session in time; logs in {logs}"
+                )));
             }
             tokio::time::sleep(POLL).await;
         }
     }
 
     fn agent_ids(&self) -> Vec<u32> {
-        self.agents.iter().filter_map(|agent| agent.process.as_ref()?.id()).collect()
+        self.agents.iter().filter_map(|agent| agent.process.as_ref().map_or(agent.found, Process::id)).collect()
     }
 
     /// Trainers that live.
@@ -184,30 +237,61 @@ impl Cluster {
         processes::trainers_of(&self.agent_ids())
     }
 
-    pub(super) fn leader_id(&self, leader: usize) -> Option<u32> {
-        self.members[leader].process.as_ref()?.id()
+    /// Whether all trainers of a gang of `world_size` are there; of another's cluster, some.
+    pub(super) fn is_whole(&self, world_size: u32) -> bool {
+        let trainers = self.trainers().len();
+        if self.attached.is_some() { trainers > 0 } else { trainers >= world_size.max(1) as usize }
     }
 
-    /// SIGKILL of an agent.
-    pub(super) async fn kill_agent(&mut self, index: usize) {
-        if let Some(process) = &mut self.agents[index].process {
-            process.kill().await;
+    /// SIGKILL of an agent. `false` where it is not on this machine.
+    pub(super) async fn kill_agent(&mut self, index: usize) -> bool {
+        let agent = &mut self.agents[index];
+        match (&mut agent.process, agent.found) {
+            (Some(process), _) => process.kill().await,
+            (None, Some(id)) => processes::send(id, Signal::SIGKILL),
+            (None, None) => return false,
+        }
+        true
+    }
+
+    pub(super) async fn restart_agent(&mut self, index: usize) -> Result<(), Failure> {
+        if self.attached.is_none() {
+            return self.start_agent(index);
+        }
+        let agent = &mut self.agents[index];
+        let (before, end) = (agent.found, Instant::now() + DEADLINE);
+        loop {
+            let found = processes::named("agent", "THAW_WORKER_NAME", &agent.name)?;
+            if found.is_some() && found != before {
+                agent.found = found;
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(Failure::failed(format!("nobody has started the agent {} again", agent.name)));
+            }
+            tokio::time::sleep(POLL).await;
         }
     }
 
-    pub(super) fn restart_agent(&mut self, index: usize) -> Result<(), Failure> {
-        self.start_agent(index)
-    }
-
-    /// SIGKILL or SIGTERM to a coordinator; returns at once.
-    pub(super) fn signal_member(&self, index: usize, signal: Signal) {
+    /// SIGKILL or SIGTERM to the coordinator that leads; returns at once.
+    pub(super) async fn signal_leader(&self, index: usize, signal: Signal) -> Result<(), Failure> {
         if let Some(process) = &self.members[index].process {
             process.signal(signal);
+            return Ok(());
         }
+        let mut voice = voices(&self.addresses())?.swap_remove(index);
+        let name = voice.get_leader(pb::GetLeaderRequest {}).await?.into_inner().name;
+        let id = processes::named("serve", "THAW_NAME", &name)?;
+        let id = id.ok_or_else(|| Failure::failed(format!("the coordinator {name} does not run on this machine")))?;
+        processes::send(id, signal);
+        Ok(())
     }
 
-    /// Once it has ended: again, where it was.
+    /// Once it has ended: again, where it was. Of another's cluster, whoever started it does so.
     pub(super) async fn restart_member(&mut self, index: usize) -> Result<(), Failure> {
+        if self.attached.is_some() {
+            return Ok(());
+        }
         if let Some(mut process) = self.members[index].process.take() {
             process.ended().await;
         }
@@ -237,6 +321,9 @@ impl Cluster {
     /// Ends everything, and says what did not end when asked, or was left (CHAOS-1).
     pub(super) async fn stop(mut self) -> Vec<String> {
         let mut problems = Vec::new();
+        if self.attached.is_some() {
+            return problems;
+        }
         let trainers = self.trainers();
         for agent in &self.agents {
             // Also one that stands still.
@@ -251,8 +338,8 @@ impl Cluster {
                 problems.push(format!("the agent {name} did not end when asked"));
             }
         }
-        for index in 0..self.members.len() {
-            self.signal_member(index, Signal::SIGTERM);
+        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
+            process.signal(Signal::SIGTERM);
         }
         for member in &mut self.members {
             if let Some(mut process) = member.process.take()

@@ -115,7 +115,7 @@ pub(super) async fn settled(cluster: &Cluster, run: &Followed, head: Option<u64>
         if run.has_ended() {
             return false;
         }
-        let whole = cluster.trainers().len() >= cluster.workers();
+        let whole = cluster.is_whole(seen.world_size);
         if seen.state() == RunState::Running && whole && head_step(&seen) > head {
             return true;
         }
@@ -192,14 +192,16 @@ async fn kill_agent(cluster: &mut Cluster, run: &Followed, draw: &mut Draw) -> R
     let generation = run.run().generation;
     let victim = draw.below(cluster.workers());
     let mut done = begun(Fault::KillAgent);
-    cluster.kill_agent(victim).await;
+    if !cluster.kill_agent(victim).await {
+        return Ok(Done { missed: Some("the worker is on another machine".to_owned()), ..done });
+    }
     tokio::time::sleep(SETTLE).await;
     let next = run.next();
     let lost = |seen: &pb::Run| seen.generation > generation || seen.state() != RunState::Running;
     if let Some(at) = run.until_run(UNNOTICED, lost).await {
         done.detected = Some(at - done.at);
     }
-    cluster.restart_agent(victim)?;
+    cluster.restart_agent(victim).await?;
     match run.until_step(DEADLINE, next).await {
         Some(at) => done.recovered = Some(at - done.at),
         None => done.missed = Some("the run ended, or stood still, before its next step".to_owned()),
@@ -215,7 +217,7 @@ async fn change_leader(cluster: &mut Cluster, fault: Fault, signal: Signal) -> R
     // So that the answer of the next one does not wait for a connection.
     let _ = leading(&others).await;
     let mut done = begun(fault);
-    cluster.signal_member(leader, signal);
+    cluster.signal_leader(leader, signal).await?;
     let end = done.at + DEADLINE;
     while leading(&others).await.is_none() {
         if Instant::now() > end {

@@ -31,7 +31,7 @@ use thaw_proto::pb::{self, RunState};
 /// A run that makes no step for this long does not end.
 const STANDSTILL: Duration = Duration::from_secs(180);
 
-pub(super) async fn chaos(options: ChaosOptions) -> Result<ExitCode, Failure> {
+pub(super) async fn chaos(options: ChaosOptions, servers: &str) -> Result<ExitCode, Failure> {
     let (mut spec, _) = read_spec(&options.spec)?;
     // Steps and their samples are read from it.
     spec.verification.get_or_insert_default().trace = true;
@@ -39,7 +39,7 @@ pub(super) async fn chaos(options: ChaosOptions) -> Result<ExitCode, Failure> {
     let folder = own_folder(options.folder.as_deref())?;
     let mut report = Report::default();
     let outcome = tokio::select! {
-        outcome = on_a_cluster(&options, spec, &folder, &mut report) => outcome,
+        outcome = on_a_cluster(&options, servers, spec, &folder, &mut report) => outcome,
         () = interrupted.cancelled() => Err(Failure::failed("interrupted")),
     };
     if let Err(failure) = outcome {
@@ -61,7 +61,9 @@ fn own_folder(given: Option<&Path>) -> Result<PathBuf, Failure> {
     let unique = || std::env::temp_dir().join(format!("thaw-chaos-{}", uuid::Uuid::new_v4()));
     let folder = given.map_or_else(unique, Path::to_owned);
     let made = std::path::absolute(&folder).and_then(|folder| std::fs::create_dir(&folder).map(|()| folder));
-    made.map_err(|error| Failure::invalid(format!("--folder {}: {error}; name one that is not there", folder.display())))
+    made.map_err(|error| {
+        Failure::invalid(format!("--folder {}: {error}; name one that is not there", folder.display()))
+    })
 }
 
 /// What was found so far.
@@ -88,12 +90,14 @@ impl Report {
 
 async fn on_a_cluster(
     options: &ChaosOptions,
+    servers: &str,
     spec: pb::RunSpec,
     folder: &Path,
     report: &mut Report,
 ) -> Result<(), Failure> {
     report.plain = options.output != Format::Json;
-    let mut cluster = Cluster::start(options, folder).await?;
+    let mut cluster =
+        if options.attach { Cluster::attach(options, servers).await? } else { Cluster::start(options, folder).await? };
     let outcome = experiment(&mut cluster, options, spec, report).await;
     report.problems.extend(cluster.stop().await);
     outcome
@@ -176,7 +180,8 @@ async fn disturb(cluster: &mut Cluster, run: &Followed, options: &ChaosOptions) 
         head = faults::head_step(&run.run());
         due = Instant::now() + every;
         let done = faults::inflict(cluster, run, *fault, &mut draw, outage).await?;
-        let seconds = |time: Option<Duration>| time.map_or("-".to_owned(), |time| format!("{:.3} s", time.as_secs_f64()));
+        let seconds =
+            |time: Option<Duration>| time.map_or("-".to_owned(), |time| format!("{:.3} s", time.as_secs_f64()));
         say(&format!(
             "{} of {}: {} detected {} recovered {} kept {} of {}{}",
             index + 1,
@@ -281,7 +286,8 @@ fn compare(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &En
     }
     let weights = |ended: &Ended| ended.run.result.as_ref().map(|result| result.weights_blake3.clone());
     let equal = weights(reference).is_some() && weights(reference) == weights(disturbed);
-    report.row(Row::new("weights_equal", vec![count(usize::from(equal))], Goal::AtLeast(1.0)).with("faults", done.len()));
+    report
+        .row(Row::new("weights_equal", vec![count(usize::from(equal))], Goal::AtLeast(1.0)).with("faults", done.len()));
     if !equal {
         let (with, without) = (weights(disturbed), weights(reference));
         report.problems.push(format!("the weights are {with:?}, without faults they are {without:?}"));
@@ -302,13 +308,18 @@ fn ledger(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) {
     let made = disturbed.run.result.as_ref().map_or(0, |result| result.steps);
     let found = &disturbed.steps.samples;
     let missing = (0..made).filter(|step| !found.contains_key(step)).count();
-    let differs = |reference: &Ended| (0..made).filter(|step| found.get(step) != reference.steps.samples.get(step)).count();
+    let differs =
+        |reference: &Ended| (0..made).filter(|step| found.get(step) != reference.steps.samples.get(step)).count();
     let differing = reference.map_or(0, differs) + usize::try_from(disturbed.steps.contradicted).unwrap_or(usize::MAX);
     let row = Row::new("ledger", vec![count(missing + differing)], Goal::AtMost(0.0));
     let again = disturbed.steps.all.len() - found.len();
-    report.row(row.with("steps", made).with("missing", missing).with("other_samples", differing).with("made_again", again));
+    report.row(
+        row.with("steps", made).with("missing", missing).with("other_samples", differing).with("made_again", again),
+    );
     if missing + differing > 0 {
-        report.problems.push(format!("{missing} steps are missing, {differing} have other samples than without faults"));
+        report
+            .problems
+            .push(format!("{missing} steps are missing, {differing} have other samples than without faults"));
     }
 }
 

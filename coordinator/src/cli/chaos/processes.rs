@@ -54,7 +54,9 @@ impl Process {
             }
             let log = self.log.display();
             if let Ok(Some(status)) = self.child.try_wait() {
-                return Err(Failure::failed(format!("a process ended with {status} before it served; its log is {log}")));
+                return Err(Failure::failed(format!(
+                    "a process ended with {status} before it served; its log is {log}"
+                )));
             }
             if Instant::now() > end {
                 return Err(Failure::failed(format!("a process did not serve in time; its log is {log}")));
@@ -101,26 +103,13 @@ pub(super) fn is_alive(id: u32) -> bool {
 struct Stat {
     state: char,
     parent: u32,
-    /// User and system time, in ticks of 10 ms.
-    ticks: u64,
 }
 
 fn stat(id: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
     // The name in parentheses may hold anything.
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-    let number = |index: usize| fields.get(index).and_then(|field: &&str| field.parse::<u64>().ok());
-    Some(Stat {
-        state: fields.first()?.chars().next()?,
-        parent: u32::try_from(number(1)?).ok()?,
-        ticks: number(11)? + number(12)?,
-    })
-}
-
-/// Time on a processor of a process, all its threads.
-pub(super) fn processor_time(id: u32) -> Option<Duration> {
-    // Linux shows ticks of a hundredth of a second to programs, whatever the kernel's own.
-    Some(Duration::from_millis(stat(id)?.ticks * 10))
+    Some(Stat { state: fields.first()?.chars().next()?, parent: fields.get(1)?.parse().ok()? })
 }
 
 /// All processes, by id.
@@ -138,6 +127,29 @@ pub(super) fn trainers_of(agents: &[u32]) -> BTreeSet<u32> {
     all().into_iter().filter(is_trainer).collect()
 }
 
+/// The process of this machine that was started as `role` under `name`, given as `--name` or by `variable`.
+pub(super) fn named(role: &str, variable: &str, name: &str) -> Result<Option<u32>, Failure> {
+    let is_it = |id: &u32| {
+        let arguments = arguments(*id);
+        let program = arguments.first().and_then(|program| Path::new(program).file_name()?.to_str());
+        if !program.is_some_and(|program| program.starts_with("thaw")) || !arguments.iter().any(|word| word == role) {
+            return false;
+        }
+        let mut given = arguments.iter().zip(arguments.iter().skip(1));
+        let argument = given.find(|(option, _)| *option == "--name").map(|(_, name)| name.clone());
+        let joined = arguments.iter().find_map(|word| word.strip_prefix("--name=").map(str::to_owned));
+        let set =
+            || environment(*id).iter().find_map(|set| set.strip_prefix(&format!("{variable}=")).map(str::to_owned));
+        argument.or(joined).or_else(set).is_some_and(|found| found == name)
+    };
+    let found: Vec<u32> = all().into_iter().filter(is_it).collect();
+    match found.as_slice() {
+        [] => Ok(None),
+        [id] => Ok(Some(*id)),
+        several => Err(Failure::failed(format!("several processes are `{role}` under the name {name}: {several:?}"))),
+    }
+}
+
 /// Program and arguments; empty where they cannot be read.
 pub(super) fn arguments(id: u32) -> Vec<String> {
     words(&format!("/proc/{id}/cmdline"))
@@ -150,7 +162,11 @@ pub(super) fn environment(id: u32) -> Vec<String> {
 
 fn words(path: &str) -> Vec<String> {
     let bytes = fs::read(path).unwrap_or_default();
-    bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty()).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+    bytes
+        .split(|byte| *byte == 0)
+        .filter(|word| !word.is_empty())
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect()
 }
 
 #[cfg(test)]
@@ -161,7 +177,6 @@ mod tests {
     fn this_process_is_found() {
         let id = std::process::id();
         assert!(is_alive(id) && all().contains(&id));
-        assert!(processor_time(id).is_some());
         assert!(!arguments(id).is_empty());
         assert!(trainers_of(&[id]).is_empty());
         assert!(!is_alive(u32::MAX / 2));
