@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo demo-images test bench fmt lint
+.PHONY: help setup build demo demo-images test bench chaos fmt lint
 
 export PATH := $(CURDIR)/.bin:$(PATH)
 
@@ -27,6 +27,9 @@ test: build ## Run all tests and print their count.
 
 bench: build ## Time Thaw beside PyTorch DDP and print the ratios; ONLY=NAME,... for some rows, QUICK=1 for fewer rounds.
 	@PYTHONPATH=tests .venv/bin/python -m benches --only '$(ONLY)' $(if $(QUICK),--quick)
+
+chaos: build ## Run Thaw under faults and print what they cost; ONLY=NAME,... for some rows, QUICK=1 for a tenth of the faults.
+	@PYTHONPATH=tests .venv/bin/python -m chaos --only '$(ONLY)' $(if $(QUICK),--quick)
 
 fmt: setup ## Format the Rust code.
 	cargo fmt --all

@@ -6,7 +6,6 @@
 //!   reduction stay on one machine.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use thaw_proto::ids::{Slot, WorkerName};
 
 /// A device that no trainer holds and no run has been promised.
@@ -31,24 +30,25 @@ pub enum WaitReason {
 /// Chooses up to `max` of the free slots, one per worker in turn by name, or waits for `min`.
 #[must_use]
 pub fn choose(free: &[FreeSlot], min: u32, max: u32) -> Decision {
-    let mut by_worker: BTreeMap<&WorkerName, Vec<&FreeSlot>> = BTreeMap::new();
-    for slot in free {
-        by_worker.entry(&slot.worker).or_default().push(slot);
-    }
-    let mut in_turn = Vec::new();
-    for slots in by_worker.values_mut() {
-        slots.sort();
-        slots.dedup();
-        in_turn.extend(slots.iter().enumerate().map(|(turn, slot)| (turn, *slot)));
-    }
+    // Slots are given in turns, so by how many of their worker come before them. Sorted, those of one worker are neighbours.
+    let mut sorted: Vec<&FreeSlot> = free.iter().collect();
+    sorted.sort_unstable();
+    sorted.dedup();
     let needed = min.max(1) as usize;
-    if in_turn.len() < needed {
-        return Decision::Wait(WaitReason::TooFewSlots { free: in_turn.len(), needed });
+    if sorted.len() < needed {
+        return Decision::Wait(WaitReason::TooFewSlots { free: sorted.len(), needed });
     }
-    in_turn.sort();
-    let mut chosen: Vec<FreeSlot> =
-        in_turn.into_iter().take(max.max(1) as usize).map(|(_, slot)| slot.clone()).collect();
-    chosen.sort();
+    let mut turns: Vec<Vec<&FreeSlot>> = Vec::new();
+    for of_worker in sorted.chunk_by(|one, next| one.worker == next.worker) {
+        for (turn, slot) in of_worker.iter().enumerate() {
+            match turns.get_mut(turn) {
+                Some(slots) => slots.push(slot),
+                None => turns.push(vec![slot]),
+            }
+        }
+    }
+    let mut chosen: Vec<FreeSlot> = turns.into_iter().flatten().take(max.max(1) as usize).cloned().collect();
+    chosen.sort_unstable();
     Decision::Form(chosen)
 }
 

@@ -104,7 +104,9 @@ pub fn schedule(
     waiting: &[Waiting],
     free: &[FreeSlot],
 ) -> BTreeMap<RunId, Verdict> {
-    let mut round = Round { policy, now_ms, shares, held: held.clone(), free: free.to_vec(), reserved: None, last: 0 };
+    let mut free = free.to_vec();
+    free.sort_unstable();
+    let mut round = Round { policy, now_ms, shares, held: held.clone(), free, reserved: None, last: 0 };
     let verdicts: Vec<(RunId, Verdict)> =
         round.order(waiting).into_iter().map(|run| (run.run.clone(), round.decide(run))).collect();
     verdicts.into_iter().collect()
@@ -115,6 +117,7 @@ struct Round<'a> {
     now_ms: u64,
     shares: &'a BTreeMap<String, Share>,
     held: BTreeMap<String, u32>,
+    /// Sorted.
     free: Vec<FreeSlot>,
     /// For whom what is free is kept.
     reserved: Option<RunId>,
@@ -184,8 +187,9 @@ impl Round<'_> {
             let free = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
             return self.wait(Reason::TooFewSlots { free, needed: run.min });
         };
-        let taken: BTreeSet<&FreeSlot> = places.iter().collect();
-        self.free.retain(|slot| !taken.contains(slot));
+        // Both are sorted.
+        let mut taken = places.iter().peekable();
+        self.free.retain(|slot| taken.next_if_eq(&slot).is_none());
         *self.held.entry(run.tenant.clone()).or_default() += u32::try_from(places.len()).unwrap_or(u32::MAX);
         Verdict::Granted(places)
     }
@@ -194,11 +198,15 @@ impl Round<'_> {
         if self.free.len() < run.min as usize {
             return None;
         }
-        let proven: Vec<FreeSlot> = self.free.iter().filter(|slot| !run.avoid.contains(*slot)).cloned().collect();
-        [proven.as_slice(), &self.free].into_iter().find_map(|slots| match gang::choose(slots, run.min, max) {
+        let choose = |slots: &[FreeSlot]| match gang::choose(slots, run.min, max) {
             Decision::Form(places) => Some(places),
             Decision::Wait(_) => None,
-        })
+        };
+        if run.avoid.is_empty() {
+            return choose(&self.free);
+        }
+        let proven: Vec<FreeSlot> = self.free.iter().filter(|slot| !run.avoid.contains(*slot)).cloned().collect();
+        choose(&proven).or_else(|| choose(&self.free))
     }
 
     fn wait(&mut self, reason: Reason) -> Verdict {

@@ -1,6 +1,7 @@
 //! What can be typed.
 
 use super::Failure;
+use super::chaos::Fault;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -37,6 +38,11 @@ pub(crate) enum Verb {
         after_help = "Example:\n  thaw verify debian-sections-f9d98544\n  thaw verify /shared/thaw/runs/debian-sections-f9d98544\n\nIt reads files alone; what they belong to is in the run:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/GetRun"
     )]
     Verify(VerifyOptions),
+    /// Train a spec twice on a cluster of its own, the second time under faults, and report what they cost. Needs etcd on the path.
+    #[command(
+        after_help = "Example:\n  thaw chaos spec.yaml --workers 8 --faults kill-trainer,kill-leader --count 40 --seed 7\n\nIt starts etcd, coordinators and workers on this machine, and ends all of them. With --attach it harms a staging cluster:\n  thaw chaos spec.yaml --attach --server http://127.0.0.1:7070 --data-dir /shared/thaw\n\nIt fails where the weights differ from the\nundisturbed run's, a run does not end, samples are missing or used twice, or a process is left; a goal that is missed\nis no failure. The same seed gives the same faults in the same order.\n\nWhat a client sees of a run meanwhile:\n  grpcurl -plaintext -d '{\"name\": \"RUN\"}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
+    )]
+    Chaos(ChaosOptions),
     /// Start a coordinator with an embedded store and workers, on this machine.
     #[command(
         after_help = "Example:\n  thaw up --workers 2\n\nWith grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 list"
@@ -174,6 +180,7 @@ impl Verb {
             Self::Train(_)
             | Self::Recover(_)
             | Self::LrFind(_)
+            | Self::Chaos(_)
             | Self::Verify(_)
             | Self::Plan(_)
             | Self::Submit { .. }
@@ -231,6 +238,62 @@ pub(crate) struct VerifyOptions {
     pub(crate) data_dir: PathBuf,
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ChaosOptions {
+    /// The run spec, YAML or JSON.
+    pub(crate) spec: PathBuf,
+    /// Workers of one slot each.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) workers: u32,
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=9))]
+    pub(crate) coordinators: u32,
+    /// Kinds of faults, with commas between; each comes as often as the others.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Fault::KillTrainer, Fault::KillAgent, Fault::KillLeader, Fault::HandOver])]
+    pub(crate) faults: Vec<Fault>,
+    /// Faults in all. A run that ends before them has fewer.
+    #[arg(long, default_value_t = 20)]
+    pub(crate) count: usize,
+    /// Seconds from one fault to the next, or until the run has recovered and saved again, whichever is later.
+    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
+    pub(crate) every: f64,
+    /// What order and victims follow from.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Harm the cluster at --server instead of one of its own, which must train nothing else: those of its processes that run on this machine. Whoever started them starts
+    /// them again.
+    #[arg(long)]
+    pub(crate) attach: bool,
+    /// With --attach: the folder that holds the folder runs.
+    #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
+    pub(crate) data_dir: PathBuf,
+    /// Seconds that an outage lasts.
+    #[arg(long, default_value_t = 300.0, value_parser = seconds)]
+    pub(crate) outage: f64,
+    /// Leave the undisturbed run out: weights and goodput are not compared.
+    #[arg(long)]
+    pub(crate) no_reference: bool,
+    /// Before the runs, also time requests of clients, and what etcd holds and writes.
+    #[arg(long)]
+    pub(crate) requests: bool,
+    /// Folder of its store, runs and logs; must not be there. Default: one for temporary files, removed at the end unless something broke.
+    #[arg(long)]
+    pub(crate) folder: Option<PathBuf>,
+    /// The worker's program. Default: thaw-worker beside this program.
+    #[arg(long)]
+    pub(crate) worker_program: Option<PathBuf>,
+    /// Passed on to every trainer: point@step=path, see `thaw-worker trainer --help`. For tests.
+    #[arg(long, hide = true)]
+    pub(crate) hold: Option<String>,
+    /// Plain lines, or everything as JSON.
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| format!("{text:?} is no number of seconds"))?;
+    if (0.0..=86_400.0).contains(&number) { Ok(number) } else { Err("give 0 to 86400 seconds".to_owned()) }
 }
 
 #[derive(Debug, clap::Args)]

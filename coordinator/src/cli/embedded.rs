@@ -211,7 +211,7 @@ fn serving_failure(ended: Result<Result<(), server::Error>, tokio::task::JoinErr
     }
 }
 
-fn worker_program(given: Option<&Path>) -> Result<PathBuf, Failure> {
+pub(super) fn worker_program(given: Option<&Path>) -> Result<PathBuf, Failure> {
     let program = match given {
         Some(path) => path.to_owned(),
         None => std::env::current_exe()

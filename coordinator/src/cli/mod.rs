@@ -1,6 +1,7 @@
 //! The command line. Results go to stdout, words to stderr; nothing is coloured or animated off a terminal.
 
 mod args;
+mod chaos;
 mod client;
 mod embedded;
 mod lr_find;
@@ -98,6 +99,7 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
         Verb::Up(options) => embedded::up(options).await,
         Verb::Train(options) => train::train(options).await,
         Verb::Verify(options) => verify::verify(options).await,
+        Verb::Chaos(options) => chaos::chaos(options, &args.server).await,
         Verb::LrFind(options) => lr_find::lr_find(options).await,
         Verb::Recover(options) => recover::recover(options).await,
         Verb::Plan(options) => train::plan(options).await,

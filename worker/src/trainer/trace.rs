@@ -95,7 +95,8 @@ impl Trace {
             "loss": step.loss,
             "digest": step.digest.map(|digest| digest.to_hex().to_string()),
         });
-        writeln!(self.steps, "{line}")
+        // One write: a death leaves a whole line or none.
+        self.steps.write_all(format!("{line}\n").as_bytes())
     }
 }
 
