@@ -402,25 +402,24 @@ impl Trainer<'_> {
         let resume = proposal.resume.as_ref().map(CheckpointRef::try_from).transpose();
         let resume = resume
             .map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
-        let (mut replica, state) = self.take_place(links)?;
+        let (mut replica, mut state) = self.take_place(links)?;
         let head = resume.as_ref().map(|head| head.position.step);
-        let agreed = match save::agree(self.job, &mut replica, state.map(|state| *state), head) {
-            Ok(agreed) => agreed,
-            Err((state, error)) => {
-                self.held = Held::Replica(replica, state.map(Box::new));
-                return Err(error.into());
-            }
-        };
         let mut ledger = save::Ledger::default();
-        let (mut state, kept) = match agreed {
-            save::Agreed::State(state) => (state, true),
-            save::Agreed::Nothing => match begin(self.job, &mut replica, resume.as_ref(), &mut ledger) {
-                Ok(state) => (Box::new(state), false),
-                Err(error) => {
-                    self.held = Held::Replica(replica, None);
-                    return Err(error);
-                }
-            },
+        let begun = match save::agree(self.job, &mut replica, &mut state, head) {
+            Ok(true) => Ok(true),
+            Ok(false) => begin(self.job, &mut replica, resume.as_ref(), &mut ledger).map(|begun| {
+                state = Some(Box::new(begun));
+                false
+            }),
+            Err(error) => Err(error.into()),
+        };
+        let (kept, mut state) = match (begun, state) {
+            (Ok(kept), Some(state)) => (kept, state),
+            (Ok(_), None) => unreachable!("a generation that has begun has a state"),
+            (Err(error), state) => {
+                self.held = Held::Replica(replica, state);
+                return Err(error);
+            }
         };
         let ended = self.train((&mut replica, &mut state, kept), proposal, resume.as_ref(), ledger);
         self.held = Held::Replica(replica, Some(state));

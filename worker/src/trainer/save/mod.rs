@@ -16,7 +16,7 @@ mod share;
 
 pub(crate) use load::load;
 pub(crate) use model::{StoredAs, weights_blake3, write_archive, write_model, write_weights};
-pub(crate) use peer::{Agreed, agree};
+pub(crate) use peer::agree;
 
 use super::hold::{Hold, HoldPoint};
 use super::job::Job;

@@ -94,15 +94,8 @@ struct Part {
     optimizer: Option<(usize, u64)>,
 }
 
-/// What a generation begins with.
-pub(crate) enum Agreed {
-    /// No rank holds anything that is of use: from the head.
-    Nothing,
-    /// Every rank holds the same state.
-    State(Box<State>),
-}
-
-/// Finds out who has come furthest, and brings everybody there. `head`: the step of the head pointer.
+/// Finds out who has come furthest, and brings everybody there; false where nobody holds anything that is of use. `head`: the step of the
+/// head pointer.
 ///
 /// # Errors
 /// [`Error::Differ`] (KEEP-2); [`Error::Behind`] on a rank that must be started again, since it holds a state that is older than the head;
@@ -110,26 +103,11 @@ pub(crate) enum Agreed {
 pub(crate) fn agree(
     job: &Job,
     replica: &mut Replica,
-    mut state: Option<State>,
-    head: Option<Step>,
-) -> Result<Agreed, (Option<State>, session::Error)> {
-    let agreed = settle(job, replica, &mut state, head);
-    match agreed {
-        Ok(true) => Ok(Agreed::State(Box::new(state.expect("who has settled on a state holds it")))),
-        Ok(false) => Ok(Agreed::Nothing),
-        Err(error) => Err((state, error)),
-    }
-}
-
-/// Whether there is a state to go on from, which every rank then holds.
-fn settle(
-    job: &Job,
-    replica: &mut Replica,
-    state: &mut Option<State>,
+    state: &mut Option<Box<State>>,
     head: Option<Step>,
 ) -> Result<bool, session::Error> {
-    let claim =
-        Claim { held: state.as_ref().map(|state| held(replica, state)).transpose()?, last_stamp: replica.last_stamp() };
+    let own = state.as_deref().map(|state| held(replica, state)).transpose()?;
+    let claim = Claim { held: own, last_stamp: replica.last_stamp() };
     let claims = exchange(replica, &claim)?;
     let furthest = claims.iter().filter_map(|claim| claim.held.as_ref()).map(|held| (held.step, held.moves)).max();
     let Some(furthest) = furthest.filter(|(step, _)| head.is_none_or(|head| *step >= head)) else {
@@ -151,7 +129,7 @@ fn settle(
     let last_stamp = claims.iter().map(|claim| claim.last_stamp).max().unwrap_or(Stamp::INITIAL);
     if !in_need.is_empty() {
         if replica.rank() == source {
-            let state = state.as_ref().expect("the source has claimed a state");
+            let state = state.as_deref().expect("the source has claimed a state");
             send(job, replica, state, &in_need)?;
         } else {
             if let Some(copied) = receive(replica, Rank(source), &in_need)? {
@@ -162,7 +140,7 @@ fn settle(
                     return Err(Error::Peer { rank: source, problem }.into());
                 }
                 tracing::info!(from = source, step = furthest.0.0, "took over a peer's state");
-                *state = Some(taken);
+                *state = Some(Box::new(taken));
             }
         }
     }
