@@ -240,7 +240,7 @@ fn faults_rows(report: &mut Report, done: &[Done], reference: Option<&Ended>, di
 fn goals(fault: Fault) -> (Goal, Goal) {
     match fault {
         Fault::KillTrainer => (Goal::P50AndP99(1.0, 2.5), Goal::None),
-        Fault::StopTrainer => (Goal::None, Goal::P99(2.5)),
+        Fault::StopTrainer | Fault::StopAgent => (Goal::None, Goal::P99(2.5)),
         Fault::KillAgent | Fault::Outage => (Goal::None, Goal::None),
         Fault::KillLeader => (Goal::P99(4.0), Goal::None),
         Fault::HandOver => (Goal::P99(0.3), Goal::None),
