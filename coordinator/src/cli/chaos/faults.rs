@@ -239,6 +239,8 @@ async fn stop_agent(cluster: &Cluster, run: &Followed, draw: &mut Draw) -> Done 
     match run.until_run(UNNOTICED, lost).await {
         Some(at) => {
             done.detected = Some(at - done.at);
+            let again = |seen: &pb::Run| seen.generation > generation && seen.state() == RunState::Running;
+            let _ = run.until_run(DEADLINE, again).await;
             match run.until_step(DEADLINE, run.next()).await {
                 Some(at) => done.recovered = Some(at - done.at),
                 None => done.missed = Some("the run ended, or stood still, before its next step".to_owned()),
