@@ -55,7 +55,7 @@ fn survives(end: impl Fn(u32)) {
         end(victim);
         // The survivors' gang, then that with another in the lost one's place.
         process::eventually("a gang of survivors and one that is whole", DEADLINE, || {
-            (gangs(&run) >= 1 + 2 * (loss + 1)).then_some(())
+            (gangs(&run) > 2 * (loss + 1)).then_some(())
         });
         let now: BTreeSet<u32> = process::trainers_below(training.id()).into_iter().collect();
         assert!(now.is_superset(&present) && !now.contains(&victim), "{present:?} became {now:?}");
