@@ -122,7 +122,7 @@ def scheduler(_count: int) -> Iterator[str]:
     yield from stream(["cargo", "run", "-q", "-p", "thaw-core", "--example", "scheduler"])
 
 
-ALL_FAULTS = "kill-trainer,stop-trainer,kill-agent,kill-leader,hand-over"
+ALL_FAULTS = "kill-trainer,stop-trainer,kill-agent,stop-agent,kill-leader,hand-over"
 ROWS = (
     Row(
         "kill",
@@ -136,11 +136,12 @@ ROWS = (
     ),
     Row(
         "stop",
-        "SIGSTOP of one of 8 trainers until it is declared lost",
-        "stop-trainer",
+        "SIGSTOP of one of 8 trainers, or of its agent, until it is declared lost",
+        "stop-trainer,stop-agent",
         20,
         0.5,
-        lines=("stop_trainer",),
+        300,
+        lines=("stop_",),
         more=("--no-reference",),
     ),
     Row(

@@ -56,6 +56,13 @@ struct Agent {
     found: Option<u32>,
 }
 
+impl Agent {
+    /// `None` while it is down, and where it is on another machine.
+    fn id(&self) -> Option<u32> {
+        self.process.as_ref().map_or(self.found, Process::id)
+    }
+}
+
 /// A cluster of its own: etcd, coordinators, agents, all on this machine and on ports that were free. Or one that runs already, of which the
 /// processes on this machine are found by the names that they were started with, and started again by whoever started them.
 #[derive(Debug)]
@@ -229,12 +236,17 @@ impl Cluster {
     }
 
     fn agent_ids(&self) -> Vec<u32> {
-        self.agents.iter().filter_map(|agent| agent.process.as_ref().map_or(agent.found, Process::id)).collect()
+        self.agents.iter().filter_map(Agent::id).collect()
     }
 
     /// Trainers that live.
     pub(super) fn trainers(&self) -> BTreeSet<u32> {
         processes::trainers_of(&self.agent_ids())
+    }
+
+    /// Those of one agent.
+    pub(super) fn trainers_of(&self, index: usize) -> BTreeSet<u32> {
+        self.agents[index].id().map_or_else(BTreeSet::new, |id| processes::trainers_of(&[id]))
     }
 
     /// Whether all trainers of a gang of `world_size` are there; of another's cluster, some.
@@ -252,6 +264,11 @@ impl Cluster {
             (None, None) => return false,
         }
         true
+    }
+
+    /// `false` where it is not on this machine.
+    pub(super) fn signal_agent(&self, index: usize, signal: Signal) -> bool {
+        self.agents[index].id().map(|id| processes::send(id, signal)).is_some()
     }
 
     pub(super) async fn restart_agent(&mut self, index: usize) -> Result<(), Failure> {

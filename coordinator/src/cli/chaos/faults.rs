@@ -6,6 +6,7 @@ use super::follow::Followed;
 use super::processes::{self, POLL};
 use clap::ValueEnum;
 use nix::sys::signal::Signal;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use thaw_proto::pb::{self, RunState};
 
@@ -22,6 +23,8 @@ pub(crate) enum Fault {
     StopTrainer,
     /// SIGKILL of an agent, which takes its trainers with it. It is started again once it is missed.
     KillAgent,
+    /// SIGSTOP of an agent until its worker is missed: silent, as behind a link that is cut, while its trainers go on.
+    StopAgent,
     /// SIGKILL of the leading coordinator. It is started again once another leads.
     KillLeader,
     /// SIGTERM to the leading coordinator, which hands over.
@@ -37,6 +40,7 @@ impl Fault {
             Self::KillTrainer => "kill_trainer",
             Self::StopTrainer => "stop_trainer",
             Self::KillAgent => "kill_agent",
+            Self::StopAgent => "stop_agent",
             Self::KillLeader => "kill_leader",
             Self::HandOver => "hand_over",
             Self::Outage => "outage",
@@ -47,7 +51,7 @@ impl Fault {
     pub(super) fn spares_the_gang(self) -> bool {
         match self {
             Self::KillLeader | Self::HandOver | Self::Outage => true,
-            Self::KillTrainer | Self::StopTrainer | Self::KillAgent => false,
+            Self::KillTrainer | Self::StopTrainer | Self::KillAgent | Self::StopAgent => false,
         }
     }
 }
@@ -61,7 +65,9 @@ pub(super) struct Done {
     pub(super) detected: Option<Duration>,
     /// Until the next update that was not made before; of a coordinator, until the next one serves.
     pub(super) recovered: Option<Duration>,
-    /// Trainers that lived before, without the victim, and how many of them live after.
+    /// Trainers that the fault was done to, or to whose agent.
+    victims: BTreeSet<u32>,
+    /// The others that lived before, and how many of them live after.
     pub(super) others: usize,
     pub(super) kept: usize,
     /// Of an outage, how long there was no coordinator.
@@ -142,20 +148,32 @@ pub(super) async fn inflict(
     let mut done = match fault {
         Fault::KillTrainer | Fault::StopTrainer => harm_trainer(cluster, run, fault, draw).await,
         Fault::KillAgent => kill_agent(cluster, run, draw).await?,
+        Fault::StopAgent => stop_agent(cluster, run, draw).await,
         Fault::KillLeader => change_leader(cluster, fault, Signal::SIGKILL).await?,
         Fault::HandOver => change_leader(cluster, fault, Signal::SIGTERM).await?,
         Fault::Outage => outage_of(cluster, run, outage).await?,
     };
-    let victims = if fault.spares_the_gang() { 0 } else { 1 };
-    done.others = before.len().saturating_sub(victims);
-    done.kept = cluster.trainers().intersection(&before).count();
+    let others: BTreeSet<u32> = before.difference(&done.victims).copied().collect();
+    done.others = others.len();
+    done.kept = cluster.trainers().intersection(&others).count();
     Ok(done)
 }
 
 fn begun(fault: Fault) -> Done {
     let (detected, recovered, missed) = (None, None, None);
-    let length = Duration::ZERO;
-    Done { fault, at: Instant::now(), detected, recovered, others: 0, kept: 0, length, head_moved: false, missed }
+    let (length, victims) = (Duration::ZERO, BTreeSet::new());
+    Done {
+        fault,
+        at: Instant::now(),
+        detected,
+        recovered,
+        victims,
+        others: 0,
+        kept: 0,
+        length,
+        head_moved: false,
+        missed,
+    }
 }
 
 async fn harm_trainer(cluster: &Cluster, run: &Followed, fault: Fault, draw: &mut Draw) -> Done {
@@ -164,7 +182,7 @@ async fn harm_trainer(cluster: &Cluster, run: &Followed, fault: Fault, draw: &mu
     let Some(victim) = trainers.get(draw.below(trainers.len())).copied() else {
         return Done { missed: Some("no trainer lives".to_owned()), ..begun(fault) };
     };
-    let mut done = begun(fault);
+    let mut done = Done { victims: BTreeSet::from([victim]), ..begun(fault) };
     processes::send(victim, if fault == Fault::KillTrainer { Signal::SIGKILL } else { Signal::SIGSTOP });
     tokio::time::sleep(SETTLE).await;
     let next = run.next();
@@ -191,7 +209,7 @@ async fn recover(done: &mut Done, run: &Followed, generation: u64, next: u64) {
 async fn kill_agent(cluster: &mut Cluster, run: &Followed, draw: &mut Draw) -> Result<Done, Failure> {
     let generation = run.run().generation;
     let victim = draw.below(cluster.workers());
-    let mut done = begun(Fault::KillAgent);
+    let mut done = Done { victims: cluster.trainers_of(victim), ..begun(Fault::KillAgent) };
     if !cluster.kill_agent(victim).await {
         return Ok(Done { missed: Some("the worker is on another machine".to_owned()), ..done });
     }
@@ -207,6 +225,31 @@ async fn kill_agent(cluster: &mut Cluster, run: &Followed, draw: &mut Draw) -> R
         None => done.missed = Some("the run ended, or stood still, before its next step".to_owned()),
     }
     Ok(done)
+}
+
+async fn stop_agent(cluster: &Cluster, run: &Followed, draw: &mut Draw) -> Done {
+    let generation = run.run().generation;
+    let victim = draw.below(cluster.workers());
+    let mut done = Done { victims: cluster.trainers_of(victim), ..begun(Fault::StopAgent) };
+    if !cluster.signal_agent(victim, Signal::SIGSTOP) {
+        return Done { missed: Some("the worker is on another machine".to_owned()), ..done };
+    }
+    let lost = |seen: &pb::Run| seen.generation > generation || seen.state() != RunState::Running;
+    // Its trainers train on until it is missed: only then is there something to recover from.
+    match run.until_run(UNNOTICED, lost).await {
+        Some(at) => {
+            done.detected = Some(at - done.at);
+            let again = |seen: &pb::Run| seen.generation > generation && seen.state() == RunState::Running;
+            let _ = run.until_run(DEADLINE, again).await;
+            match run.until_step(DEADLINE, run.next()).await {
+                Some(at) => done.recovered = Some(at - done.at),
+                None => done.missed = Some("the run ended, or stood still, before its next step".to_owned()),
+            }
+        }
+        None => done.missed = Some(format!("not noticed within {} s", UNNOTICED.as_secs())),
+    }
+    cluster.signal_agent(victim, Signal::SIGCONT);
+    done
 }
 
 async fn change_leader(cluster: &mut Cluster, fault: Fault, signal: Signal) -> Result<Done, Failure> {

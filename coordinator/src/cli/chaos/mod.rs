@@ -31,6 +31,9 @@ use thaw_proto::pb::{self, RunState};
 /// A run that makes no step for this long does not end.
 const STANDSTILL: Duration = Duration::from_secs(180);
 
+/// Over less, a rate says nothing.
+const LEAST_WINDOW: Duration = Duration::from_secs(3);
+
 pub(super) async fn chaos(options: ChaosOptions, servers: &str) -> Result<ExitCode, Failure> {
     let (mut spec, _) = read_spec(&options.spec)?;
     // Steps and their samples are read from it.
@@ -224,7 +227,8 @@ fn faults_rows(report: &mut Report, done: &[Done], reference: Option<&Ended>, di
             report.problems.push(format!("{} of {others} trainers did not outlive {name}", others - kept));
         }
         if let Some(reference) = reference {
-            let rates: Vec<f64> = all.iter().filter_map(|one| rate(one, reference, disturbed)).collect();
+            let before_next = |one: &Done| done.iter().map(|other| other.at).find(|at| *at > one.at);
+            let rates = all.iter().filter_map(|one| rate(one, before_next(one), reference, disturbed)).collect();
             report.row(Row::new(format!("{name}.step_rate"), rates, Goal::AtLeast(0.99)));
         }
         if fault == Fault::Outage {
@@ -236,17 +240,17 @@ fn faults_rows(report: &mut Report, done: &[Done], reference: Option<&Ended>, di
 fn goals(fault: Fault) -> (Goal, Goal) {
     match fault {
         Fault::KillTrainer => (Goal::P50AndP99(1.0, 2.5), Goal::None),
-        Fault::StopTrainer => (Goal::None, Goal::P99(2.5)),
+        Fault::StopTrainer | Fault::StopAgent => (Goal::None, Goal::P99(2.5)),
         Fault::KillAgent | Fault::Outage => (Goal::None, Goal::None),
         Fault::KillLeader => (Goal::P99(4.0), Goal::None),
         Fault::HandOver => (Goal::P99(0.3), Goal::None),
     }
 }
 
-/// Time that the undisturbed run took for the steps made during a fault, over the fault's time: 1 is undisturbed.
-fn rate(one: &Done, reference: &Ended, disturbed: &Ended) -> Option<f64> {
-    let length = if one.fault == Fault::Outage { one.length } else { one.recovered? };
-    let until = one.at + length;
+/// Time that the undisturbed run took for the steps made during a fault, over the fault's time: 1 is undisturbed. No further than to `next`.
+fn rate(one: &Done, next: Option<Instant>, reference: &Ended, disturbed: &Ended) -> Option<f64> {
+    let length = if one.fault == Fault::Outage { one.length } else { one.recovered?.max(LEAST_WINDOW) };
+    let until = next.map_or(one.at + length, |next| next.min(one.at + length));
     let firsts = disturbed.steps.firsts();
     let made = firsts.iter().filter(|(_, at)| (one.at..=until).contains(*at)).map(|(step, _)| *step);
     let (first, last) = (made.clone().min()?, made.max()?);
