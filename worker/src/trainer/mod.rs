@@ -227,8 +227,8 @@ fn train(
         host: HostId::of_this_machine(),
     };
     let (listener, address) = Listener::bind(host)?;
-    // A trace is written by whoever is rank 0 from the head on, so its run starts again from there; NCCL's end on a loss is not trusted.
-    let keeps_state = device == Device::Cpu && !job.spec.verification.trace;
+    // NCCL's end on a loss is not trusted.
+    let keeps_state = device == Device::Cpu;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address, keeps_state }));
     let (orders, ordered) = channel();
     let (noting, latest) = (Arc::clone(outbox), Arc::new(Latest::default()));
@@ -464,10 +464,12 @@ impl Trainer<'_> {
             // The coordinator may have missed what the last generation said just before it ended.
             state.results.iter().for_each(|result| outbox.send(Outbox::stage_ended(result)));
         }
-        let trace = if leads && job.spec.verification.trace {
-            Some(trace::Trace::open(job, replica, resume.is_none())?)
-        } else {
-            None
+        let trace = match (job.spec.verification.trace, leads) {
+            (true, true) => {
+                Some(trace::Trace::open(job, replica, resume.is_none() && state.moves == 0, &state.traced)?)
+            }
+            (true, false) => Some(trace::Trace::followed()),
+            (false, _) => None,
         };
         let generation = Generation(proposal.generation);
         let saver = save::Saver::start(job, generation, proposal.rank, outbox, hold.clone(), resume, ledger)?;

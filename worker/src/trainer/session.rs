@@ -17,7 +17,7 @@ use super::replica::{self, Extent, Replica, StepPlan, StepReport, Votes};
 use super::save::{self, Saver};
 use super::snapshot::GroupSnapshot;
 use super::statistics;
-use super::trace::{Trace, TraceStep};
+use super::trace::{Trace, TraceStep, Traced};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -95,6 +95,8 @@ pub(crate) struct State {
     /// Changes of `position` and `point` since the run's beginning or the checkpoint it resumed from. The same on every rank that has come as
     /// far, and higher on one that has come further (KEEP-1).
     pub(crate) moves: u64,
+    /// Where the spec asks for a trace.
+    pub(crate) traced: Traced,
     /// Before this stage.
     pub(crate) seconds: f64,
     pub(crate) stage_seconds: f64,
@@ -112,6 +114,7 @@ impl State {
             deciding: None,
             point: Point::Entering,
             moves: 0,
+            traced: Traced::default(),
             seconds: 0.0,
             stage_seconds: 0.0,
         }
@@ -138,7 +141,7 @@ pub(crate) struct Session<'a> {
     pub(crate) saver: Saver,
     /// How long putting back the best weights took when the last stage ended.
     pub(crate) restored_in: Duration,
-    /// On rank 0, where the spec asks for it.
+    /// Where the spec asks for it.
     pub(crate) trace: Option<Trace>,
 }
 
@@ -293,9 +296,7 @@ impl Session<'_> {
             }
         }
         self.replica.set_trainable(indices(stage))?;
-        if let Some(trace) = &mut self.trace {
-            trace.enter(restored);
-        }
+        self.state.traced.restored = restored;
         self.state.move_to(Point::Thawed);
         Ok(())
     }
@@ -403,13 +404,16 @@ impl Session<'_> {
             );
         }
         let digest = match self.job.spec.verification.digest_steps {
-            Some(every) if done.0.is_multiple_of(u64::from(every)) => Some(self.replica.digest(done)?),
+            Some(every) if done.0.is_multiple_of(u64::from(every)) => Some(self.replica.digest(done)),
             Some(_) | None => None,
         };
         if let Some(trace) = &mut self.trace {
+            // A gang that breaks meanwhile has taken the step all the same.
+            let digest = digest.as_ref().and_then(|digest| digest.as_ref().ok()).copied();
             let step = TraceStep { position: at, plan, loss: report.loss, first_epoch: self.state.first_epoch, digest };
-            trace.step(order, self.job, &step).map_err(Error::Trace)?;
+            trace.step(&mut self.state.traced, order, self.job, &step).map_err(Error::Trace)?;
         }
+        digest.transpose()?;
         let due = done.0.is_multiple_of(u64::from(self.job.spec.logging_steps))
             || self.state.position.stage_step == stage.max_steps;
         if due && self.replica.rank() == 0 {

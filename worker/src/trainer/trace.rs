@@ -11,6 +11,7 @@ use super::feed::Order;
 use super::job::Job;
 use super::replica::{Replica, StepPlan};
 use super::save;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -21,9 +22,17 @@ use thaw_proto::ids::{StageIndex, Step};
 use thaw_proto::run::Position;
 
 pub(crate) struct Trace {
-    steps: File,
-    /// For the next line.
-    restored: Option<(Step, Duration)>,
+    /// On rank 0.
+    steps: Option<File>,
+}
+
+/// What the trace says last and next, which every rank knows: the one that writes may die before it has.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Traced {
+    line: Option<String>,
+    /// The step whose best weights and optimizer state the stage started from, where it did not go on from the last one, and how long it took
+    /// to put them back; for the next line.
+    pub(crate) restored: Option<(Step, Duration)>,
 }
 
 /// What one line says.
@@ -37,8 +46,13 @@ pub(crate) struct TraceStep<'a> {
 }
 
 impl Trace {
-    /// Opens the trace; where the run is at its beginning, also writes what it starts from.
-    pub(crate) fn open(job: &Job, replica: &Replica, beginning: bool) -> Result<Self, save::Error> {
+    /// Of a rank that does not write it.
+    pub(crate) fn followed() -> Self {
+        Self { steps: None }
+    }
+
+    /// Opens the trace; where the run is at its beginning, also writes what it starts from. Says again what was said last.
+    pub(crate) fn open(job: &Job, replica: &Replica, beginning: bool, traced: &Traced) -> Result<Self, save::Error> {
         let folder = job.folder.join("trace");
         let failed = |source| save::Error::File { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
@@ -47,18 +61,19 @@ impl Trace {
             let layout = serde_json::to_vec_pretty(&layout(replica)).expect("names and numbers are plain data");
             fs::write(folder.join("layout.json"), layout).map_err(failed)?;
         }
-        let steps = OpenOptions::new().create(true).append(true).open(folder.join("steps.jsonl")).map_err(failed)?;
-        Ok(Self { steps, restored: None })
-    }
-
-    /// `restored`: the step whose best weights and optimizer state the stage starts from, where it does not go on from the last one, and how
-    /// long it took to put them back.
-    pub(crate) fn enter(&mut self, restored: Option<(Step, Duration)>) {
-        self.restored = restored;
+        let mut steps =
+            OpenOptions::new().create(true).append(true).open(folder.join("steps.jsonl")).map_err(failed)?;
+        if let Some(line) = &traced.line {
+            steps.write_all(line.as_bytes()).map_err(failed)?;
+        }
+        Ok(Self { steps: Some(steps) })
     }
 
     /// Writes the weights that a stage ended with.
     pub(crate) fn end(&self, job: &Job, replica: &Replica, stage: StageIndex) -> Result<(), save::Error> {
+        if self.steps.is_none() {
+            return Ok(());
+        }
         save::write_weights(
             job,
             replica,
@@ -67,7 +82,13 @@ impl Trace {
         )
     }
 
-    pub(crate) fn step(&mut self, order: &Order, job: &Job, step: &TraceStep<'_>) -> io::Result<()> {
+    pub(crate) fn step(
+        &mut self,
+        traced: &mut Traced,
+        order: &Order,
+        job: &Job,
+        step: &TraceStep<'_>,
+    ) -> io::Result<()> {
         let index = job.dataset.index();
         let shards: Vec<_> = (0..job.plan.logical_shards)
             .map(|shard| {
@@ -82,7 +103,7 @@ impl Trace {
                 })
             })
             .collect();
-        let restored = self.restored.take();
+        let restored = traced.restored.take();
         let line = json!({
             "step": step.plan.step,
             "stage": step.position.stage,
@@ -95,8 +116,9 @@ impl Trace {
             "loss": step.loss,
             "digest": step.digest.map(|digest| digest.to_hex().to_string()),
         });
+        let line = traced.line.insert(format!("{line}\n"));
         // One write: a death leaves a whole line or none.
-        self.steps.write_all(format!("{line}\n").as_bytes())
+        self.steps.as_mut().map_or(Ok(()), |steps| steps.write_all(line.as_bytes()))
     }
 }
 

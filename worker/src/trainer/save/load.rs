@@ -6,6 +6,7 @@ use crate::trainer::job::Job;
 use crate::trainer::replica::{self, Extent, Replica};
 use crate::trainer::session::{Best, Point, State};
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
+use crate::trainer::trace::Traced;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -50,6 +51,7 @@ pub(crate) fn load(
         deciding: None,
         point: if manifest.position.stage_step == 0 { Point::Entering } else { Point::Training },
         moves: 0,
+        traced: Traced::default(),
         seconds: manifest.seconds,
         stage_seconds: manifest.stage_seconds,
     })

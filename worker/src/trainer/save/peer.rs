@@ -14,6 +14,7 @@ use crate::trainer::job::Job;
 use crate::trainer::replica::{Extent, Replica};
 use crate::trainer::session::{self, Best, Point, State};
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
+use crate::trainer::trace::Traced;
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -46,6 +47,7 @@ struct Held {
 struct Contents {
     decided: Decided,
     results: Vec<StageResult>,
+    traced: Traced,
     seconds: f64,
     stage_seconds: f64,
     parts: Vec<Part>,
@@ -197,6 +199,7 @@ fn send(job: &Job, replica: &mut Replica, state: &State, to: &[Rank]) -> Result<
     let contents = Contents {
         decided: Decided::of(replica, state),
         results: state.results.clone(),
+        traced: state.traced.clone(),
         seconds: state.seconds,
         stage_seconds: state.stage_seconds,
         parts,
@@ -293,7 +296,7 @@ fn receive(replica: &mut Replica, from: Rank, to: &[Rank]) -> Result<Option<Copi
 impl Copied {
     fn put_into(self, replica: &mut Replica) -> Result<State, session::Error> {
         let Self { contents, states, rank } = self;
-        let Contents { decided, results, seconds, stage_seconds, parts: _ } = contents;
+        let Contents { decided, results, traced, seconds, stage_seconds, parts: _ } = contents;
         let missing = |group: usize| Error::Peer { rank: rank.0, problem: format!("layer group {group} is missing") };
         if decided.stamps.len() != replica.model().groups().len() {
             return Err(missing(decided.stamps.len()).into());
@@ -324,6 +327,7 @@ impl Copied {
             moves,
             seconds,
             stage_seconds,
+            traced,
         })
     }
 }
