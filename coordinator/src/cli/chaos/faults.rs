@@ -121,7 +121,9 @@ pub(super) async fn settled(cluster: &Cluster, run: &Followed, head: Option<u64>
         if run.has_ended() {
             return false;
         }
-        let whole = cluster.is_whole(seen.world_size);
+        // Who is starting to join is no member that a fault could spare.
+        let full = seen.world_sizes.iter().copied().max().unwrap_or(0);
+        let whole = seen.world_size == full && cluster.is_whole(full);
         if seen.state() == RunState::Running && whole && head_step(&seen) > head {
             return true;
         }
