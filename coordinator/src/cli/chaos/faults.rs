@@ -2,7 +2,7 @@
 
 use super::super::Failure;
 use super::cluster::{Cluster, DEADLINE, leading, voices};
-use super::follow::Followed;
+use super::follow::{Followed, has_ended};
 use super::processes::{self, POLL};
 use clap::ValueEnum;
 use nix::sys::signal::Signal;
@@ -14,6 +14,8 @@ use thaw_proto::pb::{self, RunState};
 const SETTLE: Duration = Duration::from_millis(30);
 /// A trainer that stands still and is not missed by then is let go on.
 const UNNOTICED: Duration = Duration::from_secs(60);
+/// Until a coordinator says that a run has ended whose trainers have.
+const ENDING: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Fault {
@@ -156,8 +158,12 @@ pub(super) async fn inflict(
         Fault::Outage => outage_of(cluster, run, outage).await?,
     };
     let others: BTreeSet<u32> = before.difference(&done.victims).copied().collect();
-    done.others = others.len();
-    done.kept = cluster.trainers().intersection(&others).count();
+    let kept = cluster.trainers().intersection(&others).count();
+    // The trainers of a run that has ended are ended with it, and say nothing about the fault.
+    let is_over = kept < others.len() && run.until_run(ENDING, has_ended).await.is_some();
+    if !is_over {
+        (done.kept, done.others) = (kept, others.len());
+    }
     Ok(done)
 }
 
