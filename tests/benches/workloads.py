@@ -179,6 +179,6 @@ MINILM_DEMO = Workload("minilm", 32, 20, 10, make_minilm, MINILM, "minilm")
 MINILM_TESTED = Workload("minilm_tested", 32, 20, 10, make_minilm_tested, TESTED, "minilm")
 # Where an epoch ends, a frozen prefix fills its last chunks up with repeated samples: epochs here are about as long as the demo's, and of
 # several chunks.
-MINILM_LONG = Workload("minilm", 32, 80, 10, make_minilm, MINILM, "minilm")
+MINILM_LONG = Workload("minilm_long", 32, 80, 10, make_minilm, MINILM, "minilm")
 VIT_SMALL_LONG = Workload("vit_small", 16, 8, 1, make_vit_small, IMAGES, "vit_small")
 ALL = (RESNET50, VIT_SMALL, BERT_BASE, MINILM_DEMO)
