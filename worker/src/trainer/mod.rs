@@ -555,7 +555,8 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         | replica::Error::Snapshot { .. }
         | replica::Error::Thread(_)
         | replica::Error::Weights { .. }
-        | replica::Error::Tally { .. } => (FailureClass::Fatal, RunReason::TrainerError),
+        | replica::Error::Tally { .. }
+        | replica::Error::Miscounted { .. } => (FailureClass::Fatal, RunReason::TrainerError),
     };
     let of_save = |error: &save::Error| match error {
         save::Error::Checkpoint(error) if error.is_storage() => (FailureClass::Invalid, RunReason::StorageError),

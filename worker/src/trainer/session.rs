@@ -243,10 +243,11 @@ impl Session<'_> {
                 busy: self.saver.is_busy(),
             };
             let report = self.replica.train_step(&plan, batches, votes)?;
-            self.saver.after_step(&report)?;
+            // With nothing in between that can fail (TRAIN-5).
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
             self.state.move_to(Point::Deciding);
+            self.saver.after_step(&report)?;
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             pace.add(&report, data_wait, counts, plan.samples);
             pace.add_evaluated(std::mem::take(&mut self.evaluated));

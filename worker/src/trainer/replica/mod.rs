@@ -4,6 +4,7 @@
 //! REP-2: gradients, losses and batch-norm statistics are summed over logical shards in the fixed tree, never in rank order.
 //! REP-3: the update runs only after every sum it needs has come back clean from the collective.
 //! REP-4: a step whose sums do not come back leaves weights, buffers and optimizer state as they were.
+//! REP-5: no step is taken twice: a caller that lost count of them gets an error, not other weights.
 
 mod buffers;
 mod evaluate;
@@ -33,6 +34,8 @@ use thaw_torch::{model, optim, runtime};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
+    #[error("step {asked} is to be taken, and the weights are those of step {held}; this is a mistake in Thaw")]
+    Miscounted { asked: Step, held: Step },
     #[error("cannot exchange with the other trainers")]
     Collective(#[from] crate::collective::Error),
     #[error("cannot run the model")]
@@ -103,6 +106,8 @@ pub(crate) struct Replica {
     /// Of each group's present state.
     stamps: Vec<Stamp>,
     last_stamp: Stamp,
+    /// Steps that the weights have taken, once this replica has taken one since it was given them.
+    steps: Option<Step>,
 }
 
 impl Replica {
@@ -139,6 +144,7 @@ impl Replica {
             copier,
             stamps,
             last_stamp: Stamp::INITIAL,
+            steps: None,
         })
     }
 

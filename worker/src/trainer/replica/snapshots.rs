@@ -96,6 +96,7 @@ impl Replica {
     pub(crate) fn adopt(&mut self, snapshots: &BTreeMap<usize, GroupSnapshot>, stamps: &[Stamp]) -> Result<(), Error> {
         self.put(snapshots)?;
         self.stamps.copy_from_slice(stamps);
+        self.steps = None;
         Ok(())
     }
 

@@ -105,6 +105,9 @@ impl Replica {
         votes: impl Fn() -> Votes,
     ) -> Result<StepReport, Error> {
         let started = Instant::now();
+        if let Some(held) = self.steps.filter(|held| *held != plan.step) {
+            return Err(Error::Miscounted { asked: plan.step, held });
+        }
         // Where one shard is all there is, the operator's own update of its statistics is the right one.
         let several = self.settings.logical_shards > 1;
         let before = several.then(|| self.norms.statistics(&self.model, &self.trainable)).flatten();
@@ -129,6 +132,7 @@ impl Replica {
         let waited_before = self.copier.take_waited();
         let updated = Instant::now();
         let (grad_norm, applied, clipping) = self.update(plan, &summed.gradients)?;
+        self.steps = Some(plan.step.next());
         // Of a single shard they are the model's own buffers.
         if several_here {
             self.exchange.recycle(summed.gradients.into_values().map(|(sum, _)| sum));
