@@ -1,11 +1,12 @@
 //! Wall-clock time for people, in milliseconds since the epoch. Deadlines use `Instant`, never this.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
+use thaw_runtime::surroundings;
 
 /// Milliseconds since the epoch, by this machine's clock.
 #[must_use]
 pub fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = surroundings::wall_clock().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 

@@ -94,7 +94,7 @@ impl Writer {
         while self.queue.recv_many(&mut batch, 256).await > 0 {
             let commands = std::mem::take(&mut batch);
             let mut files = self.files;
-            let written = tokio::task::spawn_blocking(move || {
+            let written = thaw_runtime::surroundings::blocking(move || {
                 for command in commands {
                     files.perform(command);
                 }

@@ -15,10 +15,11 @@ use crate::store::{self, Compare, LeaseId, Op, Revision, Store, TxnOutcome};
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use thaw_proto::ids::{Incarnation, LeaderEpoch};
 use thaw_proto::status::ErrorClass;
 use thaw_runtime::backoff::Backoff;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// The key the leader holds.
@@ -237,6 +238,7 @@ impl Leadership {
             let renewal =
                 tokio::time::timeout(deadline.saturating_duration_since(now), self.fenced.store.keep_alive(self.lease));
             let renewed = tokio::select! {
+                biased;
                 () = term.over.cancelled() => return self.leave().await,
                 renewed = renewal => renewed,
             };
@@ -256,6 +258,7 @@ impl Leadership {
                 Err(_) => {}
             }
             tokio::select! {
+                biased;
                 () = term.over.cancelled() => return self.leave().await,
                 () = tokio::time::sleep(self.timing.renew_every) => {}
             }

@@ -27,7 +27,7 @@ pub(crate) struct Origin {
 
 impl Origin {
     pub(crate) fn new(base: u64) -> Self {
-        Self { id: uuid::Uuid::new_v4().to_string(), base }
+        Self { id: thaw_runtime::surroundings::uuid().to_string(), base }
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {

@@ -15,19 +15,22 @@ use crate::leader::{self, Fenced, Identity, Leadership, Timing};
 use crate::store::{self, EtcdAccess, Store, StoreUrl};
 use crate::views::Views;
 use crate::{driver, journal, origin};
+use futures::Stream;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_proto::ids::Incarnation;
-use thaw_runtime::BoxError;
+use thaw_runtime::{BoxError, surroundings};
 use thaw_runtime::tasks::{OnError, Tasks};
 use thaw_runtime::tls::Tls;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 
 /// How long a stop may take before what still runs is aborted.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
@@ -90,8 +93,14 @@ pub struct Server;
 /// A server whose socket and store are open.
 #[derive(Debug)]
 pub struct Bound {
-    config: ServeConfig,
     listener: TcpListener,
+    open: Open,
+}
+
+/// A server whose store is open, to be reached by whatever connections it is given.
+#[derive(Debug)]
+pub struct Open {
+    config: ServeConfig,
     address: SocketAddr,
     store: Arc<dyn Store>,
     /// Added to the store's revisions.
@@ -126,7 +135,15 @@ impl Server {
             StoreUrl::Embedded(_) => Timing::alone(),
             StoreUrl::Etcd { .. } => Timing::default(),
         };
-        Ok(Bound { config, listener, address, store, base, planner: Arc::new(FilesPlanner), timing })
+        Ok(Bound { listener, open: Open { config, address, store, base, planner: Arc::new(FilesPlanner), timing } })
+    }
+
+    /// Over a store that is open, with times for several coordinators. `config.store` and `config.etcd` are not read; the data
+    /// folder has to be there.
+    #[must_use]
+    pub fn over(config: ServeConfig, store: Arc<dyn Store>) -> Open {
+        let (address, planner, timing) = (config.listen, Arc::new(FilesPlanner), Timing::default());
+        Open { config, address, store, base: 0, planner, timing }
     }
 }
 
@@ -142,34 +159,55 @@ impl Bound {
     /// Where it listens, with the port the system chose.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.open.address
     }
 
     /// Plans with something else than files, for tests.
     #[must_use]
     pub fn with_planner(mut self, planner: Arc<dyn SpecPlanner>) -> Self {
-        self.planner = planner;
+        self.open.planner = planner;
         self
     }
 
     /// Leads with other times, for tests.
     #[must_use]
     pub fn with_timing(mut self, timing: Timing) -> Self {
-        self.timing = timing;
+        self.open.timing = timing;
         self
     }
 
     /// Serves until `shutdown`, then stops in order.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        self.open.serve(TcpListenerStream::new(self.listener), shutdown).await
+    }
+}
+
+impl Open {
+    /// Plans with something else than files.
+    #[must_use]
+    pub fn with_planner(mut self, planner: Arc<dyn SpecPlanner>) -> Self {
+        self.planner = planner;
+        self
+    }
+
+    /// Serves these connections until `shutdown`, then stops in order.
+    pub async fn serve<Connection>(
+        self,
+        connections: impl Stream<Item = io::Result<Connection>> + Send + 'static,
+        shutdown: CancellationToken,
+    ) -> Result<(), Error>
+    where
+        Connection: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
         let stop = shutdown.child_token();
         let tasks = Tasks::new(stop.clone());
         let (state, services) = State::new(&self.store, &tasks, &stop);
         let tls = self.config.tls.as_ref().map(Tls::server);
         let (router, health) = grpc::router(services, tls).await.map_err(Error::Serve)?;
-        let (listener, until) = (self.listener, stop.clone());
+        let until = stop.clone();
         tasks.spawn("grpc", OnError::StopProcess, move |_| async move {
             router
-                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), until.cancelled_owned())
+                .serve_with_incoming_shutdown(connections, until.cancelled_owned())
                 .await
                 .map_err(Error::Serve)
         });
@@ -186,7 +224,7 @@ impl Bound {
         });
         let address = self.config.advertise.clone().unwrap_or_else(|| self.address.to_string());
         let name = self.config.name.clone();
-        let identity = Identity { name, address, incarnation: Incarnation(uuid::Uuid::new_v4().to_string()) };
+        let identity = Identity { name, address, incarnation: Incarnation(surroundings::uuid().to_string()) };
         let head = Head {
             data_dir: self.config.data_dir,
             tenants: self.config.tenants,
@@ -239,11 +277,13 @@ impl State {
         let mut leading = self.leading.subscribe();
         loop {
             tokio::select! {
+                biased;
                 () = driver::mirror(Arc::clone(&store), self.views.clone(), &self.synced) => {}
                 _ = leading.wait_for(Option::is_some) => {}
                 () = stop.cancelled() => return,
             }
             tokio::select! {
+                biased;
                 _ = leading.wait_for(Option::is_none) => {}
                 () = stop.cancelled() => return,
             }
@@ -256,6 +296,7 @@ impl State {
             let (reads, leads) = (*synced.borrow_and_update(), leading.borrow_and_update().is_some());
             grpc::set_serving(health, reads, leads).await;
             tokio::select! {
+                biased;
                 _ = leading.changed() => {}
                 _ = synced.changed() => {}
                 () = stop.cancelled() => break,
@@ -292,6 +333,7 @@ impl Head {
             };
             let campaign = leader::campaign(Arc::clone(&self.store), &self.identity, self.timing, waiting);
             let leadership = tokio::select! {
+                biased;
                 won = campaign => won.map_err(Error::Leader)?,
                 () = self.stop.cancelled() => return Ok(()),
             };
@@ -355,6 +397,7 @@ impl Head {
         let views = self.state.views.clone();
         let loading = driver::load(fenced.clone(), views, journal.clone(), self.data_dir.clone(), self.tenants.clone());
         let (driver, main_loop) = tokio::select! {
+            biased;
             loaded = loading => match loaded {
                 Ok(loaded) => loaded,
                 Err(driver::Error::Stopped) => return Ok(driver::Ended::LeadershipLost),
@@ -368,6 +411,7 @@ impl Head {
         let Identity { name, address, .. } = &self.identity;
         tracing::info!(address, name, epoch = %fenced.epoch(), "serving");
         let ended = tokio::select! {
+            biased;
             ended = main_loop.run(self.stop.clone()) => ended,
             // Also in the middle of a write that the store does not answer: whoever leads next reads what became of it.
             () = fenced.over() => driver::Ended::LeadershipLost,

@@ -3,8 +3,9 @@
 //! Law: a wait is uniform in `[0, min(cap, base * 2^attempt)]`, so that clients that failed together do not return
 //! together; once the deadline has passed there is no next wait.
 
-use std::hash::{BuildHasher, Hasher};
-use std::time::{Duration, Instant};
+use crate::surroundings;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// A sequence of waits. Give each retry loop its own.
 #[derive(Debug, Clone)]
@@ -20,9 +21,7 @@ impl Backoff {
     /// Waits of at most `base`, then twice that, and so on up to `cap`, without end.
     #[must_use]
     pub fn new(base: Duration, cap: Duration) -> Self {
-        // The standard library keys every hasher from the operating system's randomness.
-        let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
-        Self { base, cap, deadline: None, attempt: 0, random: random | 1 }
+        Self { base, cap, deadline: None, attempt: 0, random: surroundings::random() | 1 }
     }
 
     /// Ends the sequence `limit` from now.

@@ -6,7 +6,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
 pub mod backoff;
+pub mod dial;
 pub mod shutdown;
+pub mod surroundings;
 pub mod tasks;
 pub mod telemetry;
 pub mod tls;

@@ -21,7 +21,7 @@ use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, Incarnation, RunId, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::run::RunState;
-use thaw_runtime::telemetry;
+use thaw_runtime::{surroundings, telemetry};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -329,7 +329,7 @@ impl MainLoop {
         let message = stored::message(&run.stored.record, run.revision.0);
         let folder = run.folder.clone();
         let record = run.stored.to_bytes();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = surroundings::blocking(move || {
             if path.exists() {
                 return Ok(());
             }
@@ -373,7 +373,7 @@ impl MainLoop {
             |run: &&Run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing | RunState::Running);
         let starts = self.runs.get(id).filter(may_start);
         let most = starts.map_or(0, |run| run.stored.record.spec.workers.max);
-        (0..most).map(|_| Incarnation(uuid::Uuid::new_v4().to_string())).collect()
+        (0..most).map(|_| Incarnation(surroundings::uuid().to_string())).collect()
     }
 
     pub(super) fn held(&self) -> BTreeSet<FreeSlot> {

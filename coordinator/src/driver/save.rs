@@ -78,6 +78,7 @@ async fn found(fenced: &Fenced, save: &Save) -> Result<Option<Revision>, Error> 
 async fn wait(fenced: &Fenced, backoff: &mut Backoff) -> Result<(), Error> {
     let pause = backoff.next_wait().unwrap_or(Duration::from_secs(2));
     tokio::select! {
+        biased;
         () = tokio::time::sleep(pause) => Ok(()),
         () = fenced.over() => Err(Error::Stopped),
     }

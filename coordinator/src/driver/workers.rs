@@ -6,12 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use thaw_core::gang::FreeSlot;
 use thaw_proto::ids::{Slot, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::worker::{Hello, TrainerStatus};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::Status;
 
 /// How often workers are asked to say they live.

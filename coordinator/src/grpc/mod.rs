@@ -84,6 +84,7 @@ impl Services {
                 return Err(errors::not_leading(Some(leader)));
             }
             tokio::select! {
+                biased;
                 Ok(()) = leading.changed() => {}
                 Ok(()) = other.changed() => {}
                 () = &mut wait => return Err(errors::no_leader()),
@@ -101,6 +102,7 @@ impl Services {
         let (mut leading, mut synced) = (self.leading.clone(), self.synced.clone());
         let ready = async {
             tokio::select! {
+                biased;
                 _ = leading.wait_for(Option::is_some) => {}
                 _ = synced.wait_for(|synced| *synced) => {}
             }

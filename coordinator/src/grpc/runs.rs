@@ -120,7 +120,7 @@ impl pb::run_service_server::RunService for Services {
         self.catch_up(&id, 0).await?;
         let (folder, checkpoints) = self.views.checkpoints(&id).ok_or_else(|| super::errors::run_not_found(&id))?;
         let mut checkpoints = checkpoints.as_ref().clone();
-        let kept = tokio::task::spawn_blocking(move || {
+        let kept = thaw_runtime::surroundings::blocking(move || {
             // Trainers delete those beyond the spec's limit.
             checkpoints.retain(|checkpoint| folder.join(&checkpoint.manifest).is_file());
             checkpoints

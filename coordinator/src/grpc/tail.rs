@@ -74,6 +74,7 @@ impl Tail {
     /// Until there may be more lines, or the run has changed.
     async fn wait(&mut self, mut watch: Watch) {
         tokio::select! {
+            biased;
             _ = self.changes.changed() => {}
             _ = watch.updates.recv() => {}
         }

@@ -39,6 +39,7 @@ impl pb::worker_service_server::WorkerService for Services {
             thaw_runtime::tasks::OnError::LogAndCount,
             move |_| async move {
                 let ended = tokio::select! {
+                    biased;
                     ended = receive(&driver, &session, &mut inbound) => ended,
                     () = until.cancelled() => Ok(()),
                 };

@@ -22,6 +22,7 @@ use thaw_proto::plan::Plan;
 use thaw_proto::spec::RunSpec;
 use thaw_proto::violation::Violations;
 use thaw_proto::{convert, text};
+use thaw_runtime::surroundings;
 use tokio::sync::Semaphore;
 
 /// Submissions planned at once; each reads a whole data set.
@@ -139,13 +140,13 @@ impl Intake {
 
     async fn plan(&self, spec: RunSpec) -> Result<Planned, Error> {
         let planner = Arc::clone(&self.planner);
-        let planned = tokio::task::spawn_blocking(move || planner.plan(&spec)).await;
+        let planned = surroundings::blocking(move || planner.plan(&spec)).await;
         planned.map_err(|_| Error::Ended("planning"))?.map_err(Error::Invalid)
     }
 }
 
 async fn write(new: NewRun, index: Option<Index>) -> Result<(), Error> {
-    let written = tokio::task::spawn_blocking(move || {
+    let written = surroundings::blocking(move || {
         new.folder.create()?;
         if let Some(index) = index {
             index.save(&new.folder.path().join("data")).map_err(Error::Index)?;
@@ -159,7 +160,7 @@ async fn write(new: NewRun, index: Option<Index>) -> Result<(), Error> {
 
 async fn remove(folder: RunFolder) {
     let path = folder.path().to_owned();
-    match tokio::task::spawn_blocking(move || folder.remove()).await {
+    match surroundings::blocking(move || folder.remove()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "a refused run's folder is left"),
         Err(_) => tracing::warn!(path = %path.display(), "a refused run's folder is left"),
@@ -168,6 +169,6 @@ async fn remove(folder: RunFolder) {
 
 /// The spec's name and eight hex digits.
 fn new_run_id(spec: &RunSpec) -> RunId {
-    let digits = uuid::Uuid::new_v4().simple().to_string();
+    let digits = surroundings::uuid().simple().to_string();
     RunId(format!("{}-{}", spec.name, &digits[..8]))
 }

@@ -1,14 +1,17 @@
 //! One trainer process: its start, its three pipes, its end.
 
+use super::Config;
+use super::launch::{Launch, Life, Running};
 use super::trainers::{TrainerId, Trainers};
 use crate::pipe;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use thaw_proto::pb::CoordinatorMessage;
-use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -26,12 +29,14 @@ const MAX_LINE_BYTES: usize = 8 << 10;
 /// runtime's own could end earlier.
 #[derive(Debug)]
 pub(super) struct Spawner {
+    program: PathBuf,
+    arguments: Vec<String>,
     requests: std::sync::mpsc::Sender<(Command, oneshot::Sender<io::Result<Child>>)>,
 }
 
 impl Spawner {
     /// Starts the thread. Call inside the runtime that will watch the children.
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(config: &Config) -> io::Result<Self> {
         let (requests, received) = std::sync::mpsc::channel::<(Command, oneshot::Sender<io::Result<Child>>)>();
         let runtime = tokio::runtime::Handle::current();
         // Not joined: it ends when the agent drops this handle, and takes what is left of the trainers with it.
@@ -42,13 +47,20 @@ impl Spawner {
                 let _unclaimed = reply.send(command.spawn());
             }
         })?;
-        Ok(Self { requests })
+        Ok(Self { program: config.trainer_program.clone(), arguments: config.trainer_arguments.clone(), requests })
     }
 
-    /// Starts a trainer with its pipes.
-    pub(super) async fn spawn(&self, program: &Path, arguments: &[String]) -> io::Result<Child> {
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+}
+
+#[async_trait]
+impl Launch for Spawner {
+    fn name(&self) -> String {
+        self.program.display().to_string()
+    }
+
+    async fn launch(&self) -> io::Result<Running> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         // Idle threads of an operator sleep instead of spinning: the cores between operators belong to the other trainers and to the
         // collective. Read by the OpenMP runtime when it is loaded, so the trainer cannot set it itself.
         if std::env::var_os(WAIT_POLICY).is_none() {
@@ -59,31 +71,40 @@ impl Spawner {
         let (reply, child) = oneshot::channel();
         let gone = || io::Error::other("the thread that starts trainers is gone");
         self.requests.send((command, reply)).map_err(|_| gone())?;
-        child.await.map_err(|_| gone())?
+        let mut child = child.await.map_err(|_| gone())??;
+        match (child.stdin.take(), child.stdout.take(), child.stderr.take()) {
+            (Some(stdin), Some(stdout), Some(stderr)) => Ok(Running {
+                child: Box::new(child),
+                stdin: Box::new(stdin),
+                stdout: Box::new(stdout),
+                stderr: Box::new(stderr),
+            }),
+            _ => Err(io::Error::other("it has no pipes")),
+        }
     }
 }
 
-/// A child and the pipes that belong to it.
-pub(super) struct Running {
-    pub(super) child: Child,
-    pub(super) stdin: ChildStdin,
-    pub(super) stdout: ChildStdout,
-    pub(super) stderr: ChildStderr,
-}
+#[async_trait]
+impl Life for Child {
+    fn id(&self) -> u32 {
+        // Only a child that was waited for has none.
+        Self::id(self).unwrap_or_default()
+    }
 
-impl Running {
-    /// Takes the pipes of a child that was started with all three.
-    pub(super) fn new(mut child: Child) -> Option<Self> {
-        let (stdin, stdout, stderr) = (child.stdin.take()?, child.stdout.take()?, child.stderr.take()?);
-        Some(Self { child, stdin, stdout, stderr })
+    async fn wait(&mut self) -> io::Result<ExitStatus> {
+        Self::wait(self).await
+    }
+
+    fn start_kill(&mut self) -> io::Result<()> {
+        Self::start_kill(self)
     }
 }
 
 /// Follows a trainer to its end, and reports that end.
 pub(super) async fn watch(
-    mut child: Child,
-    stdout: ChildStdout,
-    stderr: ChildStderr,
+    mut child: Box<dyn Life>,
+    stdout: Box<dyn AsyncRead + Send + Unpin>,
+    stderr: Box<dyn AsyncRead + Send + Unpin>,
     id: TrainerId,
     trainers: Trainers,
     kill: CancellationToken,
@@ -95,6 +116,7 @@ pub(super) async fn watch(
     let (mut open, mut killed) = (true, false);
     let status = loop {
         tokio::select! {
+            biased;
             status = child.wait() => break status,
             () = &mut pipes, if open => open = false,
             () = kill.cancelled(), if !killed => {
@@ -115,13 +137,14 @@ pub(super) async fn watch(
 
 /// Passes messages down until the trainer has ended, or is found not to read.
 pub(super) async fn write_messages(
-    mut stdin: ChildStdin,
+    mut stdin: Box<dyn AsyncWrite + Send + Unpin>,
     mut messages: mpsc::Receiver<CoordinatorMessage>,
     kill: CancellationToken,
     ended: CancellationToken,
 ) -> Result<(), pipe::Error> {
     loop {
         let message = tokio::select! {
+            biased;
             message = messages.recv() => message,
             () = ended.cancelled() => None,
         };
@@ -141,7 +164,7 @@ pub(super) async fn write_messages(
     }
 }
 
-async fn read_reports(mut stdout: ChildStdout, id: &TrainerId, trainers: &Trainers, kill: &CancellationToken) {
+async fn read_reports(mut stdout: impl AsyncRead + Unpin, id: &TrainerId, trainers: &Trainers, kill: &CancellationToken) {
     loop {
         match pipe::read_frame_async(&mut stdout).await {
             Ok(Some(report)) => trainers.report(id, report),

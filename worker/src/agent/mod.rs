@@ -17,6 +17,7 @@
 //! It decides nothing about runs, and every wait in it has a deadline.
 
 mod child;
+pub mod launch;
 mod outbox;
 mod session;
 #[cfg(test)]
@@ -24,10 +25,13 @@ mod tests;
 mod trainers;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use thaw_proto::ids::Incarnation;
 use thaw_proto::status::ErrorClass;
 use thaw_runtime::backoff::Backoff;
+use thaw_runtime::dial::Dial;
+use thaw_runtime::surroundings;
 use thaw_runtime::tasks::{OnError, Tasks};
 use thaw_runtime::tls::{self, Tls};
 use tokio_util::sync::CancellationToken;
@@ -123,6 +127,24 @@ pub async fn serve(config: Config, exit_with_stdin: bool) -> Result<(), Error> {
 /// # Errors
 /// A setting is wrong, the coordinator refuses the very first Hello for good, or a trainer survives its kill.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
+    let spawner = child::Spawner::start(&config).map_err(Error::Thread)?;
+    run_among(config, Surroundings { dial: Dial::tcp(), launch: Arc::new(spawner) }, shutdown).await
+}
+
+/// What an agent has to do with besides its coordinators.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// How it reaches them.
+    pub dial: Dial,
+    /// What its trainers are.
+    pub launch: Arc<dyn launch::Launch>,
+}
+
+/// As [`run`], with other trainers than processes, and over another network.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_among(config: Config, surroundings: Surroundings, shutdown: CancellationToken) -> Result<(), Error> {
     if config.slots == 0 || config.slots > MAX_SLOTS {
         return Err(Error::Slots(config.slots));
     }
@@ -132,9 +154,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     }
     // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
     let tasks = Tasks::new(CancellationToken::new());
-    let spawner = child::Spawner::start().map_err(Error::Thread)?;
-    let trainers = trainers::Trainers::new(&config, spawner, tasks.clone());
-    let outcome = keep_session(&config, first, &trainers, &shutdown).await;
+    let trainers = trainers::Trainers::new(&config, surroundings.launch, tasks.clone());
+    let outcome = keep_session(&config, &surroundings.dial, first, &trainers, &shutdown).await;
     trainers.kill_all();
     let joined = tasks.join(KILL_LIMIT).await.map_err(Error::Trainers);
     outcome.and(joined)
@@ -142,15 +163,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
 
 async fn keep_session(
     config: &Config,
+    dial: &Dial,
     first: Uri,
     trainers: &trainers::Trainers,
     shutdown: &CancellationToken,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(RECONNECT_BASE, RECONNECT_CAP);
-    let mut session = session::Session::new(config, Incarnation(uuid::Uuid::new_v4().to_string()), trainers);
+    let mut session = session::Session::new(config, dial, Incarnation(surroundings::uuid().to_string()), trainers);
     let (mut coordinator, mut redirections) = (first, 0);
     loop {
         let ended = tokio::select! {
+            biased;
             () = shutdown.cancelled() => return Ok(()),
             ended = session.run(&coordinator, &mut backoff) => ended,
         };
@@ -175,6 +198,7 @@ async fn keep_session(
         tracing::warn!(%coordinator, reason = %ended, ?wait, "no session; trainers go on");
         coordinator = next_in_turn(&config.coordinators, &coordinator);
         tokio::select! {
+            biased;
             () = shutdown.cancelled() => return Ok(()),
             () = tokio::time::sleep(wait) => {}
         }

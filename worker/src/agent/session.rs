@@ -12,6 +12,7 @@ use thaw_proto::pb::worker_service_client::WorkerServiceClient;
 use thaw_proto::pb::{CoordinatorMessage, Heartbeat, Hello, WorkerMessage};
 use thaw_proto::status;
 use thaw_runtime::backoff::Backoff;
+use thaw_runtime::dial::Dial;
 use thaw_runtime::telemetry;
 use thaw_runtime::tls::{self, Tls};
 use tokio::sync::mpsc;
@@ -85,6 +86,7 @@ impl fmt::Display for End {
 /// What outlives a single session.
 pub(super) struct Session<'a> {
     config: &'a Config,
+    dial: &'a Dial,
     incarnation: Incarnation,
     trainers: &'a Trainers,
     /// Highest leader epoch seen.
@@ -93,8 +95,8 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(config: &'a Config, incarnation: Incarnation, trainers: &'a Trainers) -> Self {
-        Self { config, incarnation, trainers, epoch: LeaderEpoch(0), was_welcomed: false }
+    pub(super) fn new(config: &'a Config, dial: &'a Dial, incarnation: Incarnation, trainers: &'a Trainers) -> Self {
+        Self { config, dial, incarnation, trainers, epoch: LeaderEpoch(0), was_welcomed: false }
     }
 
     pub(super) fn was_welcomed(&self) -> bool {
@@ -135,14 +137,16 @@ impl<'a> Session<'a> {
         let mut work: Option<BoxFuture<'a, ()>> = None;
         loop {
             tokio::select! {
+                // Beats first: neither reports nor commands without end may keep the worker from being heard.
+                biased;
+                _ = beats.tick() => {
+                    send(&up, Up::Heartbeat(Heartbeat { trainers: self.trainers.statuses() })).await?;
+                }
                 message = down.message(), if work.is_none() => {
                     let message = message.map_err(End::Status)?.ok_or(End::Closed)?;
                     work = self.obey(message);
                 }
                 () = async { if let Some(work) = &mut work { work.await } }, if work.is_some() => work = None,
-                _ = beats.tick() => {
-                    send(&up, Up::Heartbeat(Heartbeat { trainers: self.trainers.statuses() })).await?;
-                }
                 report = outbox.next() => send(&up, Up::Report(report)).await?,
             }
         }
@@ -160,7 +164,7 @@ impl<'a> Session<'a> {
             .http2_keep_alive_interval(PING)
             .keep_alive_timeout(PING)
             .keep_alive_while_idle(true);
-        let connecting = timeout(CONNECT_LIMIT, endpoint.connect());
+        let connecting = timeout(CONNECT_LIMIT, self.dial.connect(&endpoint));
         let channel = connecting.await.map_err(|_| End::Stalled("accept a connection"))?.map_err(End::Unreachable)?;
         let mut client = WorkerServiceClient::with_interceptor(channel, telemetry::trace_interceptor)
             .max_decoding_message_size(MAX_MESSAGE_BYTES);

@@ -1,14 +1,14 @@
 //! The trainers of this node, by slot.
 
-use super::child::{self, Running, Spawner};
+use super::child;
+use super::launch::{Launch, Running};
 use super::outbox::{Delivery, Outbox, delivery};
 use super::{Config, KILL_LIMIT, POLICY};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::{
     self, CoordinatorMessage, FailureClass, LogLine, RunReason, TrainerExited, TrainerFailed, TrainerReport,
@@ -43,10 +43,8 @@ pub(super) struct Trainers {
 
 #[derive(Debug)]
 struct Shared {
-    program: PathBuf,
-    arguments: Vec<String>,
     slots: u32,
-    spawner: Spawner,
+    launch: Arc<dyn Launch>,
     tasks: Tasks,
     outbox: Outbox,
     /// The last trainer of each slot, alive or not.
@@ -126,12 +124,10 @@ impl Trainer {
 }
 
 impl Trainers {
-    pub(super) fn new(config: &Config, spawner: Spawner, tasks: Tasks) -> Self {
+    pub(super) fn new(config: &Config, launch: Arc<dyn Launch>, tasks: Tasks) -> Self {
         let shared = Shared {
-            program: config.trainer_program.clone(),
-            arguments: config.trainer_arguments.clone(),
             slots: config.slots,
-            spawner,
+            launch,
             tasks,
             outbox: Outbox::default(),
             by_slot: Mutex::default(),
@@ -180,16 +176,14 @@ impl Trainers {
             self.refuse(&id, FailureClass::Retry, text);
             return;
         }
-        let spawning = self.shared.spawner.spawn(&self.shared.program, &self.shared.arguments);
-        let spawned = match tokio::time::timeout(KILL_LIMIT, spawning).await {
-            Ok(Ok(child)) => Running::new(child).ok_or_else(|| io::Error::other("it has no pipes")),
-            Ok(Err(error)) => Err(error),
-            Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+        let spawned = match tokio::time::timeout(KILL_LIMIT, self.shared.launch.launch()).await {
+            Ok(spawned) => spawned,
+            Err(_elapsed) => Err(std::io::ErrorKind::TimedOut.into()),
         };
         match spawned {
             Ok(running) => self.adopt(id, running, message),
             Err(error) => {
-                let text = format!("cannot start trainer {}: {error}", self.shared.program.display());
+                let text = format!("cannot start trainer {}: {error}", self.shared.launch.name());
                 self.refuse(&id, FailureClass::Fatal, text);
             }
         }
@@ -202,8 +196,7 @@ impl Trainers {
         let kill = CancellationToken::new();
         let trainer = Trainer {
             id: id.clone(),
-            // Only a child that was waited for has none.
-            pid: child.id().unwrap_or_default(),
+            pid: child.id(),
             rank: None,
             generation: 0,
             position: None,
@@ -240,6 +233,7 @@ impl Trainers {
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
                 () = ended.cancelled() => return,
                 _ = pings.tick() => {}
             }
@@ -351,7 +345,7 @@ impl Trainers {
             trainer.last_lines.push_back(text.clone());
             (trainer.generation, trainer.source())
         };
-        let line = LogLine { time: Some(SystemTime::now().into()), source, text };
+        let line = LogLine { time: Some(thaw_runtime::surroundings::wall_clock().into()), source, text };
         self.report(id, TrainerReport { generation, event: Some(Event::Log(line)), ..TrainerReport::default() });
     }
 
