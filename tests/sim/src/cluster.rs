@@ -1,0 +1,384 @@
+//! One simulated cluster, from a seed to what came of it.
+
+use crate::dice::Dice;
+use crate::etcd::{Client, Fate, Link, Model};
+use crate::net;
+use crate::plan::{Fault, Plan, Planned};
+use crate::trainer::Toys;
+use crate::user::User;
+use crate::world::{GLOBAL_BATCH, SHARDS, World};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use thaw_coordinator::driver::Tenants;
+use thaw_coordinator::intake::{Planned as PlannedSpec, SpecPlanner};
+use thaw_coordinator::server::{ServeConfig, Server};
+use thaw_coordinator::store::{EtcdAccess, StoreUrl};
+use thaw_proto::ids::GroupIndex;
+use thaw_proto::pb;
+use thaw_proto::plan::{DataSummary, LayerGroup, Plan as TrainingPlan, PlannedStage, StageCost};
+use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec};
+use thaw_proto::violation::Violations;
+use thaw_runtime::surroundings;
+use thaw_worker::agent;
+use tokio_util::sync::CancellationToken;
+use turmoil::Sim;
+
+/// Every host runs for so long before the next does.
+const TICK: Duration = Duration::from_millis(20);
+/// In calm, every run has ended by then: start and suspension have the longest limits, 10 and 5 minutes.
+const CALM_LIMIT: Duration = Duration::from_secs(1200);
+/// Coordinators and agents whose process has ended are started again.
+const RESTART_EVERY: Duration = Duration::from_secs(1);
+
+/// What came of a seed.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    pub seed: u64,
+    /// What happened, in order; equal for equal seeds.
+    pub log: Vec<String>,
+    /// Each begins with the invariant's id after the time.
+    pub violations: Vec<String>,
+    /// Virtual time.
+    pub lasted: Duration,
+}
+
+impl Outcome {
+    /// A hash of the log.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        blake3::hash(self.log.join("\n").as_bytes()).to_hex()[..16].to_owned()
+    }
+}
+
+/// How the store is reached by each coordinator.
+#[derive(Debug, Default)]
+struct Links {
+    cut: Mutex<BTreeSet<String>>,
+    calm: AtomicBool,
+}
+
+/// Simulates one seed on this thread.
+#[must_use]
+pub fn simulate(seed: u64) -> Outcome {
+    let plan = Plan::draw(seed);
+    let world = World::new();
+    let of_clock = world.clone();
+    let _entered = surroundings::simulate(Dice::new(seed, "surroundings").draw(), move || of_clock.wall());
+    // In memory, where there is such a place: what is durable is the simulation's to say.
+    let shm = Path::new("/dev/shm");
+    let folder = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() };
+    let folder = match folder {
+        Ok(folder) => folder,
+        Err(error) => {
+            let violations = vec![format!("0 ms VIOLATION the simulation has no folder: {error}")];
+            return Outcome { seed, log: Vec::new(), violations, lasted: Duration::ZERO };
+        }
+    };
+    let cluster = Cluster::new(seed, plan, world.clone(), folder.path().to_owned());
+    let lasted = cluster.run();
+    Outcome { seed, violations: world.violations(), log: world.take_log(), lasted }
+}
+
+struct Cluster {
+    seed: u64,
+    plan: Plan,
+    world: World,
+    model: Arc<Model>,
+    links: Arc<Links>,
+    calm: Arc<AtomicBool>,
+    folder: PathBuf,
+}
+
+impl Cluster {
+    fn new(seed: u64, plan: Plan, world: World, folder: PathBuf) -> Self {
+        for (name, workload, _) in &plan.runs {
+            world.set_workload(name, workload.clone());
+        }
+        let clock = world.clone();
+        let model = Arc::new(Model::new(move || clock.now()));
+        model.set_witness(world.clone());
+        Self { seed, plan, world, model, links: Arc::default(), calm: Arc::default(), folder }
+    }
+
+    fn run(self) -> Duration {
+        let mut sim = turmoil::Builder::new()
+            .rng_seed(self.seed)
+            .tick_duration(TICK)
+            .simulation_duration(Duration::from_secs(1 << 20))
+            .min_message_latency(Duration::from_millis(1))
+            .max_message_latency(Duration::from_millis(self.plan.slowest_message_ms))
+            .tcp_capacity(1 << 16)
+            .build();
+        for index in 0..self.plan.coordinators {
+            self.add_coordinator(&mut sim, index);
+        }
+        for (index, slots) in self.plan.agents.iter().enumerate() {
+            self.add_agent(&mut sim, index, *slots);
+        }
+        self.add_user(&mut sim);
+        let mut storm = Storm { cluster: &self, pending: self.plan.faults.clone(), begun: Vec::new(), down: BTreeMap::new() };
+        let end = self.plan.storm + if self.plan.liveness { CALM_LIMIT } else { Duration::ZERO };
+        loop {
+            let now = sim.elapsed();
+            self.world.set_now(now);
+            self.model.advance();
+            if now < self.plan.storm {
+                storm.blow(&mut sim, now);
+            } else if !self.calm.swap(true, Ordering::Relaxed) {
+                storm.end(&mut sim);
+            }
+            storm.restart(&mut sim, now);
+            if let Err(error) = sim.step() {
+                self.world.violated("SIM", error.to_string());
+            }
+            let is_calm = self.calm.load(Ordering::Relaxed);
+            if !self.world.violations().is_empty() || (is_calm && self.world.all_ended() && self.world.nobody_lives()) {
+                return now;
+            }
+            if now >= end {
+                if self.plan.liveness {
+                    self.world.violated("RUN-7", format!("not everything ends: {}", self.world.summary()));
+                }
+                return now;
+            }
+        }
+    }
+
+    fn add_coordinator(&self, sim: &mut Sim<'_>, index: u64) {
+        let name = format!("c{index}");
+        let (world, model, data_dir) = (self.world.clone(), Arc::clone(&self.model), self.folder.clone());
+        let (links, plan) = (Arc::clone(&self.links), self.plan.clone());
+        let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
+        let lives = std::cell::Cell::new(0);
+        sim.host(name.clone(), move || {
+            lives.set(lives.get() + 1);
+            let life = format!("{name}#{}", lives.get());
+            let link = link(&name, &plan, Arc::clone(&links), Arc::clone(&dice));
+            let store = Arc::new(Client::new(Arc::clone(&model), &life, link));
+            let address = format!("{name}:{}", net::PORT);
+            let config = ServeConfig {
+                listen: std::net::SocketAddr::from(([127, 0, 0, 1], net::PORT)),
+                tls: None,
+                store: StoreUrl::Embedded(PathBuf::new()),
+                etcd: EtcdAccess::default(),
+                data_dir: data_dir.clone(),
+                name: life.clone(),
+                advertise: Some(address),
+                tenants: Tenants::new(),
+            };
+            let open = Server::over(config, store).with_planner(Arc::new(OneStage));
+            let world = world.clone();
+            async move {
+                world.say(format!("{life} starts"));
+                match open.serve(net::listen().await?, CancellationToken::new()).await {
+                    Ok(()) => world.say(format!("{life} ends")),
+                    Err(error) => world.violated("SERVER-2", format!("{life} ends: {}", thaw_runtime::chain(&error))),
+                }
+                Ok(())
+            }
+        });
+    }
+
+    fn add_agent(&self, sim: &mut Sim<'_>, index: usize, slots: u32) {
+        let name = format!("a{index}");
+        let (world, storage, coordinators) = (self.world.clone(), self.plan.storage, self.plan.coordinators);
+        let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
+        let lives = std::cell::Cell::new(0);
+        sim.host(name.clone(), move || {
+            lives.set(lives.get() + 1);
+            let (host, life) = (name.clone(), format!("{name}#{}", lives.get()));
+            let addresses = (0..coordinators).filter_map(|at| format!("http://c{at}:{}", net::PORT).parse().ok());
+            let config = agent::Config {
+                coordinators: addresses.collect(),
+                tls: None,
+                name: name.clone(),
+                slots,
+                host: name.clone(),
+                trainer_program: PathBuf::new(),
+                trainer_arguments: Vec::new(),
+            };
+            let toys = Toys { world: world.clone(), host, life: life.clone(), dice: Arc::clone(&dice), storage };
+            let world = world.clone();
+            async move {
+                world.say(format!("{life} starts"));
+                let around = agent::Surroundings { dial: net::dial(), launch: Arc::new(toys) };
+                if let Err(error) = agent::run_among(config, around, CancellationToken::new()).await {
+                    world.violated("AGENT-2", format!("{life} ends: {}", thaw_runtime::chain(&error)));
+                }
+                Ok(())
+            }
+        });
+    }
+
+    fn add_user(&self, sim: &mut Sim<'_>) {
+        let specs = self.plan.runs.iter().map(|(name, load, wait)| (spec(name, load.workers), *wait)).collect();
+        let user = User {
+            world: self.world.clone(),
+            dice: Dice::new(self.seed, "user"),
+            coordinators: self.plan.coordinators,
+            specs,
+            calm: Arc::clone(&self.calm),
+            acknowledged: BTreeMap::new(),
+        };
+        sim.client("user", async move {
+            user.act().await;
+            std::future::pending().await
+        });
+    }
+}
+
+/// What becomes of a coordinator's calls to the store.
+fn link(name: &str, plan: &Plan, links: Arc<Links>, dice: Arc<Mutex<Dice>>) -> Arc<Link> {
+    let name = name.to_owned();
+    let (trouble, slowest) = (plan.store_trouble, plan.store_slowest_ms);
+    Arc::new(move || {
+        let mut dice = dice.lock().unwrap_or_else(PoisonError::into_inner);
+        let travel = dice.millis(1..slowest + 1);
+        if links.calm.load(Ordering::Relaxed) {
+            return (travel, Fate::Answered);
+        }
+        if links.cut.lock().unwrap_or_else(PoisonError::into_inner).contains(&name) {
+            return (travel, Fate::RequestLost);
+        }
+        let fate = match dice.below(1000) {
+            roll if roll >= trouble => Fate::Answered,
+            roll => match roll % 5 {
+                0 => Fate::Refused,
+                1 => Fate::RequestLost,
+                2 | 3 => Fate::ReplyLost,
+                _ => Fate::Late(dice.millis(0..4000)),
+            },
+        };
+        (travel, fate)
+    })
+}
+
+/// Faults as they come and go.
+struct Storm<'a> {
+    cluster: &'a Cluster,
+    pending: Vec<Planned>,
+    begun: Vec<(Duration, Fault)>,
+    /// Hosts that are killed, until when.
+    down: BTreeMap<String, Duration>,
+}
+
+impl Storm<'_> {
+    fn blow(&mut self, sim: &mut Sim<'_>, now: Duration) {
+        while self.pending.first().is_some_and(|planned| planned.at <= now) {
+            let Planned { lasts, fault, .. } = self.pending.remove(0);
+            self.cluster.world.say(format!("fault {fault:?} for {lasts:?}"));
+            self.begin(sim, &fault, now + lasts);
+            self.begun.push((now + lasts, fault));
+        }
+        let over: Vec<Fault> = self.begun.iter().filter(|(end, _)| *end <= now).map(|(_, fault)| fault.clone()).collect();
+        self.begun.retain(|(end, _)| *end > now);
+        over.iter().for_each(|fault| self.mend(sim, fault));
+    }
+
+    fn begin(&mut self, sim: &mut Sim<'_>, fault: &Fault, until: Duration) {
+        match fault {
+            Fault::Crash(host) => {
+                if self.down.insert(host.clone(), until).is_none() {
+                    sim.crash(host.as_str());
+                }
+            }
+            Fault::Partition(one, other) => sim.partition(one.as_str(), other.as_str()),
+            Fault::OneWay(from, to) => sim.partition_oneway(from.as_str(), to.as_str()),
+            Fault::Hold(one, other) => sim.hold(one.as_str(), other.as_str()),
+            Fault::CutStore(host) => {
+                self.cluster.links.cut.lock().unwrap_or_else(PoisonError::into_inner).insert(host.clone());
+            }
+            Fault::EndLeases => self.cluster.model.end_leases(),
+            Fault::Compact => self.cluster.model.compact(),
+            Fault::Jump(offset_ms) => self.cluster.world.jump(*offset_ms),
+        }
+    }
+
+    fn mend(&mut self, sim: &mut Sim<'_>, fault: &Fault) {
+        match fault {
+            Fault::Partition(one, other) | Fault::OneWay(one, other) => sim.repair(one.as_str(), other.as_str()),
+            Fault::Hold(one, other) => sim.release(one.as_str(), other.as_str()),
+            Fault::CutStore(host) => {
+                self.cluster.links.cut.lock().unwrap_or_else(PoisonError::into_inner).remove(host);
+            }
+            Fault::Crash(_) | Fault::EndLeases | Fault::Compact | Fault::Jump(_) => {}
+        }
+    }
+
+    /// Mends all; from now on nothing breaks.
+    fn end(&mut self, sim: &mut Sim<'_>) {
+        self.cluster.world.say("calm");
+        self.cluster.links.calm.store(true, Ordering::Relaxed);
+        for (_, fault) in std::mem::take(&mut self.begun) {
+            self.mend(sim, &fault);
+        }
+        self.down.values_mut().for_each(|until| *until = Duration::ZERO);
+    }
+
+    /// Starts again who was killed long enough, and whose process has ended.
+    fn restart(&mut self, sim: &mut Sim<'_>, now: Duration) {
+        let due: Vec<String> = self.down.iter().filter(|(_, until)| **until <= now).map(|(host, _)| host.clone()).collect();
+        for host in due {
+            self.down.remove(&host);
+            sim.bounce(host.as_str());
+        }
+        let _ = RESTART_EVERY;
+    }
+}
+
+/// Plans one stage of as many steps as the run's name says.
+#[derive(Debug)]
+struct OneStage;
+
+impl SpecPlanner for OneStage {
+    fn plan(&self, spec: &RunSpec) -> Result<PlannedSpec, Violations> {
+        let group = LayerGroup { name: "head".to_owned(), parameters: 10, forward_flops: 10, embedding: false };
+        let stage = PlannedStage {
+            name: "head".to_owned(),
+            trainable_groups: vec![GroupIndex(0)],
+            learning_rates: vec![spec.learning_rate],
+            until: spec.until.clone(),
+            on_enter: OnEnter::RestoreBest,
+            schedule: LrSchedulerType::Linear,
+            warmup_steps: 0,
+            max_steps: 100,
+            trainable_parameters: 10,
+            all_reduce_bytes: 40,
+            memory_bytes: 160,
+            boundary_bytes_per_sample: 0,
+            thawed_groups: vec![GroupIndex(0)],
+            cost: StageCost::default(),
+            plateau: None,
+        };
+        let data = DataSummary {
+            train_samples: 4,
+            eval_samples: 4,
+            test_samples: 4,
+            class_counts: vec![6, 6],
+            fingerprint: "ff".to_owned(),
+        };
+        let plan = TrainingPlan {
+            groups: vec![group],
+            stages: vec![stage],
+            classes: vec!["no".to_owned(), "yes".to_owned()],
+            data,
+            logical_shards: spec.logical_shards,
+            global_batch_size: spec.global_batch_size,
+            steps_per_epoch: 1,
+            notes: Vec::new(),
+            feature_size: 5,
+        };
+        Ok(PlannedSpec { plan, index: None })
+    }
+}
+
+fn spec(name: &str, (min, max): (u32, u32)) -> pb::RunSpec {
+    let text = format!(
+        "name: {name}\nbackbone: {{graph: file:///m.pt2}}\nglobal_batch_size: {GLOBAL_BATCH}\nlogical_shards: {SHARDS}\n\
+         workers: {{min: {min}, max: {max}}}\ndata: {{train: {{path: file:///d.csv, format: csv, text: t, label: l}}}}\n"
+    );
+    thaw_proto::text::parse_spec(&text).expect("the text is this function's own")
+}

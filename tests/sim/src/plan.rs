@@ -1,0 +1,123 @@
+//! What a seed draws: who there is, what they do, and what befalls them.
+
+use crate::dice::Dice;
+use crate::trainer::Storage;
+use crate::world::Workload;
+use std::time::Duration;
+
+/// Where a partition or a hold lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Killed; started again after.
+    Crash(String),
+    /// Nothing of it passes, both ways or one.
+    Partition(String, String),
+    OneWay(String, String),
+    /// What is sent arrives when it is over: a host that stands still, or a full queue.
+    Hold(String, String),
+    /// A coordinator does not reach the store.
+    CutStore(String),
+    /// Every lease ends at once.
+    EndLeases,
+    /// The store forgets its history.
+    Compact,
+    /// The wall clocks are set.
+    Jump(u64),
+}
+
+/// A fault, when it begins, and how long it lasts.
+#[derive(Debug, Clone)]
+pub(crate) struct Planned {
+    pub(crate) at: Duration,
+    pub(crate) lasts: Duration,
+    pub(crate) fault: Fault,
+}
+
+/// All that a seed says.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    pub(crate) coordinators: u64,
+    /// Slots of each agent.
+    pub(crate) agents: Vec<u32>,
+    pub(crate) runs: Vec<(String, Workload, Duration)>,
+    pub(crate) faults: Vec<Planned>,
+    pub(crate) storage: Storage,
+    /// In a thousand calls: the store errs.
+    pub(crate) store_trouble: u64,
+    /// Milliseconds one way.
+    pub(crate) store_slowest_ms: u64,
+    /// How long faults may happen.
+    pub(crate) storm: Duration,
+    /// Whether calm follows, in which every run has to end.
+    pub(crate) liveness: bool,
+    pub(crate) slowest_message_ms: u64,
+}
+
+impl Plan {
+    pub(crate) fn draw(seed: u64) -> Self {
+        let mut dice = Dice::new(seed, "plan");
+        let coordinators = 1 + dice.below(3);
+        let agents: Vec<u32> = (0..dice.within(1..5)).map(|_| 1 + dice.below(3) as u32).collect();
+        let slots: u32 = agents.iter().sum();
+        let runs = (0..dice.within(1..4)).map(|index| draw_run(&mut dice, index, slots)).collect();
+        let liveness = !dice.permille(200);
+        let storm = dice.millis(8_000..40_000);
+        let calm_seed = dice.permille(80);
+        let mut plan = Self {
+            coordinators,
+            agents,
+            runs,
+            faults: Vec::new(),
+            storage: Storage {
+                slowest_ms: if dice.permille(300) { 1500 } else { 40 },
+                torn: if dice.permille(400) { 60 } else { 0 },
+                zombies: 100,
+            },
+            store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
+            store_slowest_ms: if dice.permille(250) { 300 } else { 8 },
+            storm,
+            liveness,
+            slowest_message_ms: if dice.permille(250) { 200 } else { 20 },
+        };
+        let count = if calm_seed { 0 } else { dice.within(1..12) };
+        plan.faults = (0..count).map(|_| plan.draw_fault(&mut dice)).collect();
+        plan.faults.sort_by_key(|planned| planned.at);
+        plan
+    }
+
+    fn host(&self, dice: &mut Dice) -> String {
+        let at = dice.below(self.coordinators + self.agents.len() as u64);
+        if at < self.coordinators { format!("c{at}") } else { format!("a{}", at - self.coordinators) }
+    }
+
+    fn draw_fault(&self, dice: &mut Dice) -> Planned {
+        let storm = u64::try_from(self.storm.as_millis()).unwrap_or(u64::MAX);
+        let at = Duration::from_millis(dice.below(storm));
+        let lasts = dice.millis(100..12_000);
+        let (one, other) = (self.host(dice), self.host(dice));
+        let coordinator = format!("c{}", dice.below(self.coordinators));
+        let fault = match dice.below(100) {
+            0..=29 => Fault::Crash(one),
+            30..=44 if one != other => Fault::Partition(one, other),
+            45..=54 if one != other => Fault::OneWay(one, other),
+            55..=64 if one != other => Fault::Hold(one, other),
+            65..=79 => Fault::CutStore(coordinator),
+            80..=87 => Fault::EndLeases,
+            88..=92 => Fault::Compact,
+            93..=95 => Fault::Jump(dice.below(3_600_000)),
+            _ => Fault::Crash(other),
+        };
+        Planned { at, lasts, fault }
+    }
+}
+
+fn draw_run(dice: &mut Dice, index: u64, slots: u32) -> (String, Workload, Duration) {
+    let min = 1 + dice.below(u64::from(slots.min(3))) as u32;
+    let max = min + dice.below(3) as u32;
+    let save_every = dice.within(2..8);
+    let last_step = dice.within(4..40);
+    let dies_at = dice.permille(80).then(|| 1 + dice.below(last_step));
+    let step = dice.millis(30..400);
+    let wait = dice.millis(0..4000);
+    (format!("r{index}"), Workload { workers: (min, max), last_step, step, save_every, dies_at }, wait)
+}
