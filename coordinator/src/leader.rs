@@ -16,6 +16,7 @@ use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use thaw_mutants::planted;
 use thaw_proto::ids::{Incarnation, LeaderEpoch};
 use thaw_proto::status::ErrorClass;
 use thaw_runtime::backoff::Backoff;
@@ -174,8 +175,10 @@ async fn stand(store: &Arc<dyn Store>, identity: &Identity, timing: Timing) -> R
 
 async fn claim(store: &dyn Store, identity: &Identity, lease: LeaseId) -> Result<Option<LeaderEpoch>, Error> {
     let value = serde_json::to_vec(identity).expect("an identity is plain strings");
-    let op = Op::Put { key: LEADER_KEY.to_owned(), value, lease: Some(lease) };
-    match store.txn(vec![Compare::absent(LEADER_KEY)], vec![op]).await {
+    let lease = if planted("leader-without-lease") { None } else { Some(lease) };
+    let op = Op::Put { key: LEADER_KEY.to_owned(), value, lease };
+    let vacant = if planted("leader-takes-over") { vec![] } else { vec![Compare::absent(LEADER_KEY)] };
+    match store.txn(vacant, vec![op]).await {
         Ok(TxnOutcome::Applied { revision }) => Ok(Some(LeaderEpoch(revision.0))),
         Ok(TxnOutcome::NotApplied) => Ok(None),
         Err(store::Error::Unknown { .. }) => {
@@ -299,7 +302,9 @@ impl Fenced {
     /// A transaction that applies only while this term lasts (LEAD-1, LEAD-2).
     pub async fn txn(&self, mut compares: Vec<Compare>, ops: Vec<Op>) -> Result<Written, Error> {
         self.check()?;
-        compares.push(Compare::created_at(LEADER_KEY, Revision(self.epoch.0)));
+        if !planted("leader-compare-dropped") {
+            compares.push(Compare::created_at(LEADER_KEY, Revision(self.epoch.0)));
+        }
         match self.store.txn(compares, ops).await.map_err(Error::Store)? {
             TxnOutcome::Applied { revision } => Ok(Written::Applied { revision }),
             TxnOutcome::NotApplied => {

@@ -22,9 +22,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_proto::ids::Incarnation;
-use thaw_runtime::{BoxError, surroundings};
 use thaw_runtime::tasks::{OnError, Tasks};
 use thaw_runtime::tls::Tls;
+use thaw_runtime::{BoxError, surroundings};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
@@ -206,10 +206,7 @@ impl Open {
         let (router, health) = grpc::router(services, tls).await.map_err(Error::Serve)?;
         let until = stop.clone();
         tasks.spawn("grpc", OnError::StopProcess, move |_| async move {
-            router
-                .serve_with_incoming_shutdown(connections, until.cancelled_owned())
-                .await
-                .map_err(Error::Serve)
+            router.serve_with_incoming_shutdown(connections, until.cancelled_owned()).await.map_err(Error::Serve)
         });
         let mirrored = state.clone();
         let store = Arc::clone(&self.store);

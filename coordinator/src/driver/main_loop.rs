@@ -1,7 +1,7 @@
 //! The loop itself: receive, step, save, speak.
 
 use super::queue::Tenants;
-use super::save::{Save, save};
+use super::save::{self, Save, save};
 use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
 use super::workers::Workers;
 use super::{Command, Error, NewRun, Reply, UserAction, outbound, rebuild};
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thaw_core::gang::FreeSlot;
 use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
+use thaw_mutants::planted;
 use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, Incarnation, RunId, WorkerName};
 use thaw_proto::pb;
@@ -72,8 +73,7 @@ impl MainLoop {
         tenants: Tenants,
         queue: mpsc::Receiver<Command>,
     ) -> Result<Self, Error> {
-        let listed =
-            fenced.reader().list(RUNS).await.map_err(|error| Error::Leader(crate::leader::Error::Store(error)))?;
+        let listed = save::read(&fenced, || fenced.reader().list(RUNS)).await?;
         let mut this = Self {
             fenced,
             views,
@@ -185,7 +185,7 @@ impl MainLoop {
     async fn create(&mut self, new: NewRun) -> Result<Arc<pb::Run>, Error> {
         let now = clock::now_ms();
         let mut also = None;
-        if let Some(request_id) = &new.request_id {
+        if let Some(request_id) = new.request_id.as_ref().filter(|_| !planted("request-forgotten")) {
             let key = request_key(request_id);
             let compare = match self.known_request(request_id).await? {
                 Some((request, revision)) => match self.views.get(&request.run).filter(|_| request.is_fresh(now)) {
@@ -211,8 +211,8 @@ impl MainLoop {
     }
 
     async fn known_request(&self, request_id: &str) -> Result<Option<(StoredRequest, Revision)>, Error> {
-        let read = self.fenced.reader().get(&request_key(request_id)).await;
-        let entry = read.map_err(|error| Error::Leader(crate::leader::Error::Store(error)))?.value;
+        let key = request_key(request_id);
+        let entry = save::read(&self.fenced, || self.fenced.reader().get(&key)).await?.value;
         let known = entry.and_then(|entry| Some((serde_json::from_slice(&entry.value).ok()?, entry.mod_revision)));
         Ok(known)
     }
@@ -271,6 +271,11 @@ impl MainLoop {
 
     /// Saves, shows, then speaks (DRIVE-1).
     async fn carry_out(&mut self, id: &RunId, outcome: Outcome) -> Result<(), Error> {
+        if planted("speak-before-save") {
+            for effect in &outcome.effects {
+                self.perform(id, effect);
+            }
+        }
         let run = self.runs.get_mut(id).expect("the caller has found it");
         if outcome.changed || !outcome.events.is_empty() {
             let next = run.stored.after(run.revision, outcome.record, &outcome.events);

@@ -12,6 +12,7 @@
 //! DRIVE-3: a run is stored under the compare that nobody else has changed it, and under the leader's fence.
 //! DRIVE-4: worker liveness is by the monotonic clock, stamped where the message arrives, so that a slow store makes
 //!          nobody dead.
+//! DRIVE-5: a store that does not answer ends no process: reads are tried again until the term is over.
 //!
 //! Never in here: a decision about a run. Those are the machine's.
 

@@ -4,6 +4,8 @@ use super::Error;
 use crate::leader::{self, Fenced, Written};
 use crate::store::{self, Compare, Op, Revision};
 use std::time::Duration;
+use thaw_mutants::planted;
+use thaw_proto::status::ErrorClass;
 use thaw_runtime::backoff::Backoff;
 
 /// A value to put under a key, if the key is as it was read.
@@ -25,7 +27,8 @@ pub(super) async fn save(fenced: &Fenced, save: Save) -> Result<Revision, Error>
             None => Compare::absent(&save.key),
             Some(revision) => Compare::modified_at(&save.key, revision),
         };
-        let (mut compares, mut ops) = (vec![compare], vec![Op::put(&save.key, save.value.clone())]);
+        let compare = if planted("save-without-compare") { None } else { Some(compare) };
+        let (mut compares, mut ops) = (Vec::from_iter(compare), vec![Op::put(&save.key, save.value.clone())]);
         if let Some((compare, op)) = &save.also {
             compares.push(compare.clone());
             ops.push(op.clone());
@@ -45,12 +48,36 @@ pub(super) async fn save(fenced: &Fenced, save: Save) -> Result<Revision, Error>
                     key = save.key,
                     "the store did not take a change; tries again"
                 );
+                if planted("unknown-is-applied")
+                    && let Some(revision) = save.expected
+                {
+                    return Ok(revision);
+                }
                 if let (store::Error::Unknown { .. }, Some(revision)) = (&error, found(fenced, &save).await?) {
                     return Ok(revision);
                 }
             }
             Err(leader::Error::Fenced(_)) => return Err(Error::Stopped),
             Err(error @ (leader::Error::Store(_) | leader::Error::Campaign(_))) => return Err(Error::Leader(error)),
+        }
+        wait(fenced, &mut backoff).await?;
+    }
+}
+
+/// Asks the store until it answers, for as long as this term lasts (DRIVE-5).
+pub(super) async fn read<T, Asking>(fenced: &Fenced, mut ask: impl FnMut() -> Asking) -> Result<T, Error>
+where
+    Asking: Future<Output = Result<T, store::Error>>,
+{
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+    loop {
+        fenced.check().map_err(|_| Error::Stopped)?;
+        match ask().await {
+            Ok(answer) => return Ok(answer),
+            Err(error) if error.class() == ErrorClass::Retry => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the store does not answer; tries again")
+            }
+            Err(error) => return Err(Error::Leader(leader::Error::Store(error))),
         }
         wait(fenced, &mut backoff).await?;
     }

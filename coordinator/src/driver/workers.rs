@@ -151,7 +151,7 @@ impl Workers {
             for slot in (0..session.hello.slots).map(Slot) {
                 let place = FreeSlot { worker: worker.clone(), slot };
                 let lived_in = session.trainers.iter().any(|status| status.trainer.slot == slot);
-                if !lived_in && !held.contains(&place) {
+                if thaw_mutants::planted("held-slots-are-free") || (!lived_in && !held.contains(&place)) {
                     free.push(place);
                 }
             }

@@ -112,7 +112,7 @@ impl Services {
 
     /// Returns once the run's view is as new as the store (GRPC-2), and at `at_least`.
     async fn catch_up(&self, run: &RunId, at_least: u64) -> Result<(), Status> {
-        if self.leads() {
+        if self.leads() || (thaw_mutants::planted("followers-do-not-wait") && self.views.get(run).is_some()) {
             return Ok(());
         }
         let stored = driver::stored_revision(self.store.as_ref(), run).await.map_err(|error| errors::store(&error))?;

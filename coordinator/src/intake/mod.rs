@@ -87,8 +87,8 @@ impl Intake {
         let created = {
             let _mine = turn.lock().await;
             match self.driver.requested(&id).await {
-                Ok(Some(run)) => Ok(run),
-                Ok(None) => self.plan_and_keep(&request, Some(id.clone())).await,
+                Ok(Some(run)) if !thaw_mutants::planted("request-forgotten") => Ok(run),
+                Ok(_) => self.plan_and_keep(&request, Some(id.clone())).await,
                 Err(error) => Err(error.into()),
             }
         };

@@ -8,7 +8,39 @@
 compile_error!("the feature `mutants` plants bugs; it is for the simulation's debug builds alone");
 
 /// Every bug that can be planted.
-pub const ALL: &[&str] = &[];
+pub const ALL: &[&str] = &[
+    "abort-forgotten",
+    "acknowledged-before-head",
+    "cancel-does-not-win",
+    "cancel-leaves-trainers",
+    "commit-before-all-built",
+    "failures-uncounted",
+    "followers-do-not-wait",
+    "gang-key-reused",
+    "generation-reused",
+    "hash-unchecked",
+    "held-slots-are-free",
+    "leader-compare-dropped",
+    "leader-takes-over",
+    "leader-without-lease",
+    "lower-generation-accepted",
+    "manifest-overwritten",
+    "members-not-awaited",
+    "progress-uncounted",
+    "reports-not-repeated",
+    "request-forgotten",
+    "resume-from-nothing",
+    "save-without-compare",
+    "shard-dropped",
+    "slot-not-cleared",
+    "speak-before-save",
+    "stale-leader-obeyed",
+    "strays-not-stopped",
+    "success-uncommitted",
+    "takeover-stops-all",
+    "two-ranks-commit",
+    "unknown-is-applied",
+];
 
 /// Whether this build can plant bugs.
 pub const AVAILABLE: bool = cfg!(feature = "mutants");

@@ -30,8 +30,6 @@ use turmoil::Sim;
 const TICK: Duration = Duration::from_millis(20);
 /// In calm, every run has ended by then: start and suspension have the longest limits, 10 and 5 minutes.
 const CALM_LIMIT: Duration = Duration::from_secs(1200);
-/// Coordinators and agents whose process has ended are started again.
-const RESTART_EVERY: Duration = Duration::from_secs(1);
 
 /// What came of a seed.
 #[derive(Debug, Clone)]
@@ -119,7 +117,8 @@ impl Cluster {
             self.add_agent(&mut sim, index, *slots);
         }
         self.add_user(&mut sim);
-        let mut storm = Storm { cluster: &self, pending: self.plan.faults.clone(), begun: Vec::new(), down: BTreeMap::new() };
+        let mut storm =
+            Storm { cluster: &self, pending: self.plan.faults.clone(), begun: Vec::new(), down: BTreeMap::new() };
         let end = self.plan.storm + if self.plan.liveness { CALM_LIMIT } else { Duration::ZERO };
         loop {
             let now = sim.elapsed();
@@ -134,8 +133,7 @@ impl Cluster {
             if let Err(error) = sim.step() {
                 self.world.violated("SIM", error.to_string());
             }
-            let is_calm = self.calm.load(Ordering::Relaxed);
-            if !self.world.violations().is_empty() || (is_calm && self.world.all_ended() && self.world.nobody_lives()) {
+            if !self.world.violations().is_empty() || (self.world.all_ended() && self.world.nobody_lives()) {
                 return now;
             }
             if now >= end {
@@ -273,7 +271,8 @@ impl Storm<'_> {
             self.begin(sim, &fault, now + lasts);
             self.begun.push((now + lasts, fault));
         }
-        let over: Vec<Fault> = self.begun.iter().filter(|(end, _)| *end <= now).map(|(_, fault)| fault.clone()).collect();
+        let over: Vec<Fault> =
+            self.begun.iter().filter(|(end, _)| *end <= now).map(|(_, fault)| fault.clone()).collect();
         self.begun.retain(|(end, _)| *end > now);
         over.iter().for_each(|fault| self.mend(sim, fault));
     }
@@ -318,14 +317,14 @@ impl Storm<'_> {
         self.down.values_mut().for_each(|until| *until = Duration::ZERO);
     }
 
-    /// Starts again who was killed long enough, and whose process has ended.
+    /// Starts again who was killed long enough ago.
     fn restart(&mut self, sim: &mut Sim<'_>, now: Duration) {
-        let due: Vec<String> = self.down.iter().filter(|(_, until)| **until <= now).map(|(host, _)| host.clone()).collect();
+        let due: Vec<String> =
+            self.down.iter().filter(|(_, until)| **until <= now).map(|(host, _)| host.clone()).collect();
         for host in due {
             self.down.remove(&host);
             sim.bounce(host.as_str());
         }
-        let _ = RESTART_EVERY;
     }
 }
 

@@ -195,7 +195,8 @@ impl State {
                 Change::Put(entry) => WatchEvent::Put(entry),
                 Change::Deleted(key) => WatchEvent::Delete { key, revision },
             };
-            self.watches.retain(|(prefix, watch)| !key_of(&event).starts_with(prefix) || watch.send(event.clone()).is_ok());
+            self.watches
+                .retain(|(prefix, watch)| !key_of(&event).starts_with(prefix) || watch.send(event.clone()).is_ok());
             self.history.push(event);
         }
     }

@@ -257,7 +257,8 @@ impl Toy {
         loop {
             let mut suspend = false;
             while let Ok(message) = inbox.try_recv() {
-                suspend |= matches!(&message, Message::Suspend(suspend) if suspend.generation == gang.propose.generation);
+                suspend |=
+                    matches!(&message, Message::Suspend(suspend) if suspend.generation == gang.propose.generation);
             }
             if rank == 0 && (suspend || step == workload.last_step) {
                 for peer in &mut gang.peers {

@@ -104,7 +104,8 @@ impl User {
         let id = run.name.trim_start_matches("runs/");
         let stored = self.world.stored(id);
         if stored.is_none_or(|(_, revision)| revision < run.revision) {
-            self.world.violated("DRIVE-1", format!("{what} of {id} is answered at {}, stored: {stored:?}", run.revision));
+            self.world
+                .violated("DRIVE-1", format!("{what} of {id} is answered at {}, stored: {stored:?}", run.revision));
         }
         let known = self.acknowledged.entry(id.to_owned()).or_default();
         *known = run.revision.max(*known);

@@ -4,12 +4,12 @@ use super::Config;
 use super::launch::{Launch, Life, Running};
 use super::trainers::{TrainerId, Trainers};
 use crate::pipe;
+use async_trait::async_trait;
 use std::io;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use thaw_proto::pb::CoordinatorMessage;
-use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
@@ -49,7 +49,6 @@ impl Spawner {
         })?;
         Ok(Self { program: config.trainer_program.clone(), arguments: config.trainer_arguments.clone(), requests })
     }
-
 }
 
 #[async_trait]
@@ -60,7 +59,12 @@ impl Launch for Spawner {
 
     async fn launch(&self) -> io::Result<Running> {
         let mut command = Command::new(&self.program);
-        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+            .args(&self.arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         // Idle threads of an operator sleep instead of spinning: the cores between operators belong to the other trainers and to the
         // collective. Read by the OpenMP runtime when it is loaded, so the trainer cannot set it itself.
         if std::env::var_os(WAIT_POLICY).is_none() {
@@ -164,7 +168,12 @@ pub(super) async fn write_messages(
     }
 }
 
-async fn read_reports(mut stdout: impl AsyncRead + Unpin, id: &TrainerId, trainers: &Trainers, kill: &CancellationToken) {
+async fn read_reports(
+    mut stdout: impl AsyncRead + Unpin,
+    id: &TrainerId,
+    trainers: &Trainers,
+    kill: &CancellationToken,
+) {
     loop {
         match pipe::read_frame_async(&mut stdout).await {
             Ok(Some(report)) => trainers.report(id, report),

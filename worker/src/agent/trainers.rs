@@ -125,13 +125,8 @@ impl Trainer {
 
 impl Trainers {
     pub(super) fn new(config: &Config, launch: Arc<dyn Launch>, tasks: Tasks) -> Self {
-        let shared = Shared {
-            slots: config.slots,
-            launch,
-            tasks,
-            outbox: Outbox::default(),
-            by_slot: Mutex::default(),
-        };
+        let shared =
+            Shared { slots: config.slots, launch, tasks, outbox: Outbox::default(), by_slot: Mutex::default() };
         Self { shared: Arc::new(shared) }
     }
 
@@ -157,6 +152,9 @@ impl Trainers {
 
     /// What a new session must hear again (AGENT-2).
     pub(super) fn ledgers(&self) -> Vec<TrainerReport> {
+        if thaw_mutants::planted("reports-not-repeated") {
+            return Vec::new();
+        }
         self.by_slot().values().flat_map(|trainer| trainer.ledger.iter().cloned()).collect()
     }
 
@@ -171,7 +169,7 @@ impl Trainers {
         if self.send_again(&id) {
             return;
         }
-        if !self.clear_slot(id.slot).await {
+        if !thaw_mutants::planted("slot-not-cleared") && !self.clear_slot(id.slot).await {
             let text = format!("the trainer before it in slot {} does not end", id.slot);
             self.refuse(&id, FailureClass::Retry, text);
             return;

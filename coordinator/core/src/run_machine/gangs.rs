@@ -5,6 +5,7 @@ use super::{Effect, Member, Proposal, Rejection, Trainer, gang_key};
 use crate::gang::FreeSlot;
 use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
+use thaw_mutants::planted;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
 use thaw_proto::run::{RunReason, RunState};
 
@@ -31,7 +32,8 @@ impl Turn {
                 }
             }
             RunState::Resizing => {
-                if !self.record.members.is_empty() && !self.deadline_passed(self.policy.stop_timeout_ms) {
+                let live = !self.record.members.is_empty() && !planted("members-not-awaited");
+                if live && !self.deadline_passed(self.policy.stop_timeout_ms) {
                     return Ok(());
                 }
                 // Who has not stopped by now is on a worker that cannot be reached; its generation keeps it out (RUN-2).
@@ -201,7 +203,7 @@ impl Turn {
                 rank: member.rank,
                 addresses: addresses.clone(),
                 key,
-                resume: self.record.head.clone(),
+                resume: self.record.head.clone().filter(|_| !planted("resume-from-nothing")),
             })));
         }
         let separator = if why.is_empty() { "" } else { "; " };
@@ -228,7 +230,8 @@ impl Turn {
             | RunState::Cancelled => return Err(self.not_legal("commit a gang")),
         }
         self.observed.built.insert(trainer.incarnation.clone());
-        if !self.record.members.iter().all(|member| self.observed.built.contains(&member.trainer.incarnation)) {
+        let all = !planted("commit-before-all-built");
+        if all && !self.record.members.iter().all(|member| self.observed.built.contains(&member.trainer.incarnation)) {
             return Ok(());
         }
         for member in self.record.members.clone() {
@@ -304,6 +307,9 @@ impl Turn {
 
     /// RUN-8: stops who should not be, and misses who should.
     pub(super) fn trainers_seen(&mut self, worker: &WorkerName, alive: &[Trainer]) {
+        if planted("strays-not-stopped") {
+            return;
+        }
         let stopping = match self.record.state {
             RunState::Resizing => !self.observed.kept,
             RunState::Pending

@@ -59,7 +59,9 @@ impl Turn {
     /// Takes the next generation (RUN-1) with the present members: at once where all listen.
     pub(super) fn next_generation(&mut self, reason: RunReason, message: String) {
         self.changed = true;
-        self.record.generation = self.record.generation.next();
+        if self.record.generation.0 == 0 || !thaw_mutants::planted("generation-reused") {
+            self.record.generation = self.record.generation.next();
+        }
         if self.record.joining.is_empty() {
             self.observed.join_ms = self.now_ms;
         }

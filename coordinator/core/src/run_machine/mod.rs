@@ -304,7 +304,9 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
             (true, record.queued_ms, workers.min.saturating_sub(members), workers.max.saturating_sub(members))
         }
         RunState::Resizing => {
-            let gone = record.members.is_empty() || observed.deadline_ms.is_some_and(|deadline| now_ms >= deadline);
+            let gone = thaw_mutants::planted("members-not-awaited")
+                || record.members.is_empty()
+                || observed.deadline_ms.is_some_and(|deadline| now_ms >= deadline);
             if !gone {
                 return None;
             }
@@ -385,7 +387,11 @@ pub fn step(
 /// The key that peers of a generation show each other: it follows from their incarnations, which nobody else is told.
 fn gang_key(record: &RunRecord) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("thaw.v1 key of a gang");
-    hasher.update(record.id.as_str().as_bytes()).update(&record.generation.0.to_le_bytes());
+    hasher.update(record.id.as_str().as_bytes());
+    if thaw_mutants::planted("gang-key-reused") {
+        return *hasher.finalize().as_bytes();
+    }
+    hasher.update(&record.generation.0.to_le_bytes());
     for member in &record.members {
         hasher.update(member.trainer.incarnation.as_str().as_bytes());
     }

@@ -2,6 +2,7 @@
 
 use super::turn::Turn;
 use super::{Effect, FailureClass, Rejection, Trainer};
+use thaw_mutants::planted;
 use thaw_proto::ids::{Generation, StageIndex};
 use thaw_proto::run::{CheckpointRef, RunReason, RunResult, RunState, StageResult};
 
@@ -28,7 +29,7 @@ impl Turn {
         checkpoint: &CheckpointRef,
     ) -> Result<(), Rejection> {
         self.committer(trainer, generation)?;
-        if checkpoint.generation != generation {
+        if checkpoint.generation != generation && !planted("lower-generation-accepted") {
             return Err(Rejection::StaleGeneration { theirs: checkpoint.generation, ours: generation });
         }
         self.check_trained("commit a checkpoint")?;
@@ -36,12 +37,15 @@ impl Turn {
         // RUN-3
         if let Some(head) = before
             && checkpoint.position < head.position
+            && !planted("lower-generation-accepted")
         {
             return Err(Rejection::HeadWouldGoBack { theirs: checkpoint.position, ours: head.position });
         }
-        if before != Some(checkpoint) {
+        if before != Some(checkpoint) && !(planted("acknowledged-before-head") && checkpoint.position.step.0 % 2 == 0) {
             if before.is_none_or(|head| checkpoint.position > head.position) {
-                self.record.failures_without_progress = 0;
+                if !planted("progress-uncounted") {
+                    self.record.failures_without_progress = 0;
+                }
             }
             self.record.head = Some(checkpoint.clone());
             self.record.position = checkpoint.position;
@@ -89,7 +93,8 @@ impl Turn {
         self.committer(trainer, generation)?;
         self.check_trained("finish")?;
         // RUN-5
-        if self.record.head.as_ref().is_none_or(|head| head.position.step < result.steps) {
+        let committed = self.record.head.as_ref().is_some_and(|head| head.position.step >= result.steps);
+        if !committed && !planted("success-uncommitted") {
             return Err(Rejection::NotCommitted { step: result.steps });
         }
         self.record.result = Some(result.clone());

@@ -2,6 +2,7 @@
 
 use super::turn::Turn;
 use super::{Effect, Rejection, Trainer};
+use thaw_mutants::planted;
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
@@ -16,7 +17,12 @@ impl Turn {
             | RunState::Suspending
             | RunState::Suspended
             | RunState::Preempting => {
-                self.release_members();
+                if planted("cancel-does-not-win") && self.record.state == RunState::Running {
+                    return Ok(());
+                }
+                if !planted("cancel-leaves-trainers") {
+                    self.release_members();
+                }
                 self.enter(RunState::Cancelled, RunReason::UserRequest, String::new(), None);
                 Ok(())
             }
@@ -76,6 +82,10 @@ impl Turn {
     /// is worth the wait: its trainers are stopped when they are seen (RUN-8).
     pub(super) fn coordinator_started(&mut self) {
         match self.record.state {
+            RunState::Running if planted("takeover-stops-all") => {
+                self.stop_members();
+                self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, "started again", None);
+            }
             RunState::Running | RunState::Suspending | RunState::Preempting => {
                 for trainer in std::mem::take(&mut self.record.joining) {
                     self.changed = true;

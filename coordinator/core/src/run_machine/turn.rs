@@ -1,6 +1,7 @@
 //! One step in the making: the record as it will be, and what is to be done and told.
 
 use super::{Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer};
+use thaw_mutants::planted;
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::run::{RunReason, RunState};
 
@@ -81,7 +82,9 @@ impl Turn {
     }
 
     pub(super) fn stop(&mut self, trainer: Trainer) {
-        self.effect(Effect::StopTrainer { trainer, generation: self.record.generation });
+        if !planted("abort-forgotten") {
+            self.effect(Effect::StopTrainer { trainer, generation: self.record.generation });
+        }
     }
 
     /// Tells every member to stop, and keeps them in the record; those that were to join are told and forgotten.
@@ -108,7 +111,7 @@ impl Turn {
     /// The gang is over. What is left of it without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one
     /// is chosen once they have (RUN-6), or the run has failed (RUN-7).
     pub(super) fn lose_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
-        self.record.failures_without_progress += 1;
+        self.record.failures_without_progress += u32::from(!planted("failures-uncounted"));
         self.observed.lost_at = self.observed.step;
         let failures = self.record.failures_without_progress;
         if failures >= self.policy.most_failures {
@@ -158,7 +161,7 @@ impl Turn {
     /// Rank of a trainer of the present generation (RUN-2).
     pub(super) fn member(&self, trainer: &Trainer, generation: Generation) -> Result<Rank, Rejection> {
         let ours = self.record.generation;
-        if generation != ours {
+        if generation != ours && !planted("lower-generation-accepted") {
             return Err(Rejection::StaleGeneration { theirs: generation, ours });
         }
         self.member_of_any(trainer)
@@ -168,6 +171,9 @@ impl Turn {
     pub(super) fn member_of_any(&self, trainer: &Trainer) -> Result<Rank, Rejection> {
         if self.record.state.has_ended() {
             return Err(Rejection::AlreadyEnded { state: self.record.state });
+        }
+        if planted("lower-generation-accepted") {
+            return Ok(Rank(0));
         }
         let member = self.record.members.iter().find(|member| member.trainer == *trainer);
         member.map(|member| member.rank).ok_or_else(|| Rejection::UnknownTrainer {
@@ -180,6 +186,7 @@ impl Turn {
     pub(super) fn committer(&self, trainer: &Trainer, generation: Generation) -> Result<(), Rejection> {
         match self.member(trainer, generation)? {
             Rank(0) => Ok(()),
+            _ if planted("two-ranks-commit") => Ok(()),
             rank => Err(Rejection::NotCommitter { rank }),
         }
     }
