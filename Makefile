@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo demo-images test bench chaos fmt lint
+.PHONY: help setup build demo demo-images test bench chaos sim fmt lint
 
 export PATH := $(CURDIR)/.bin:$(PATH)
 
@@ -30,6 +30,14 @@ bench: build ## Time Thaw beside PyTorch DDP and print the ratios; ONLY=NAME,...
 
 chaos: build ## Run Thaw under faults and print what they cost; ONLY=NAME,... for some rows, QUICK=1 for a tenth of the faults.
 	@PYTHONPATH=tests .venv/bin/python -m chaos --only '$(ONLY)' $(if $(QUICK),--quick)
+
+# Seeds of `make sim`, and how many of them may be spent on one planted bug.
+SEEDS ?= 10000
+MOST ?= 400
+
+sim: setup ## Simulate 10,000 seeds of the cluster, then plant bugs that some seed must notice; SEEDS=n, or SEED=n for one with its log.
+	@cargo build --quiet -p thaw-sim --features mutants
+	@target/debug/thaw-sim $(if $(SEED),--seed $(SEED) $(MUTANT),0 $(SEEDS) $(MOST))
 
 fmt: setup ## Format the Rust code.
 	cargo fmt --all

@@ -1,8 +1,12 @@
-//! One suite, two stores: what `store` promises (STORE-1 to STORE-5), over the embedded file and over a real etcd.
+//! One suite: what `store` promises (STORE-1 to STORE-5), over the embedded file, over a real etcd, and over the model of
+//! etcd that the simulation of `tests/sim` stands on, so that the model is held against the real one.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "../../tests/sim/src/etcd.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the simulation uses the rest")]
+mod etcd_model;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
@@ -422,6 +426,26 @@ async fn etcd_conforms() {
     // Another prefix sees nothing of it.
     let other = store::open(&format!("etcd://{}/test/two", etcd.address).parse().unwrap()).await.unwrap();
     assert_eq!(other.list("").await.unwrap().value, vec![]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_simulations_etcd_conforms() {
+    let began = std::time::Instant::now();
+    let model = Arc::new(etcd_model::Model::new(move || began.elapsed()));
+    let of_sweeper = Arc::clone(&model);
+    let sweeper = tokio::spawn(async move {
+        loop {
+            of_sweeper.advance();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let compacted = Arc::clone(&model);
+    let compact = move || {
+        let model = Arc::clone(&compacted);
+        async move { model.compact() }.boxed()
+    };
+    conformance(Arc::new(etcd_model::Client::near(model)), Box::new(compact)).await;
+    sweeper.abort();
 }
 
 #[tokio::test]

@@ -218,6 +218,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn drive_5_a_read_without_an_answer_is_tried_again_until_the_term_is_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, fenced) = flaky(&folder).await;
+        let tries = std::cell::Cell::new(0);
+        let ask = || {
+            tries.set(tries.get() + 1);
+            let answer = match tries.get() {
+                1 | 2 => Err(store::Error::Unavailable { operation: "read", source: None }),
+                _ => Ok(7),
+            };
+            std::future::ready(answer)
+        };
+        assert_eq!((read(&fenced, ask).await.unwrap(), tries.get()), (7, 3));
+        let denied = || std::future::ready(Err::<(), _>(store::Error::Denied { operation: "read", source: None }));
+        assert!(matches!(read(&fenced, denied).await, Err(Error::Leader(_))));
+        let silent = || {
+            fenced.resign();
+            std::future::ready(Err::<(), _>(store::Error::Unavailable { operation: "read", source: None }))
+        };
+        assert!(matches!(read(&fenced, silent).await, Err(Error::Stopped)));
+    }
+
+    #[tokio::test]
     async fn drive_3_somebody_elses_change_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let (store, fenced) = flaky(&folder).await;

@@ -1,7 +1,7 @@
 //! One simulated cluster, from a seed to what came of it.
 
 use crate::dice::Dice;
-use crate::etcd::{Client, Fate, Link, Model};
+use crate::etcd::{Call, Client, Fate, Link, Model};
 use crate::net;
 use crate::plan::{Fault, Plan, Planned};
 use crate::trainer::Toys;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::intake::{Planned as PlannedSpec, SpecPlanner};
 use thaw_coordinator::server::{ServeConfig, Server};
-use thaw_coordinator::store::{EtcdAccess, StoreUrl};
+use thaw_coordinator::store::{EtcdAccess, OPERATION_DEADLINE, StoreUrl};
 use thaw_proto::ids::GroupIndex;
 use thaw_proto::pb;
 use thaw_proto::plan::{DataSummary, LayerGroup, Plan as TrainingPlan, PlannedStage, StageCost};
@@ -67,7 +67,10 @@ pub fn simulate(seed: u64) -> Outcome {
     let _entered = surroundings::simulate(Dice::new(seed, "surroundings").draw(), move || of_clock.wall());
     // In memory, where there is such a place: what is durable is the simulation's to say.
     let shm = Path::new("/dev/shm");
-    let folder = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() };
+    let folder = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+    // Of one length, whoever runs it: it is in what the store holds.
+    let name = format!("thaw-sim-{:010}-", std::process::id());
+    let folder = tempfile::Builder::new().prefix(&name).tempdir_in(folder);
     let folder = match folder {
         Ok(folder) => folder,
         Err(error) => {
@@ -236,10 +239,10 @@ fn link(name: &str, plan: &Plan, links: Arc<Links>, dice: Arc<Mutex<Dice>>) -> A
         let mut dice = dice.lock().unwrap_or_else(PoisonError::into_inner);
         let travel = dice.millis(1..slowest + 1);
         if links.calm.load(Ordering::Relaxed) {
-            return (travel, Fate::Answered);
+            return Call { travel, fate: Fate::Answered, told_after: OPERATION_DEADLINE };
         }
         if links.cut.lock().unwrap_or_else(PoisonError::into_inner).contains(&name) {
-            return (travel, Fate::RequestLost);
+            return Call { travel, fate: Fate::RequestLost, told_after: OPERATION_DEADLINE - travel };
         }
         let fate = match dice.below(1000) {
             roll if roll >= trouble => Fate::Answered,
@@ -250,7 +253,9 @@ fn link(name: &str, plan: &Plan, links: Arc<Links>, dice: Arc<Mutex<Dice>>) -> A
                 _ => Fate::Late(dice.millis(0..4000)),
             },
         };
-        (travel, fate)
+        let breaks = dice.permille(600);
+        let told_after = if breaks { dice.millis(1..400) } else { OPERATION_DEADLINE - travel };
+        Call { travel, fate, told_after }
     })
 }
 

@@ -239,8 +239,18 @@ pub enum Fate {
     Late(Duration),
 }
 
-/// How a client reaches the store: how long a call takes each way, and what becomes of it. Asked once a call.
-pub type Link = dyn Fn() -> (Duration, Fate) + Send + Sync;
+/// One call over a link.
+#[derive(Debug, Clone, Copy)]
+pub struct Call {
+    /// Each way.
+    pub travel: Duration,
+    pub fate: Fate,
+    /// Until it is known that no answer comes: a connection that breaks tells at once.
+    pub told_after: Duration,
+}
+
+/// How a client reaches the store: what becomes of its calls. Asked once a call.
+pub type Link = dyn Fn() -> Call + Send + Sync;
 
 /// One client of the model.
 pub struct Client {
@@ -265,12 +275,16 @@ impl Client {
     /// A client whose calls are answered at once.
     #[must_use]
     pub fn near(model: Arc<Model>) -> Self {
-        Self::new(model, "near", Arc::new(|| (Duration::ZERO, Fate::Answered)))
+        Self::new(
+            model,
+            "near",
+            Arc::new(|| Call { travel: Duration::ZERO, fate: Fate::Answered, told_after: OPERATION_DEADLINE }),
+        )
     }
 
     /// A read, or what changes nothing that is not changed again by trying again.
     async fn ask<T>(&self, operation: &'static str, work: impl FnOnce(&mut State) -> T) -> Result<T, Error> {
-        let (travel, fate) = (self.link)();
+        let Call { travel, fate, told_after } = (self.link)();
         tokio::time::sleep(travel).await;
         match fate {
             Fate::Answered => {}
@@ -279,7 +293,7 @@ impl Client {
                 if fate == Fate::ReplyLost {
                     work(&mut self.model.now());
                 }
-                tokio::time::sleep(OPERATION_DEADLINE.saturating_sub(travel)).await;
+                tokio::time::sleep(told_after).await;
                 return Err(Error::Unavailable { operation, source: None });
             }
         }
@@ -305,7 +319,7 @@ impl Store for Client {
 
     async fn txn(&self, compares: Vec<Compare>, ops: Vec<Op>) -> Result<TxnOutcome, Error> {
         let operation = "transaction";
-        let (travel, fate) = (self.link)();
+        let Call { travel, fate, told_after } = (self.link)();
         tokio::time::sleep(travel).await;
         match fate {
             Fate::Answered => {
@@ -319,11 +333,11 @@ impl Store for Client {
                 let _unheard = self.model.now().txn(&self.name, &compares, ops);
             }
             Fate::Late(after) => {
-                let due = (self.model.clock)() + OPERATION_DEADLINE + after;
+                let due = (self.model.clock)() + told_after + after;
                 self.model.state().late.push(Late { due, by: self.name.clone(), compares, ops });
             }
         }
-        tokio::time::sleep(OPERATION_DEADLINE.saturating_sub(travel)).await;
+        tokio::time::sleep(told_after).await;
         Err(Error::Unknown { operation, source: None })
     }
 
@@ -347,7 +361,7 @@ impl Store for Client {
         Ok(futures::stream::unfold(watching, |(mut events, link, over)| async move {
             let event = if over { None } else { events.recv().await }?;
             // A connection that breaks tells so late, and only that.
-            let event = if matches!(link().1, Fate::Answered | Fate::Late(_)) { event } else { WatchEvent::Resync };
+            let event = if matches!(link().fate, Fate::Answered | Fate::Late(_)) { event } else { WatchEvent::Resync };
             let over = event == WatchEvent::Resync;
             Some((event, (events, link, over)))
         })

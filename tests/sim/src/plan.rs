@@ -72,6 +72,7 @@ impl Plan {
                 slowest_ms: if dice.permille(300) { 1500 } else { 40 },
                 torn: if dice.permille(400) { 60 } else { 0 },
                 zombies: 100,
+                lies: 15,
             },
             store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
             store_slowest_ms: if dice.permille(250) { 300 } else { 8 },

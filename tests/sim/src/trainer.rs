@@ -37,6 +37,8 @@ pub(crate) struct Storage {
     pub(crate) torn: u64,
     /// In a thousand saves: somebody else writes the same manifest with other words.
     pub(crate) zombies: u64,
+    /// In a thousand steps of a trainer: it says what must not be believed.
+    pub(crate) lies: u64,
 }
 
 /// Starts toy trainers on one agent's host.
@@ -280,11 +282,33 @@ impl Toy {
                 return Err(Over::Dies(137));
             }
             (step, state) = (next, self.step(gang, next, state).await?);
-            if step < workload.last_step && step.is_multiple_of(workload.save_every) && (rank == 0 || two_commit()) {
+            self.lie(start, gang, step, workload.last_step).await;
+            if step < workload.last_step && step.is_multiple_of(workload.save_every) && rank == 0 {
                 saved = step;
                 self.save(start, gang, step, &state).await?;
             }
         }
+    }
+
+    /// Says, now and then, what no trainer may be believed: that the run has finished before its last step is committed, or,
+    /// from another rank than 0, that a checkpoint asks to become the head.
+    async fn lie(&mut self, start: &pb::StartTrainer, gang: &Gang, step: u64, last_step: u64) {
+        let generation = gang.propose.generation;
+        if !self.dice.permille(self.storage.lies) {
+            return;
+        }
+        if gang.propose.rank == 0 {
+            self.report(start, generation, finished(start, last_step)).await;
+            return;
+        }
+        let checkpoint = pb::CheckpointRef {
+            position: Some(position(step)),
+            generation,
+            manifest: thaw_core::manifest::file_name(Generation(generation), Step(step)),
+            manifest_blake3: "00".repeat(32),
+        };
+        let written = pb::CheckpointWritten { checkpoint: Some(checkpoint) };
+        self.report(start, generation, Event::Checkpoint(written)).await;
     }
 
     /// One step of the gang: rank 0 gathers everybody's samples and tells the state that comes of them.
@@ -409,23 +433,9 @@ impl Toy {
                 None => return Err(Over::Dies(1)),
             }
         }
-        let result = pb::RunResult {
-            test: Some(evaluation(step)),
-            best: Some(evaluation(step)),
-            weights_blake3: "abc".to_owned(),
-            model: format!("{}model/", start.run_url),
-            steps: step,
-            seconds: 2.0,
-        };
-        let finished = pb::RunFinished { result: Some(result), reason: pb::RunReason::LastStageEnded.into() };
-        self.report(start, generation, Event::Finished(finished)).await;
+        self.report(start, generation, finished(start, step)).await;
         Ok(Over::Stands)
     }
-}
-
-/// Whether the planted bug lets every rank commit.
-fn two_commit() -> bool {
-    thaw_mutants::planted("two-ranks-commit")
 }
 
 /// Connects the ranks of a generation, each showing its key.
@@ -480,6 +490,18 @@ fn with_store<T: Send>(
         });
         working.join().unwrap_or(Err(checkpoint::Error::Panicked))
     })
+}
+
+fn finished(start: &pb::StartTrainer, step: u64) -> Event {
+    let result = pb::RunResult {
+        test: Some(evaluation(step)),
+        best: Some(evaluation(step)),
+        weights_blake3: "abc".to_owned(),
+        model: format!("{}model/", start.run_url),
+        steps: step,
+        seconds: 2.0,
+    };
+    Event::Finished(pb::RunFinished { result: Some(result), reason: pb::RunReason::LastStageEnded.into() })
 }
 
 fn position(step: u64) -> pb::Position {

@@ -116,7 +116,7 @@ impl<'a> Session<'a> {
         let first = timeout(CONNECT_LIMIT, down.message()).await.map_err(|_| End::Stalled("welcome this worker"))?;
         let first = first.map_err(End::Status)?.ok_or(End::Closed)?;
         let offered = LeaderEpoch(first.leader_epoch);
-        if offered < self.epoch && !thaw_mutants::planted("stale-leader-obeyed") {
+        if offered < self.epoch {
             return Err(End::StaleLeader { seen: self.epoch, offered });
         }
         let Some(Message::Welcome(welcome)) = first.message else {
@@ -185,7 +185,7 @@ impl<'a> Session<'a> {
     /// Does what a message asks for, or returns the work where that takes time.
     fn obey(&mut self, message: CoordinatorMessage) -> Option<BoxFuture<'a, ()>> {
         let offered = LeaderEpoch(message.leader_epoch);
-        if offered < self.epoch && !thaw_mutants::planted("stale-leader-obeyed") {
+        if offered < self.epoch {
             tracing::warn!(offered = offered.0, seen = self.epoch.0, "refused a message of an earlier leader");
             return None;
         }

@@ -169,7 +169,7 @@ impl Trainers {
         if self.send_again(&id) {
             return;
         }
-        if !thaw_mutants::planted("slot-not-cleared") && !self.clear_slot(id.slot).await {
+        if !self.clear_slot(id.slot).await {
             let text = format!("the trainer before it in slot {} does not end", id.slot);
             self.refuse(&id, FailureClass::Retry, text);
             return;
