@@ -79,7 +79,7 @@ impl Launch for Toys {
             life: self.life.clone(),
             dice: Dice::new(seed, "toy"),
             storage: self.storage,
-            says,
+            says: Arc::new(tokio::sync::Mutex::new(says)),
             _log: log,
         };
         let task = tokio::spawn(toy.live(hears));
@@ -124,7 +124,7 @@ struct Toy {
     life: String,
     dice: Dice,
     storage: Storage,
-    says: DuplexStream,
+    says: Arc<tokio::sync::Mutex<DuplexStream>>,
     _log: DuplexStream,
 }
 
@@ -156,10 +156,15 @@ impl Toy {
     /// Lives until killed, or its agent is gone.
     async fn live(self, mut hears: DuplexStream) -> i32 {
         let (queue, inbox) = mpsc::unbounded_channel();
-        let (world, life) = (self.world.clone(), self.life.clone());
+        let (world, life, says) = (self.world.clone(), self.life.clone(), Arc::clone(&self.says));
         // For as long as the trainer: whoever kills it must not leave a reader behind.
         let reading = async move {
             while let Ok(Some(told)) = pipe::read_frame_async::<pb::CoordinatorMessage>(&mut hears).await {
+                if matches!(told.message, Some(Message::Ping(_))) {
+                    let pong = pb::TrainerReport { event: Some(Event::Pong(pb::Pong {})), ..Default::default() };
+                    let _gone = pipe::write_frame_async(&mut *says.lock().await, &pong).await;
+                    continue;
+                }
                 world.told(&life, &told);
                 if let Some(message) = told.message
                     && queue.send(message).is_err()
@@ -184,7 +189,7 @@ impl Toy {
         let Ok(listener) = TcpListener::bind(("0.0.0.0", 0)).await else { return 3 };
         let port = listener.local_addr().map_or(0, |address| address.port());
         let address = format!("{}:{port}", self.host);
-        self.report(&start, 0, Event::Ready(pb::TrainerReady { address })).await;
+        self.report(&start, 0, Event::Ready(pb::TrainerReady { address, keeps_state: false })).await;
         loop {
             let Some(message) = inbox.recv().await else { return 1 };
             let Message::Propose(propose) = message else { continue };
@@ -217,7 +222,7 @@ impl Toy {
             event: Some(event),
         };
         // An error is the agent's end, which ends this task too.
-        let _gone = pipe::write_frame_async(&mut self.says, &report).await;
+        let _gone = pipe::write_frame_async(&mut *self.says.lock().await, &report).await;
     }
 
     /// One generation, to its end.

@@ -239,7 +239,7 @@ impl World {
                         broken.push(("DRIVE-1", format!("{} is acknowledged and was never the head", head.manifest)));
                     }
                 }
-                Some(Message::Stop(_) | Message::Suspend(_) | Message::Welcome(_)) | None => {}
+                Some(Message::Stop(_) | Message::Suspend(_) | Message::Welcome(_) | Message::Ping(_)) | None => {}
             }
         }
         broken.into_iter().for_each(|(id, what)| self.violated(id, what));
