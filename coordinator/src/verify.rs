@@ -54,7 +54,7 @@ pub struct StageFacts {
     pub step_seconds: Pair,
     /// Whether the rates come from this stage.
     pub calibrates: bool,
-    /// Of a trainer's tensors.
+    /// Of a trainer's tensors, with a checkpoint's copies where one was written within the stage.
     pub memory_bytes: Pair,
 }
 
@@ -305,9 +305,10 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
         .map(|index| step_seconds(&of_stage(index).collect::<Vec<_>>(), plan.steps_per_epoch))
         .collect();
     let predicted = step_time::predictions(plan, &steps);
-    let ended = manifests.last().map(|manifest| &manifest.stage_results);
+    let results = manifests.last().map_or(&[][..], |manifest| &manifest.stage_results);
     let stage = |(index, stage): (usize, &thaw_proto::plan::PlannedStage)| {
         let trained: BTreeSet<usize> = stage.trainable_groups.iter().map(|group| group.0 as usize).collect();
+        let ended = results.get(index);
         // At its end a stage's state is its own where the next goes on from it, else that of the best weights: those may be an earlier stage's,
         // and those of the last stage have no optimizer state.
         let keeps = plan.stages.get(index + 1).map(|next| next.on_enter == OnEnter::Keep);
@@ -344,8 +345,8 @@ fn facts(plan: &Plan, manifests: &[Manifest], lines: &[MetricsLine]) -> Vec<Stag
             step_seconds: Pair { planned: predicted[index].seconds, actual: steps[index].map(|step| step.whole) },
             calibrates: predicted[index].calibrates,
             memory_bytes: pair(
-                stage.memory_bytes,
-                ended.and_then(|ended| ended.get(index)).map(|result| result.peak_memory_bytes),
+                stage.memory_bytes + if ended.is_some_and(|ended| ended.saves > 0) { stage.cost.save_bytes } else { 0 },
+                ended.map(|ended| ended.peak_memory_bytes),
             ),
         }
     };

@@ -82,6 +82,9 @@ pub struct StageCost {
     pub checkpoint_bytes: u64,
     /// For all samples and their views, at the exported sizes.
     pub cache_bytes: u64,
+    /// Of a checkpoint's copies, on top of the stage's `memory_bytes`, in the trainer with the most; 0 in plans of the first versions.
+    #[serde(default)]
+    pub save_bytes: u64,
     /// Zeros in plans of the first versions.
     #[serde(default)]
     pub work: StepWork,

@@ -113,6 +113,9 @@ pub struct StageResult {
     /// Of rank 0's tensors, since its trainer started; 0 where that was not measured.
     #[serde(default)]
     pub peak_memory_bytes: u64,
+    /// Checkpoints begun within the stage since then.
+    #[serde(default)]
+    pub saves: u32,
     /// Of the first of several stages, where there is a test part.
     #[serde(default)]
     pub test: Option<Evaluation>,

@@ -321,7 +321,7 @@ proptest! {
     fn results_round_trip(eval in evaluation(), test in option::of(evaluation()), seconds in 0.0..1e6f64, count in any::<u64>()) {
         let stage = StageResult {
             stage: StageIndex(1), steps: 7, epochs: 1.5, seconds, end: StageEnd::Patience, eval: eval.clone(),
-            deciding_eval: eval.clone(), replica_digest: "d".into(), peak_memory_bytes: 1, test: test.clone(),
+            deciding_eval: eval.clone(), replica_digest: "d".into(), peak_memory_bytes: 1, saves: 2, test: test.clone(),
         };
         prop_assert_eq!(&StageResult::try_from(&pb::StageResult::from(&stage)).unwrap(), &stage);
         let checkpoint = CheckpointRef {

@@ -314,6 +314,7 @@ mod tests {
                 deciding_eval: evaluation(0.6),
                 replica_digest: "c".repeat(64),
                 peak_memory_bytes: 1,
+                saves: 0,
                 test: None,
             }],
             seconds: 2.5,

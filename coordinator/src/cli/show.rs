@@ -205,6 +205,7 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         "cache gains",
         "optimizer",
         "checkpoint",
+        "kept for saving",
         "cache",
     ];
     let mut costs = table(&headings);
@@ -220,10 +221,11 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
             gain(&cost),
             bytes(cost.optimizer_bytes),
             bytes(cost.checkpoint_bytes),
+            bytes(cost.save_bytes),
             if cost.cache_bytes == 0 { "-".to_owned() } else { bytes(cost.cache_bytes) },
         ]);
     }
-    align_right(&mut costs, &[1, 2, 3, 4, 5, 6, 7]);
+    align_right(&mut costs, &[1, 2, 3, 4, 5, 6, 7, 8]);
     let _ = write!(
         text,
         "{groups}\n{stages}\n{costs}\n\

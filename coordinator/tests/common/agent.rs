@@ -287,6 +287,7 @@ impl Session {
                     deciding_eval: Some(evaluation(step)),
                     replica_digest: "00".to_owned(),
                     peak_memory_bytes: 1,
+                    saves: 0,
                     test: None,
                 };
                 self.report(trainer, Report::StageEnded(ended)).await;

@@ -191,7 +191,7 @@ same_numbers!(
     StepWork { operators, flops, activation_bytes, weight_bytes, update_operators, update_bytes }
 );
 same_numbers!(pb::StageCost, StageCost {
-    step_flops, uncached_step_flops, full_step_flops, gradient_bytes, optimizer_bytes, checkpoint_bytes, cache_bytes
+    step_flops, uncached_step_flops, full_step_flops, gradient_bytes, optimizer_bytes, checkpoint_bytes, cache_bytes, save_bytes
 } with work: |work: &Option<pb::StepWork>| work.as_ref().map(Into::into).unwrap_or_default(), |work: &StepWork| Some(work.into()));
 
 impl From<&pb::LayerGroup> for LayerGroup {

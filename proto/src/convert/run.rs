@@ -110,6 +110,7 @@ impl TryFrom<&pb::StageResult> for StageResult {
             deciding_eval: required("deciding_eval", raw.deciding_eval.as_ref())?,
             replica_digest: raw.replica_digest.clone(),
             peak_memory_bytes: raw.peak_memory_bytes,
+            saves: raw.saves,
             test: raw
                 .test
                 .as_ref()
@@ -131,6 +132,7 @@ impl From<&StageResult> for pb::StageResult {
             deciding_eval: Some((&result.deciding_eval).into()),
             replica_digest: result.replica_digest.clone(),
             peak_memory_bytes: result.peak_memory_bytes,
+            saves: result.saves,
             test: result.test.as_ref().map(Into::into),
         }
     }

@@ -442,6 +442,7 @@ impl Session<'_> {
             deciding_eval: deciding.ok_or(Error::NeverFinite)?,
             replica_digest: digest.to_hex().to_string(),
             peak_memory_bytes: runtime::memory_use(false).peak,
+            saves: self.saver.saves_of_stage(),
             test: self.test_of_first_stage(index)?,
         };
         self.state.results.push(result.clone());

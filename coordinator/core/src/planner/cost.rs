@@ -3,6 +3,7 @@
 use super::{GraphFacts, work};
 use crate::sampler::ranks_shards;
 use crate::sampler::tree::maximal_subtrees;
+use crate::writers;
 use thaw_proto::plan::{DataSummary, PlannedStage, StageCost};
 use thaw_proto::spec::{Optimizer, Precision, PrefixCacheMode, RunSpec};
 
@@ -69,8 +70,20 @@ pub(super) fn of_stage(
         optimizer_bytes,
         checkpoint_bytes: weights.saturating_mul(element).saturating_add(optimizer_bytes),
         cache_bytes: boundary_bytes_per_sample(graph, groups).saturating_mul(samples),
+        save_bytes: save_bytes(spec, graph, groups),
         work: work::of_stage(spec, graph, groups, thawed),
     }
+}
+
+/// Bytes of the copies from which the trainer with the most to write writes its share of a checkpoint within the stage.
+fn save_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize]) -> u64 {
+    let states = 1 + states_per_parameter(spec) + u64::from(spec.ema.is_some());
+    let whole = |&group: &usize| graph.groups[group].parameters * states + graph.groups[group].buffers;
+    let sizes: Vec<u64> = groups.iter().map(whole).collect();
+    let world_size = spec.workers.max.max(1);
+    let mut shares = vec![0; world_size as usize];
+    writers::assign(&sizes, world_size).into_iter().zip(&sizes).for_each(|(rank, size)| shares[rank as usize] += size);
+    shares.into_iter().max().unwrap_or(0) * element_bytes(spec.precision)
 }
 
 /// Samples of a step in the largest logical shard.

@@ -4,6 +4,7 @@
 //!        at its height, and where the best weights have just been kept. Each has the weights, gradients, sums and optimizer state beside it.
 //! MEM-4: it is stated for a run that learns: each stage's first evaluation finds better weights than any before, so that from then on the best
 //!        ones are the stage's own, and before that the last stage's. Where a stage to come restores them, their optimizer state is kept too.
+//! MEM-5: the copies that a checkpoint is written from come on top of it, where one is written within the stage, and are stated apart.
 
 use super::{GraphFacts, cost};
 use crate::prefix::{Processor, SampleSize, chunk_samples};

@@ -228,6 +228,10 @@ fn costs_follow_format_and_optimizer() {
     // A trainer alone adds its two shards up in a copy.
     assert_eq!(plan_of(&other).stages[1].memory_bytes, 4 * 11_036 + (4 + 3) * 4144 + activations);
     assert!(!cost::gives_several_parts(&other));
+    // MEM-5: it writes all of a checkpoint, weights and moments; two share that.
+    let (alone, shared) = (plan_of(&other).stages[1].cost.save_bytes, single.cost.save_bytes);
+    assert_eq!(alone, 3 * 4144);
+    assert!(shared < alone && 2 * shared >= alone, "{shared} of {alone}");
     (other.workers.max, other.logical_shards) = (2, 3);
     assert!(cost::gives_several_parts(&other), "the second one has shards 1 and 2, and the tree joins 0 and 1 first");
     let checkpointed = stage(json!({"activation_checkpointing": true}));

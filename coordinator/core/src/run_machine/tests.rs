@@ -177,6 +177,7 @@ fn stage_result(stage: u32) -> StageResult {
         deciding_eval: evaluation(0.5),
         replica_digest: "f".repeat(64),
         peak_memory_bytes: 1,
+        saves: 0,
         test: None,
     }
 }

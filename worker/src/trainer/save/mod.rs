@@ -33,6 +33,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use thaw_core::manifest::{self, GroupState, Manifest};
+use thaw_core::writers;
 use thaw_proto::ids::{Generation, StageIndex, Step};
 use thaw_proto::run::CheckpointRef;
 use thaw_torch::model as torch_model;
@@ -122,6 +123,8 @@ pub(crate) struct Saver {
     cadence: Cadence,
     last: Option<Step>,
     skipped: u64,
+    /// Begun within the present stage.
+    of_stage: u32,
     /// Stamps that some rank has written, or is about to.
     written: BTreeSet<Stamp>,
     ledger: Arc<Mutex<Ledger>>,
@@ -165,6 +168,7 @@ impl Saver {
             cadence: Cadence::new(settings.save_steps, settings.max_overhead),
             last: None,
             skipped: 0,
+            of_stage: 0,
             written: ledger.0.keys().copied().collect(),
             ledger: Arc::new(Mutex::new(ledger)),
         })
@@ -182,6 +186,12 @@ impl Saver {
 
     pub(crate) fn enter_stage(&mut self) {
         self.cadence.enter_stage();
+        self.of_stage = 0;
+    }
+
+    /// Saves begun since the present stage was entered.
+    pub(crate) fn saves_of_stage(&self) -> u32 {
+        self.of_stage
     }
 
     /// Takes note of a step, and of saves that have ended meanwhile.
@@ -228,7 +238,7 @@ impl Saver {
         let new: Vec<(Stamp, usize)> =
             stamps.iter().filter(|(stamp, _)| is_new(stamp)).map(|(stamp, group)| (*stamp, *group)).collect();
         let sizes: Vec<u64> = new.iter().map(|(_, group)| replica.state_bytes(*group)).collect();
-        let writers = share::assign(&sizes, replica.world_size());
+        let writers = writers::assign(&sizes, replica.world_size());
         let best = state.best.as_ref().map(|best| &best.groups);
         let mut pieces = Vec::new();
         let rank = replica.rank();
@@ -253,6 +263,7 @@ impl Saver {
         };
         self.writer.submit(move |store| work.run(store))?;
         self.last = Some(step);
+        self.of_stage += 1;
         let stall = began.elapsed();
         self.cadence.began(stall);
         Ok(stall)
