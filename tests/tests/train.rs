@@ -133,12 +133,17 @@ fn twenty_steps_are_ten_a_death_and_ten() {
 
 /// A trainer killed at `point`, in the second stage (steps 9 to 17) or in the checkpoint at its end: the run goes on by itself to the same end.
 fn survives(point: &str) {
+    survives_in(STAGES, point);
+}
+
+fn survives_in(stages: &str, point: &str) {
+    let text = text_spec(&format!("{stages}\ncheckpoint: {{save_steps: 4}}"));
     let sandbox = Sandbox::new();
-    let spec = sandbox.spec(&text_spec(&format!("{STAGES}\ncheckpoint: {{save_steps: 4}}")));
+    let spec = sandbox.spec(&text);
     let undisturbed = weights(&sandbox.train_summary(&spec, 2, &[]));
 
     let disturbed = Sandbox::new();
-    let spec = disturbed.spec(&text_spec(&format!("{STAGES}\ncheckpoint: {{save_steps: 4}}")));
+    let spec = disturbed.spec(&text);
     let reached = disturbed.path().join("reached");
     let hold = format!("{point}={}", reached.display());
     let training = Process::start(disturbed.train_command(&spec, 2, &["--hold", &hold]).arg("-ojson"));
@@ -173,6 +178,12 @@ fn a_death_in_all_reduce_changes_nothing() {
 #[test]
 fn a_death_in_the_update_changes_nothing() {
     survives("update@13");
+}
+
+/// Whether a deeper stage pays is decided as it is entered, and not again by those who survive its first step.
+#[test]
+fn a_death_in_a_stages_first_step_changes_nothing() {
+    survives_in(&STAGES.replace("stop_when_no_gain: false", "stop_when_no_gain: true"), "forward@18");
 }
 
 #[test]

@@ -20,7 +20,7 @@ mod store;
 mod writer;
 
 pub use state::{TensorBytes, decode, encode};
-pub use store::{CheckpointStore, Swept, WrittenManifest};
+pub use store::{CheckpointStore, Keep, Swept, WrittenManifest};
 pub use writer::Writer;
 
 use thaw_proto::status::ErrorClass;

@@ -33,6 +33,15 @@ pub struct WrittenManifest {
     pub blake3: String,
 }
 
+/// What a sweep leaves, besides what is young.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Manifests by name, which have to be whole.
+    pub manifests: Vec<String>,
+    /// Steps whose manifests stay, of whatever generation.
+    pub steps: BTreeSet<Step>,
+}
+
 /// What [`CheckpointStore::retain`] deleted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -188,29 +197,30 @@ impl CheckpointStore {
         Ok(bytes)
     }
 
-    /// Deletes manifests of `generation` and older ones that are not in `keep`, and blobs that no remaining manifest names
-    /// (`CKPT-4`), once all blobs of those to keep are seen to be there. Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
+    /// Deletes manifests of `generation` and older ones that `keep` does not name, and blobs that no remaining manifest names
+    /// (`CKPT-4`), once all blobs of those to keep by name are seen to be there. Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
     /// digits in a manifest counts as the name of a blob, so a newer format cannot lose what it refers to.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Damaged`]: a manifest to keep or a blob of it is not there, or not whole; nothing is deleted.
     /// [`Error::Storage`].
-    pub fn retain(&self, generation: Generation, keep: &[String], grace: Duration) -> Result<Swept, Error> {
+    pub fn retain(&self, generation: Generation, keep: &Keep, grace: Duration) -> Result<Swept, Error> {
         let oldest_kept = SystemTime::now().checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
         let is_young = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified) > oldest_kept;
         let (mut named, mut doomed) = (BTreeSet::new(), Vec::new());
         let blobs = self.list(BLOBS)?;
-        for path in keep {
+        for path in &keep.manifests {
             let manifest = self.read(&manifest_path(path)?)?;
             self.check_blobs(&manifest, &blobs)?;
             collect_hashes(&manifest, &mut named);
         }
         for meta in self.list(MANIFESTS)? {
             let name = meta.location.to_string();
-            if keep.contains(&name) {
+            if keep.manifests.contains(&name) {
                 continue;
             }
-            let is_ours = manifest_generation(&name).is_some_and(|of| of <= generation);
+            let of = manifest_of(&name);
+            let is_ours = of.is_some_and(|(of, step)| of <= generation && !keep.steps.contains(&step));
             if is_ours && !is_young(&meta) {
                 doomed.push(meta.location);
             } else {
@@ -317,21 +327,19 @@ fn part_path(generation: Generation, step: Step, rank: u32) -> Path {
 }
 
 fn manifest_path(name: &str) -> Result<Path, Error> {
-    match manifest_generation(name) {
+    match manifest_of(name) {
         Some(_) => Ok(Path::from(name)),
         None => Err(Error::Name { name: name.to_owned(), expected: "manifest" }),
     }
 }
 
-/// The generation in `manifests/<generation>-<step>.json`.
-fn manifest_generation(name: &str) -> Option<Generation> {
+/// Generation and step in `manifests/<generation>-<step>.json`.
+fn manifest_of(name: &str) -> Option<(Generation, Step)> {
     let stem = name.strip_prefix(MANIFESTS)?.strip_prefix('/')?.strip_suffix(".json")?;
     let (generation, step) = stem.split_once('-')?;
-    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    if !is_number(generation) || !is_number(step) || step.is_empty() {
-        return None;
-    }
-    generation.parse().ok().map(Generation)
+    // Signs would parse.
+    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten();
+    Some((Generation(number(generation)?), Step(number(step)?)))
 }
 
 fn is_hash(text: &[u8]) -> bool {

@@ -64,6 +64,10 @@ fn a_manifest_is_created_once() {
     assert!(matches!(store.get_manifest(&elsewhere), Err(Error::Name { .. })));
 }
 
+fn named(manifests: &[&str]) -> Keep {
+    Keep { manifests: manifests.iter().map(|&name| name.to_owned()).collect(), ..Keep::default() }
+}
+
 #[test]
 fn a_sweep_keeps_what_is_named_young_or_newer() {
     let folder = tempfile::tempdir().unwrap();
@@ -77,22 +81,28 @@ fn a_sweep_keeps_what_is_named_young_or_newer() {
     let kept = manifest(1, 2, &[&blobs[1], &blobs[2]]);
     let newer = manifest(2, 3, &[&blobs[3]]);
 
-    let swept = store.retain(Generation(1), std::slice::from_ref(&kept), Duration::from_secs(3600)).unwrap();
+    let swept = store.retain(Generation(1), &named(&[&kept]), Duration::from_secs(3600)).unwrap();
     assert_eq!(swept, Swept::default(), "all is younger than an hour");
-    let swept = store.retain(Generation(1), std::slice::from_ref(&kept), Duration::ZERO).unwrap();
+    let swept = store.retain(Generation(1), &named(&[&kept]), Duration::ZERO).unwrap();
     assert_eq!(swept, Swept { manifests: 1, blobs: 2, bytes: 2 });
     assert!(!folder.path().join(old).exists());
     assert!(folder.path().join(newer).exists());
     for (blob, stays) in blobs.iter().zip([false, true, true, true, false]) {
         assert_eq!(store.get_blob(blob).is_ok(), stays);
     }
-    let missing = ["manifests/1-9.json".to_owned()];
+    let end = manifest(1, 4, &[&blobs[1]]);
+    let passing = manifest(1, 5, &[&blobs[1]]);
+    let keep = Keep { steps: [Step(4)].into(), ..named(&[&kept]) };
+    assert_eq!(store.retain(Generation(2), &keep, Duration::ZERO).unwrap().manifests, 2, "of step 5, and the newer one");
+    assert!(folder.path().join(end).exists(), "a stage's end stays, whatever generation wrote it");
+    assert!(!folder.path().join(passing).exists());
+    let missing = named(&["manifests/1-9.json"]);
     assert!(matches!(store.retain(Generation(2), &missing, Duration::ZERO), Err(Error::Missing { .. })));
     assert!(folder.path().join(&kept).exists(), "nothing is deleted where a kept one is missing");
 
     let stray = store.put_blob(vec!["stray".into()]).unwrap();
     std::fs::write(folder.path().join(blob_path(&blobs[2]).unwrap().as_ref()), b"longer").unwrap();
-    let swept = store.retain(Generation(1), &[kept], Duration::ZERO);
+    let swept = store.retain(Generation(1), &named(&[&kept]), Duration::ZERO);
     assert!(matches!(&swept, Err(Error::Damaged { path, .. }) if path.contains(&blobs[2].blake3)), "{swept:?}");
     assert!(store.get_blob(&stray).is_ok(), "nothing is deleted where a kept one is damaged");
 }
@@ -148,6 +158,6 @@ fn a_part_is_waited_for_and_swept_when_it_is_old() {
     store.delete_part(generation, step, 1).unwrap();
     store.put_part(generation, step, 2, b"[]".to_vec()).unwrap();
     assert_eq!(files(folder.path()), 1);
-    store.retain(generation, &[], Duration::ZERO).unwrap();
+    store.retain(generation, &Keep::default(), Duration::ZERO).unwrap();
     assert_eq!(files(folder.path()), 0);
 }

@@ -407,10 +407,13 @@ impl Trainer<'_> {
         let mut ledger = save::Ledger::default();
         let begun = match save::agree(self.job, &mut replica, &mut state, head) {
             Ok(true) => Ok(true),
-            Ok(false) => begin(self.job, &mut replica, resume.as_ref(), &mut ledger).map(|begun| {
-                state = Some(Box::new(begun));
-                false
-            }),
+            Ok(false) => {
+                let given_up = || self.outbox.is_superseded(Generation(proposal.generation));
+                begin(self.job, &mut replica, resume.as_ref(), &mut ledger, &given_up).map(|begun| {
+                    state = Some(Box::new(begun));
+                    false
+                })
+            }
             Err(error) => Err(error.into()),
         };
         let (kept, mut state) = match (begun, state) {
@@ -519,13 +522,14 @@ fn begin(
     replica: &mut Replica,
     resume: Option<&CheckpointRef>,
     ledger: &mut save::Ledger,
+    given_up: &impl Fn() -> bool,
 ) -> Result<State, Error> {
     match job.spec.frozen_batch_norm {
         BatchNormPolicy::Frozen => {}
         // Before the checkpoint, which holds the statistics of thawed groups only.
         BatchNormPolicy::Recompute => {
             let all: Vec<usize> = (0..replica.model().groups().len()).collect();
-            statistics::recompute(job, replica, &all)?;
+            statistics::recompute(job, replica, &all, given_up)?;
         }
     }
     match resume {

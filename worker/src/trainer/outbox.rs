@@ -138,6 +138,11 @@ impl Outbox {
         self.changed.notify_all();
     }
 
+    /// The last step whose checkpoint is known to be the head.
+    pub(crate) fn committed(&self) -> Option<Step> {
+        self.heard().committed
+    }
+
     /// Waits until the checkpoint of `step` is the head; false at the deadline, or where a newer gang is proposed meanwhile.
     pub(crate) fn wait_for_commit(&self, step: Step, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;

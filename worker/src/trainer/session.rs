@@ -173,10 +173,11 @@ impl Session<'_> {
         }
     }
 
-    /// At the boundary after a stage: the reason to end the run, if there is one.
+    /// At the boundary after a stage: the reason to end the run, if there is one. Once the next stage is entered that is decided: the tracker
+    /// compares with what was best as it began.
     fn after_ended_stage(&self) -> Result<Option<RunReason>, Error> {
-        let Position { stage, stage_step, .. } = self.state.position;
-        if stage.0 == 0 || stage_step > 0 {
+        let stage = self.state.position.stage;
+        if stage.0 == 0 || self.state.point != Point::Entering {
             return Ok(None);
         }
         let ended = StageIndex(stage.0 - 1);
@@ -247,11 +248,12 @@ impl Session<'_> {
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
             self.state.move_to(Point::Deciding);
-            self.saver.after_step(&report)?;
+            let saved = self.saver.after_step(&report);
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             pace.add(&report, data_wait, counts, plan.samples);
             pace.add_evaluated(std::mem::take(&mut self.evaluated));
             self.after_step(stage, &order, at, &plan, &report, &mut pace)?;
+            saved?;
             if let Decision::End(end) = self.decide(stage)? {
                 self.state.stage_seconds = before + started.elapsed().as_secs_f64();
                 return Ok(Some(end));
@@ -305,7 +307,8 @@ impl Session<'_> {
     fn recompute_statistics(&mut self, stage: &PlannedStage) -> Result<(), Error> {
         if stage.recompute_batch_norm {
             let trained = self.job.ever_trained(self.state.position.stage);
-            let changed = statistics::recompute(self.job, self.replica, &trained)?;
+            let given_up = || self.outbox.is_superseded(self.generation);
+            let changed = statistics::recompute(self.job, self.replica, &trained, &given_up)?;
             self.replica.restamp(&changed);
         }
         self.state.move_to(Point::Entered);
@@ -374,9 +377,12 @@ impl Session<'_> {
     fn evaluate(&mut self, part: Part) -> Result<Evaluation, Error> {
         let batches = feed::evaluation_batches(self.job.dataset.index().size(part));
         let share = self.replica.evaluation_share(batches);
-        let Self { job, replica, prefix, .. } = self;
+        let Self { job, replica, prefix, outbox, generation, .. } = self;
         let mut source = feed::evaluation_source(&job.dataset, part, share, prefix.as_ref())?;
-        let next = |model: &mut _| source.next(prefix.as_mut(), model).map(|micro| micro.map_err(Error::from));
+        let next = |model: &mut _| match outbox.is_superseded(*generation) {
+            true => Some(Err(Error::Superseded)),
+            false => source.next(prefix.as_mut(), model).map(|micro| micro.map_err(Error::from)),
+        };
         let evaluation = replica.evaluate(self.state.position, next)?;
         let counts = self.prefix.as_mut().map(Prefix::take_counts).unwrap_or_default();
         self.evaluated.add(prefix::Counts { time: Duration::ZERO, ..counts });
@@ -476,10 +482,12 @@ impl Session<'_> {
         Ok(self.saver.save(self.job, self.replica, self.state, then)?)
     }
 
-    /// Restores the best weights unless the next stage goes on from the last ones: what nobody will read need not be saved.
+    /// Restores the best weights unless a next stage goes on from the last ones: what nobody will read need not be saved, and a run that ends
+    /// here has them before anything that can fail (TRAIN-5).
     fn restore_best_where_nothing_else_counts(&mut self) -> Result<(), Error> {
         let next = self.job.plan.stages.get(self.state.position.stage.0 as usize);
-        if next.is_none_or(|next| next.on_enter == OnEnter::RestoreBest) {
+        let ends = self.after_ended_stage()?.is_some();
+        if ends || next.is_none_or(|next| next.on_enter == OnEnter::RestoreBest) {
             self.restored_in = self.restore_best()?.map_or(Duration::ZERO, |(_, took)| took);
         }
         Ok(())

@@ -27,11 +27,13 @@ struct Norm {
     momentum: f64,
 }
 
-/// Replaces the running statistics of all batch norms in `groups` (ascending). Returns the groups that have any.
+/// Replaces the running statistics of all batch norms in `groups` (ascending), unless a newer gang is proposed meanwhile. Returns the groups
+/// that have any.
 pub(super) fn recompute(
     job: &Job,
     replica: &mut Replica,
     groups: &[usize],
+    given_up: &impl Fn() -> bool,
 ) -> Result<Vec<usize>, super::session::Error> {
     let mut norms = norms(&replica.model().graph().graph);
     let home = |norm: &Norm| {
@@ -47,7 +49,7 @@ pub(super) fn recompute(
     let held = |tensor: &Tensor| (tensor.shallow_clone(), tensor.copy());
     let counters: Vec<(Tensor, Tensor)> = replica.update_counters().into_iter().map(held).collect();
     let before: Vec<(Tensor, Tensor)> = buffers(replica, &norms).iter().map(|(_, tensor)| held(tensor)).collect();
-    let found = observe_all(job, replica, &norms, groups);
+    let found = observe_all(job, replica, &norms, groups, given_up);
     put_back(&counters);
     match found {
         Ok(found) => put(replica, &norms, &found),
@@ -66,12 +68,16 @@ fn observe_all(
     replica: &mut Replica,
     norms: &[Norm],
     groups: &[usize],
+    given_up: &impl Fn() -> bool,
 ) -> Result<Vec<f64>, super::session::Error> {
     let samples = job.dataset.index().size(Part::Train);
     let share = replica.evaluation_share(feed::evaluation_batches(samples));
     let mut source = feed::evaluation_source(&job.dataset, Part::Train, share, None)?;
     let mut mine = Vec::new();
     while let Some(micro) = source.next(None, replica.model_mut()) {
+        if given_up() {
+            return Err(super::session::Error::Superseded);
+        }
         let micro = micro?;
         let count = micro.batch.labels.len();
         if count < SMALLEST_BATCH && samples as usize > SMALLEST_BATCH {

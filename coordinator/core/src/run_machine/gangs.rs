@@ -135,7 +135,7 @@ impl Turn {
             self.record.members.clear();
             self.observed.addresses.clear();
             self.observed.keepers.clear();
-            self.observed.carries = false;
+            self.record.carries = false;
         }
         let members = started.iter().map(|trainer| Member { rank: Rank(0), trainer: trainer.clone() });
         self.record.members.extend(members);
@@ -169,7 +169,12 @@ impl Turn {
                 return Ok(());
             }
             // Said twice, or to the leader before; or by one that joins later.
-            RunState::Forming | RunState::Running | RunState::Suspending | RunState::Preempting => {
+            RunState::Forming | RunState::Running => {
+                note(self);
+                self.heard_from_all();
+                return Ok(());
+            }
+            RunState::Suspending | RunState::Preempting => {
                 note(self);
                 return Ok(());
             }
@@ -241,7 +246,7 @@ impl Turn {
         self.record.start_ms.get_or_insert(self.now_ms);
         self.observed.broken = None;
         let message = match &self.record.head {
-            _ if self.observed.carries => {
+            _ if self.record.carries => {
                 format!("{} trainer(s) train on from where they were", self.record.members.len())
             }
             Some(head) => format!("{} trainer(s) train on from step {}", self.record.members.len(), head.position.step),
@@ -250,7 +255,7 @@ impl Turn {
         self.enter(RunState::Running, RunReason::Training, message, None);
         let world_size = self.record.world_size();
         self.record.world_sizes.push(world_size);
-        Ok(())
+        if self.record.suspends_next { self.suspend() } else { Ok(()) }
     }
 
     /// A deadline of starting or forming has passed: the next gang is chosen without those that were late, where it can be.
@@ -342,7 +347,7 @@ impl Turn {
         let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
         let missing: Vec<Trainer> = here
             .filter(|trainer| !alive.contains(trainer))
-            .filter(|trainer| stopping || self.was_heard_from(trainer))
+            .filter(|trainer| stopping || self.was_heard_from(trainer) || self.is_awaited(trainer))
             .cloned()
             .collect();
         for trainer in missing {
@@ -354,6 +359,10 @@ impl Turn {
                 self.lose_trainer(&trainer, RunReason::TrainerLost, message);
             }
         }
+    }
+
+    fn is_awaited(&self, trainer: &Trainer) -> bool {
+        self.observed.awaited.contains(&trainer.incarnation)
     }
 
     fn was_heard_from(&self, trainer: &Trainer) -> bool {

@@ -32,7 +32,7 @@ impl Turn {
         for trainer in gone {
             self.stop(trainer.clone());
         }
-        self.observed.carries = true;
+        self.record.carries = true;
         self.changed = true;
         self.record.members.retain(|member| !gone.contains(&member.trainer));
         self.take_joiners(true);
@@ -129,7 +129,7 @@ impl Turn {
         }
         if ready > 0 {
             let message = format!("{ready} trainer(s) join");
-            self.observed.carries = true;
+            self.record.carries = true;
             self.next_generation(RunReason::Starting, message);
         } else {
             self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
@@ -141,22 +141,9 @@ impl Turn {
         self.changed = true;
         self.record.joining.retain(|other| other != trainer);
         self.event(format!("a trainer that was to join is lost: {message}"));
-        match self.record.state {
-            RunState::Running => {}
-            RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
-            | RunState::Resizing
-            | RunState::Suspending
-            | RunState::Suspended
-            | RunState::Preempting
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => return,
-        }
         if self.record.joining.is_empty() {
             self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
-        } else {
+        } else if self.record.state == RunState::Running {
             self.join_if_ready();
         }
     }
@@ -190,6 +177,32 @@ impl Turn {
             | RunState::Succeeded
             | RunState::Failed
             | RunState::Cancelled => Err(self.not_legal("be interrupted")),
+        }
+    }
+
+    /// A leader that has just taken a gang over does not know who of it survives: it goes on once all have said that they listen, or their
+    /// time is over.
+    pub(super) fn waits_for_word(&mut self, message: &str) -> bool {
+        let Some(until) = self.observed.reattach_deadline_ms.filter(|until| self.now_ms < *until) else { return false };
+        if self.record.members.is_empty() || self.all_listen() {
+            return false;
+        }
+        let (at, _) = self.observed.broken.get_or_insert_with(|| (until, message.to_owned()));
+        *at = until;
+        true
+    }
+
+    fn all_listen(&self) -> bool {
+        self.record.members.iter().all(|member| self.observed.addresses.contains_key(&member.trainer.incarnation))
+    }
+
+    /// Goes on with what [`Turn::waits_for_word`] has put off, where nothing is missing any more.
+    pub(super) fn heard_from_all(&mut self) {
+        if self.observed.awaited.is_empty() && self.observed.reattach_deadline_ms.is_some() && self.all_listen() {
+            if let Some((at, _)) = &mut self.observed.broken {
+                *at = self.now_ms;
+            }
+            self.mend_broken();
         }
     }
 

@@ -28,7 +28,8 @@
 //!   row without a new step end it: a committed one, or one that a gang applied beyond where the last was lost. Coordinator restarts do
 //!   not count.
 //! - RUN-8: what is wanted is derived again from what workers report ([`Input::TrainersSeen`]): a lost effect delays, never wedges.
-//! - RUN-9: a new leader stops no trainer of a gang that trains: it waits [`Policy::reattach_timeout_ms`] for each to be seen.
+//! - RUN-9: a new leader stops no trainer of a gang that trains: it waits [`Policy::reattach_timeout_ms`] for each to be seen, and to say
+//!   whether it survives the others.
 //! - RUN-10: where a gang breaks and its other trainers survive that, they are the next generation at once if they are `workers.min`, and
 //!   else wait up to [`Policy::keep_timeout_ms`] for others. What was lost is started meanwhile and joins at a generation of its own.
 //!

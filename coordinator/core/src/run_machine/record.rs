@@ -48,6 +48,12 @@ pub struct RunRecord {
     /// Trainers that are starting and will be in the next generation, beside `members`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joining: Vec<Trainer>,
+    /// Whether members of the present gang were in one before, and hold what that has trained.
+    #[serde(default)]
+    pub carries: bool,
+    /// Whether it is to be suspended once its gang trains again.
+    #[serde(default)]
+    pub suspends_next: bool,
 }
 
 impl RunRecord {
@@ -76,6 +82,8 @@ impl RunRecord {
             failures_without_progress: 0,
             queued_ms: now_ms,
             joining: Vec::new(),
+            carries: false,
+            suspends_next: false,
         }
     }
 
@@ -147,14 +155,15 @@ pub struct Observed {
     pub(super) keepers: BTreeSet<Incarnation>,
     /// While RESIZING: whether members are kept for the next gang, instead of being stopped.
     pub(super) kept: bool,
-    /// Whether members of the present gang were in one before.
-    pub(super) carries: bool,
-    /// When a gang that says it is broken is formed again, if no loss explains it before.
+    /// When a gang that says it is broken is formed again, if no loss explains it before; and one that a new leader has taken over and that has
+    /// lost somebody, if not all others say before that they listen.
     pub(super) broken: Option<(u64, String)>,
     /// Until when joining trainers may take to be ready; where none are joining, before when none are started.
     pub(super) join_ms: u64,
     /// The last step that the present gang is known to have applied.
     pub(super) step: Step,
+    /// When a failure was last counted.
+    pub(super) failed_ms: Option<u64>,
     /// `step` when the run last lost a gang.
     pub(super) lost_at: Step,
     /// Members that have built the communicator.

@@ -33,7 +33,11 @@ impl Turn {
 
     pub(super) fn suspend(&mut self) -> Result<(), Rejection> {
         match self.record.state {
+            // What survivors hold is saved by a gang alone.
+            RunState::Admitted | RunState::Forming if self.record.carries => self.suspend_next(),
+            RunState::Running if self.observed.broken.is_some() => self.suspend_next(),
             RunState::Running => {
+                self.record.suspends_next = false;
                 let generation = self.record.generation;
                 for member in self.record.members.clone() {
                     self.effect(Effect::SuspendTrainer { trainer: member.trainer, generation });
@@ -54,6 +58,15 @@ impl Turn {
                 Err(self.not_legal("be suspended"))
             }
         }
+    }
+
+    fn suspend_next(&mut self) -> Result<(), Rejection> {
+        if !self.record.suspends_next {
+            self.record.suspends_next = true;
+            self.changed = true;
+            self.event("it is suspended once its gang trains again");
+        }
+        Ok(())
     }
 
     pub(super) fn resume(&mut self) -> Result<(), Rejection> {
@@ -78,22 +91,19 @@ impl Turn {
         }
     }
 
-    /// A gang that trains goes on, and is waited for (RUN-9). One that was starting, forming or stopping has done nothing that
-    /// is worth the wait: its trainers are stopped when they are seen (RUN-8).
+    /// A gang that trains goes on, and is waited for (RUN-9); so are survivors that were about to, which are proposed another generation.
+    /// A gang that was starting, forming or stopping otherwise has done nothing that is worth the wait: its trainers are stopped when they
+    /// are seen (RUN-8).
     pub(super) fn coordinator_started(&mut self) {
         match self.record.state {
             RunState::Running if planted("takeover-stops-all") => {
                 self.stop_members();
                 self.enter(RunState::Resizing, RunReason::CoordinatorRestarted, "started again", None);
             }
-            RunState::Running | RunState::Suspending | RunState::Preempting => {
-                for trainer in std::mem::take(&mut self.record.joining) {
-                    self.changed = true;
-                    self.stop(trainer);
-                }
-                let members = self.record.members.iter();
-                self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
-                self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
+            RunState::Running | RunState::Suspending | RunState::Preempting => self.await_members(),
+            RunState::Admitted | RunState::Forming if self.record.carries => {
+                self.await_members();
+                self.waits_for_word("the coordinator was started again");
             }
             RunState::Admitted | RunState::Forming | RunState::Resizing => {
                 self.release_members();
@@ -102,6 +112,16 @@ impl Turn {
             }
             RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
+    }
+
+    fn await_members(&mut self) {
+        for trainer in std::mem::take(&mut self.record.joining) {
+            self.changed = true;
+            self.stop(trainer);
+        }
+        let members = self.record.members.iter();
+        self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
+        self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
     }
 
     /// Takes those for lost who have not come back to a new leader in time; whether there were any.
@@ -129,8 +149,10 @@ impl Turn {
     pub(super) fn lose_taken_over(&mut self, message: String) {
         self.changed = true;
         match self.record.state {
-            RunState::Running | RunState::Preempting => {
-                if self.keep_members(&[], RunReason::CoordinatorRestarted, &message) {
+            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
+                if self.waits_for_word(&message)
+                    || self.keep_members(&[], RunReason::CoordinatorRestarted, &message)
+                {
                     return;
                 }
                 self.stop_members();
@@ -144,8 +166,6 @@ impl Turn {
             }
             // Nobody is awaited in these.
             RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
             | RunState::Resizing
             | RunState::Suspended
             | RunState::Succeeded

@@ -667,6 +667,69 @@ fn run_7_a_gang_that_keeps_breaking_at_one_step_ends_the_run() {
     assert_eq!((script.record.state, script.record.reason), (RunState::Failed, RunReason::NoProgress));
 }
 
+/// RUN-7: one fault ends several trainers at once, and each end is heard of by itself.
+#[test]
+fn run_7_trainers_that_end_together_are_one_failure() {
+    let mut script = Script::keeping();
+    for slot in 10..16 {
+        let incarnation = Incarnation(format!("n{slot}"));
+        let trainer = Trainer { worker: "b".into(), slot: Slot(slot), incarnation: incarnation.clone() };
+        script.record.members.push(Member { rank: Rank(slot), trainer });
+        script.observed.addresses.insert(incarnation.clone(), format!("h:{slot}"));
+        script.observed.keepers.insert(incarnation);
+    }
+    let lose_last = |script: &mut Script| {
+        let trainer = script.record.members.last().unwrap().trainer.clone();
+        script.effects(Input::TrainerExited { trainer, ending: "signal 9".into() });
+    };
+    (0..6).for_each(|_| lose_last(&mut script));
+    assert_eq!((script.record.state, script.record.members.len()), (RunState::Forming, 2));
+    assert_eq!(script.record.failures_without_progress, 1);
+    script.now_ms += Policy::default().broken_timeout_ms;
+    lose_last(&mut script);
+    assert_eq!(script.record.failures_without_progress, 2, "later it is another");
+}
+
+/// What survivors hold is not given up for a suspension that is asked for while their gang forms again.
+#[test]
+fn survivors_save_before_they_are_suspended() {
+    let mut script = Script::keeping();
+    let lost = script.exited(1);
+    script.effects(lost);
+    assert!(script.effects(Input::Suspend).is_empty());
+    assert_eq!(script.record.state, RunState::Forming);
+    let (generation, survivor) = (script.record.generation, script.trainer(0));
+    let effects = script.effects(Input::GangBuilt { trainer: survivor.clone(), generation });
+    assert_eq!(generations(&effects), ["commit", "suspend"]);
+    assert_eq!(script.record.state, RunState::Suspending);
+    script.effects(Input::Suspended { trainer: survivor, generation });
+    assert_eq!((script.record.state, script.record.suspends_next), (RunState::Suspended, false));
+}
+
+/// RUN-9: a loss of which a new leader hears first is acted on once it knows who survives; survivors that were forming are proposed anew.
+#[test]
+fn run_9_survivors_outlive_their_leader() {
+    let new_leader = |script: &mut Script| {
+        script.observed = Observed::default();
+        assert!(script.effects(Input::CoordinatorStarted).is_empty());
+    };
+    let mut script = Script::keeping();
+    new_leader(&mut script);
+    let (lost, survivor) = (script.trainer(1), script.trainer(0));
+    assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty(), "nobody is stopped");
+    let exited = Input::TrainerExited { trainer: lost, ending: "signal 9".into() };
+    assert!(script.effects(exited).is_empty(), "the other has yet to say that it listens");
+    let effects = script.effects(ready(&survivor, "h:0"));
+    assert_eq!(generations(&effects), ["propose"]);
+    // The leader ends before it hears that the gang is built.
+    new_leader(&mut script);
+    assert_eq!((script.record.state, script.record.generation), (RunState::Forming, Generation(2)));
+    assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty());
+    let effects = script.effects(ready(&survivor, "h:0"));
+    let [Effect::Propose(proposal)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!((&proposal.trainer, proposal.generation), (&survivor, Generation(3)));
+}
+
 /// A trainer that cannot join is no failure of the run that trains without it.
 #[test]
 fn a_joiner_that_fails_leaves_the_gang_alone() {

@@ -69,6 +69,7 @@ impl Turn {
         self.observed.gathering_since_ms = None;
         self.observed.kept = false;
         self.observed.broken = None;
+        self.record.suspends_next &= state != RunState::Suspended && !state.has_ended();
         if state.has_ended() {
             self.record.end_ms = Some(self.now_ms);
         }
@@ -93,8 +94,9 @@ impl Turn {
         for trainer in trainers {
             self.stop(trainer);
         }
-        self.changed |= !self.record.joining.is_empty();
+        self.changed |= !self.record.joining.is_empty() || self.record.carries;
         self.record.joining.clear();
+        self.record.carries = false;
         self.observed.addresses.clear();
         self.observed.keepers.clear();
         self.observed.built.clear();
@@ -108,11 +110,26 @@ impl Turn {
         self.record.members.clear();
     }
 
-    /// The gang is over. What is left of it without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one
-    /// is chosen once they have (RUN-6), or the run has failed (RUN-7).
+    /// The gang is over, which counts (RUN-7).
     pub(super) fn lose_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
+        if self.waits_for_word(&message) {
+            return;
+        }
         self.record.failures_without_progress += u32::from(!planted("failures-uncounted"));
         self.observed.lost_at = self.observed.step;
+        self.observed.failed_ms = Some(self.now_ms);
+        self.end_gang(gone, reason, message);
+    }
+
+    /// Whether survivors that are lost now are so by what was counted a moment ago.
+    fn is_of_last_failure(&self) -> bool {
+        let until = self.observed.failed_ms.map(|failed| failed + self.policy.broken_timeout_ms);
+        self.record.carries && until.is_some_and(|until| self.now_ms < until)
+    }
+
+    /// What is left of the gang without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one is chosen
+    /// once they have (RUN-6), or the run has failed (RUN-7).
+    fn end_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
         let failures = self.record.failures_without_progress;
         if failures >= self.policy.most_failures {
             let message = format!("{failures} generations in a row ended without a new step; the last: {message}");
@@ -137,9 +154,12 @@ impl Turn {
             return;
         }
         self.changed = true;
+        self.observed.awaited.retain(|awaited| lost.iter().all(|trainer| trainer.incarnation != *awaited));
         match self.record.state {
+            // One fault can end several trainers, and each is heard of by itself.
+            RunState::Admitted | RunState::Forming if self.is_of_last_failure() => self.end_gang(&[], reason, message),
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                self.lose_gang(&[], reason, message)
+                self.lose_gang(&[], reason, message);
             }
             RunState::Suspending => {
                 self.release_members();

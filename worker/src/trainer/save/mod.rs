@@ -24,7 +24,7 @@ use super::outbox::{Event, Outbox};
 use super::replica::{Extent, Replica, StepReport};
 use super::session::State;
 use super::snapshot::{GroupSnapshot, Stamp};
-use crate::checkpoint::{self, CheckpointStore, Writer};
+use crate::checkpoint::{self, CheckpointStore, Keep, Writer};
 use blob::Piece;
 use cadence::Cadence;
 use std::collections::{BTreeMap, BTreeSet};
@@ -135,14 +135,8 @@ struct Lead {
     outbox: Arc<Outbox>,
     hold: Option<Hold>,
     keep_last: usize,
-    /// Manifests not to be deleted: stage ends for good, others while they are recent.
-    kept: Mutex<Kept>,
-}
-
-#[derive(Default)]
-struct Kept {
-    stage_ends: Vec<String>,
-    recent: Vec<String>,
+    /// The manifest this generation began with, and those written since, while they are to be kept.
+    recent: Mutex<Vec<(Step, String)>>,
 }
 
 impl Saver {
@@ -158,9 +152,9 @@ impl Saver {
     ) -> Result<Self, Error> {
         let writer = Writer::start(Arc::new(CheckpointStore::open(&job.run_url)?))?;
         let settings = &job.spec.checkpoint;
-        let kept = Kept { stage_ends: Vec::new(), recent: resumed.iter().map(|head| head.manifest.clone()).collect() };
+        let recent = resumed.iter().map(|head| (head.position.step, head.manifest.clone())).collect();
         let keep_last = settings.save_total_limit as usize;
-        let lead = Lead { outbox: Arc::clone(outbox), hold, keep_last, kept: Mutex::new(kept) };
+        let lead = Lead { outbox: Arc::clone(outbox), hold, keep_last, recent: Mutex::new(recent) };
         Ok(Self {
             writer,
             generation,
@@ -302,6 +296,15 @@ fn copy(
     }
 }
 
+/// The steps at which stages have ended, whose manifests are kept for good.
+fn stage_ends(manifest: &Manifest) -> BTreeSet<Step> {
+    let ends = manifest.ended_stage_steps.iter().scan(0, |step, steps| {
+        *step += u64::from(*steps);
+        Some(Step(*step))
+    });
+    ends.collect()
+}
+
 /// The stage whose groups the replica may have changed.
 fn last_stage(job: &Job, stage: StageIndex) -> StageIndex {
     let last = u32::try_from(job.plan.stages.len().saturating_sub(1)).expect("a plan has few stages");
@@ -425,7 +428,7 @@ impl ManifestWork {
         for &rank in &self.others {
             store.delete_part(generation, step, rank)?;
         }
-        let keep = lead.keep(written.path, manifest.position.stage_step == 0);
+        let keep = Keep { manifests: lead.keep(step, written.path), steps: stage_ends(&manifest) };
         match store.retain(generation, &keep, SWEEP_GRACE) {
             Ok(_) => {}
             Err(error @ checkpoint::Error::Fenced { .. }) => return Err(error.into()),
@@ -437,16 +440,17 @@ impl ManifestWork {
 }
 
 impl Lead {
-    /// Takes note of a new manifest, and says which to keep.
-    fn keep(&self, path: String, is_stage_end: bool) -> Vec<String> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_stage_end {
-            kept.stage_ends.push(path.clone());
-        }
-        kept.recent.push(path);
+    /// Takes note of a new manifest, and says which to keep: the last ones, and the head, which may be older where nobody commits for long.
+    fn keep(&self, step: Step, path: String) -> Vec<String> {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.push((step, path));
         // One more than asked for: the newest may not be the head yet.
-        let surplus = kept.recent.len().saturating_sub(self.keep_last + 1);
-        kept.recent.drain(..surplus);
-        kept.stage_ends.iter().chain(&kept.recent).cloned().collect::<BTreeSet<_>>().into_iter().collect()
+        let surplus = recent.len().saturating_sub(self.keep_last + 1);
+        let committed = self.outbox.committed();
+        let head = recent.iter().rposition(|(step, _)| committed.is_some_and(|committed| *step <= committed)).unwrap_or(0);
+        let mut place = 0..;
+        recent.retain(|_| place.next().is_some_and(|place| place >= surplus || place == head));
+        recent.iter().map(|(_, path)| path.clone()).collect()
     }
+}
 }

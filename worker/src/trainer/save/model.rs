@@ -6,6 +6,8 @@ use crate::checkpoint::{self, TensorBytes};
 use crate::trainer::job::Job;
 use crate::trainer::replica::{self, Replica};
 use std::collections::{BTreeMap, HashMap};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use thaw_graph::ir::DType;
 use thaw_torch::executor::kind_of;
@@ -119,15 +121,14 @@ fn named_bytes(job: &Job, replica: &Replica, precision: StoredAs) -> Result<BTre
 
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     use std::io::Write as _;
-    let temporary = path.with_extension("partial");
     let write = || {
-        let mut file = std::fs::File::create(&temporary)?;
+        // Under a name of its own: the rank 0 of a generation that is over may still be writing the same file. The umask applies.
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::Builder::new().prefix(".thaw-").permissions(Permissions::from_mode(0o666)).tempfile_in(folder)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        std::fs::File::open(folder)?.sync_all()
     };
-    write().map_err(|source| {
-        let _ = std::fs::remove_file(&temporary);
-        Error::File { path: path.to_owned(), source }
-    })
+    write().map_err(|source| Error::File { path: path.to_owned(), source })
 }

@@ -213,14 +213,21 @@ fn send(job: &Job, replica: &mut Replica, state: &State, to: &[Rank]) -> Result<
             let taken = piece.split_to(piece.len().min(CHUNK_BYTES - chunk.len()));
             chunk.extend_from_slice(&taken);
             if chunk.len() == CHUNK_BYTES {
-                replica.copy(from, to, hashed(std::mem::take(&mut chunk)))?;
+                copy_chunk(replica, from, to, hashed(std::mem::take(&mut chunk)))?;
             }
         }
     }
     if !chunk.is_empty() {
-        replica.copy(from, to, hashed(chunk))?;
+        copy_chunk(replica, from, to, hashed(chunk))?;
     }
     Ok(())
+}
+
+/// All ranks meet after each chunk: the deadline of what comes next is not for the whole copy, however large.
+fn copy_chunk(replica: &mut Replica, from: Rank, to: &[Rank], chunk: Vec<u8>) -> Result<Vec<u8>, session::Error> {
+    let copied = replica.copy(from, to, chunk)?;
+    let _all_have_it = replica.gather(Vec::new())?;
+    Ok(copied)
 }
 
 fn others(replica: &Replica) -> Vec<Rank> {
@@ -265,7 +272,7 @@ fn receive(replica: &mut Replica, from: Rank, to: &[Rank]) -> Result<Option<Copi
     let needs = to.contains(&Rank(replica.rank()));
     let mut body = BytesMut::new();
     for _ in 0..whole.div_ceil(CHUNK_BYTES) {
-        let chunk = replica.copy(from, to, Vec::new())?;
+        let chunk = copy_chunk(replica, from, to, Vec::new())?;
         if needs {
             body.extend_from_slice(&checked(chunk, from)?);
         }
