@@ -265,7 +265,7 @@ fn is_interruption(error: &Error, outbox: &Outbox) -> bool {
         Error::Collective(error)
         | Error::Replica(replica::Error::Collective(error))
         | Error::Session(session::Error::Replica(replica::Error::Collective(error))) => of_collective(error),
-        Error::Session(session::Error::Superseded) => true,
+        Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded)) => true,
         // Of a checkpoint that nobody waits for any more.
         Error::Save(error) | Error::Session(session::Error::Save(error)) => match error {
             save::Error::Superseded => true,
@@ -586,7 +586,7 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
         Error::AgentGone
         | Error::Thread(_)
-        | Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Thread(_))) => {
+        | Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded | prefix::Error::Thread(_))) => {
             (FailureClass::Retry, RunReason::TrainerLost)
         }
         Error::Job(_)

@@ -20,6 +20,7 @@ use super::statistics;
 use super::trace::{Trace, TraceStep, Traced};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_core::schedule::Rates;
 use thaw_core::stage_end::{self, AfterStage, Decision, Judge, RunTracker, Standing};
@@ -133,7 +134,7 @@ pub(crate) struct Session<'a> {
     pub(crate) state: &'a mut State,
     /// Whether the state is from before this generation and from no checkpoint.
     pub(crate) kept: bool,
-    pub(crate) outbox: &'a Outbox,
+    pub(crate) outbox: &'a Arc<Outbox>,
     /// Of the present stage, where its frozen part is run apart.
     pub(crate) prefix: Option<Prefix>,
     /// Samples of evaluations since the last measurement; their time is not a step's.
@@ -201,7 +202,8 @@ impl Session<'_> {
         if self.state.point == Point::Thawed {
             self.recompute_statistics(stage)?;
         }
-        self.prefix = Prefix::of_stage(self.job, stage, self.replica)?;
+        let (outbox, generation) = (Arc::clone(self.outbox), self.generation);
+        self.prefix = Prefix::of_stage(self.job, stage, self.replica, move || outbox.is_superseded(generation))?;
         if self.state.point == Point::Entered {
             self.evaluate_start(stage)?;
         }

@@ -50,6 +50,8 @@ pub(crate) enum Error {
     Tensor(#[from] TchError),
     #[error("cannot start a loading thread")]
     Thread(#[from] std::io::Error),
+    #[error("a newer gang is proposed")]
+    Superseded,
     #[error("prefix_cache.mode is `required`, but the stage {stage} cannot use it: {problem}")]
     Required { stage: String, problem: String },
 }
@@ -134,11 +136,18 @@ pub(crate) struct Prefix {
     fresh: BTreeMap<(Part, u32, Option<View>), Fresh>,
     counts: Counts,
     scratch: Vec<u8>,
+    given_up: Box<dyn Fn() -> bool>,
 }
 
 impl Prefix {
-    /// The prefix below a stage's lowest group. `None` where there is nothing to gain, with the reason in the log.
-    pub(crate) fn of_stage(job: &Job, stage: &PlannedStage, replica: &Replica) -> Result<Option<Self>, Error> {
+    /// The prefix below a stage's lowest group. `None` where there is nothing to gain, with the reason in the log. It is not run for a gang that
+    /// is given up.
+    pub(crate) fn of_stage(
+        job: &Job,
+        stage: &PlannedStage,
+        replica: &Replica,
+        given_up: impl Fn() -> bool + 'static,
+    ) -> Result<Option<Self>, Error> {
         let model = replica.model();
         let shapes = Shapes::of(job, model.device());
         let steps_ahead = shapes.steps_ahead(job, stage, replica.world_size());
@@ -152,6 +161,7 @@ impl Prefix {
                 fresh: BTreeMap::new(),
                 counts: Counts::default(),
                 scratch: Vec::new(),
+                given_up: Box::new(given_up),
             })),
             Ok(None) => Ok(None),
             Err(problem) => {
@@ -184,6 +194,9 @@ impl Prefix {
 
     /// Runs the prefix over one chunk: rows of loaded batches of one length class, at most a chunk's worth.
     fn compute(&mut self, model: &mut SegmentedModel, part: Part, rows: &[Row<'_>]) -> Result<(), Error> {
+        if (self.given_up)() {
+            return Err(Error::Superseded);
+        }
         let began = Instant::now();
         let first = rows[0];
         let class = self.shapes.class(first.batch.lengths.get(first.row).copied());
