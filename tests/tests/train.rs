@@ -290,6 +290,27 @@ fn means_and_recomputed_statistics_do_not_depend_on_the_number_of_workers() {
     }
 }
 
+/// Where the mean of the weights is evaluated, a stage goes on from it: what it enters with scores as the best before did.
+#[test]
+fn a_stage_starts_from_the_mean_that_was_best() {
+    let sandbox = Sandbox::new();
+    let spec = "until: {max_epochs: 2}\nthaw_units: 2\nstop_when_no_gain: false\nema: {decay: 0.9}\nlearning_rate: 3e-3";
+    let _ = sandbox.train_summary(&sandbox.spec(&text_spec(spec)), 2, &[]);
+    let lines = fs::read_to_string(sandbox.run_folder().join("metrics.jsonl")).unwrap();
+    let evaluations = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let (mut found, mut entered) = (Vec::<f64>::new(), 0);
+    for evaluation in evaluations.filter(|line| line["kind"] == "evaluation") {
+        let loss = evaluation["loss"].as_f64().unwrap();
+        if evaluation["stage_step"] == 0 && evaluation["stage"] != 0 {
+            // Kernels may choose another way where the graph is cut elsewhere.
+            assert!(found.iter().any(|before| (loss / before - 1.0).abs() < 1e-5), "{loss} after {found:?}");
+            entered += 1;
+        }
+        found.push(loss);
+    }
+    assert_eq!(entered, 2);
+}
+
 /// A stage may do so on entering, for the groups trained so far: what it finds is saved, so that a trainer that dies later changes nothing.
 #[test]
 fn a_stage_recomputes_statistics_of_the_groups_trained_so_far() {

@@ -25,7 +25,10 @@ impl Replica {
     ) -> Result<Evaluation, E> {
         let classes = self.settings.classes;
         let mut tally = Tally::new(classes);
-        let raw = self.swap_in_mean();
+        let of_mean = self.evaluates_mean();
+        if of_mean {
+            self.exchange_mean();
+        }
         let tallied = loop {
             match next(&mut self.model) {
                 None => break Ok(()),
@@ -37,7 +40,9 @@ impl Replica {
                 }
             }
         };
-        self.swap_out_mean(raw);
+        if of_mean {
+            self.exchange_mean();
+        }
         tallied?;
         let gathered = self.exchange.gather(tally.to_bytes()).map_err(|error| E::from(error.into()))?;
         let tallies = gathered

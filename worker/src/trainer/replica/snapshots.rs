@@ -1,6 +1,7 @@
 //! Copies of a replica's state, and their way back.
 
 use super::{Error, Replica};
+use crate::trainer::optimizer::OptimizerState;
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use std::collections::BTreeMap;
 use thaw_torch::tch::Tensor;
@@ -22,13 +23,27 @@ impl Replica {
         extent: Extent,
         known: Option<&BTreeMap<usize, GroupSnapshot>>,
     ) -> BTreeMap<usize, GroupSnapshot> {
+        self.copies(groups, extent, known, false)
+    }
+
+    /// `of_mean`: with the mean of the weights in their place, where there is one.
+    fn copies(
+        &mut self,
+        groups: &[usize],
+        extent: Extent,
+        known: Option<&BTreeMap<usize, GroupSnapshot>>,
+        of_mean: bool,
+    ) -> BTreeMap<usize, GroupSnapshot> {
         let copy = |&group: &usize| {
             let stamp = self.stamp_of(group, extent);
             let known = known.and_then(|known| known.get(&group)).filter(|known| known.stamp == stamp);
             let parameters = &self.model.groups()[group];
             let buffers = parameters.buffers.iter().map(|(_, buffer)| buffer);
-            let state = self.states.get(&group).filter(|_| extent == Extent::Whole);
-            let copied = || self.copier.copy(stamp, &parameters.flat, buffers, state);
+            let state = self.states.get(&group);
+            let mean = state.filter(|_| of_mean).and_then(OptimizerState::ema);
+            let weights = mean.unwrap_or(&parameters.flat);
+            let state = state.filter(|_| extent == Extent::Whole);
+            let copied = || self.copier.copy(stamp, weights, buffers, state);
             (group, known.map_or_else(copied, GroupSnapshot::share))
         };
         groups.iter().map(copy).collect()
@@ -41,39 +56,32 @@ impl Replica {
         if left_out { stamp.of_weights() } else { stamp }
     }
 
-    /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated.
+    /// [`Replica::snapshot`] of what evaluations see: with the mean of the weights in their place, where that is evaluated. Who goes on from it
+    /// has both in one, so that evaluations still see the same.
     pub(crate) fn snapshot_evaluated(
         &mut self,
         groups: &[usize],
         extent: Extent,
         known: Option<&BTreeMap<usize, GroupSnapshot>>,
     ) -> BTreeMap<usize, GroupSnapshot> {
-        let raw = self.swap_in_mean();
-        let snapshot = self.snapshot(groups, extent, known);
-        self.swap_out_mean(raw);
-        snapshot
-    }
-
-    /// Exchanges the weights and their mean, where evaluations are of the mean. Returns the stamps of the raw weights.
-    pub(super) fn swap_in_mean(&mut self) -> Option<Vec<Stamp>> {
-        if !self.settings.ema.is_some_and(|ema| ema.evaluate) {
-            return None;
+        if !self.evaluates_mean() {
+            return self.snapshot(groups, extent, known);
         }
+        // The copies are no state that the replica has been in.
         let raw = self.stamps.clone();
-        self.exchange_mean();
-        let groups: Vec<usize> = self.states.keys().copied().collect();
-        self.restamp(&groups);
-        Some(raw)
+        let averaged: Vec<usize> = self.states.keys().copied().collect();
+        self.restamp(&averaged);
+        let copies = self.copies(groups, extent, known, true);
+        self.stamps = raw;
+        copies
     }
 
-    pub(super) fn swap_out_mean(&mut self, raw: Option<Vec<Stamp>>) {
-        if let Some(raw) = raw {
-            self.exchange_mean();
-            self.stamps = raw;
-        }
+    pub(super) fn evaluates_mean(&self) -> bool {
+        self.settings.ema.is_some_and(|ema| ema.evaluate)
     }
 
-    fn exchange_mean(&mut self) {
+    /// Exchanges the weights and their mean.
+    pub(super) fn exchange_mean(&mut self) {
         self.copier.settle();
         for (&group, state) in &self.states {
             if let Some(mean) = state.ema() {

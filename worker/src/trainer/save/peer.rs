@@ -146,7 +146,7 @@ pub(crate) fn agree(
             }
         }
     }
-    // Ranks that were interrupted in an evaluation have drawn stamps that others have not (SNAP-2).
+    // Who has taken over a state has drawn none of the stamps that lead to it (SNAP-2).
     replica.skip_stamps(last_stamp);
     Ok(true)
 }
