@@ -294,7 +294,8 @@ fn means_and_recomputed_statistics_do_not_depend_on_the_number_of_workers() {
 #[test]
 fn a_stage_starts_from_the_mean_that_was_best() {
     let sandbox = Sandbox::new();
-    let spec = "until: {max_epochs: 2}\nthaw_units: 2\nstop_when_no_gain: false\nema: {decay: 0.9}\nlearning_rate: 3e-3";
+    let spec =
+        "until: {max_epochs: 2}\nthaw_units: 2\nstop_when_no_gain: false\nema: {decay: 0.9}\nlearning_rate: 3e-3";
     let _ = sandbox.train_summary(&sandbox.spec(&text_spec(spec)), 2, &[]);
     let lines = fs::read_to_string(sandbox.run_folder().join("metrics.jsonl")).unwrap();
     let evaluations = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

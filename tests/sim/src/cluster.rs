@@ -355,6 +355,7 @@ impl SpecPlanner for OneStage {
             boundary_bytes_per_sample: 0,
             thawed_groups: vec![GroupIndex(0)],
             cost: StageCost::default(),
+            recompute_batch_norm: false,
             plateau: None,
         };
         let data = DataSummary {

@@ -93,7 +93,11 @@ fn a_sweep_keeps_what_is_named_young_or_newer() {
     let end = manifest(1, 4, &[&blobs[1]]);
     let passing = manifest(1, 5, &[&blobs[1]]);
     let keep = Keep { steps: [Step(4)].into(), ..named(&[&kept]) };
-    assert_eq!(store.retain(Generation(2), &keep, Duration::ZERO).unwrap().manifests, 2, "of step 5, and the newer one");
+    assert_eq!(
+        store.retain(Generation(2), &keep, Duration::ZERO).unwrap().manifests,
+        2,
+        "of step 5, and the newer one"
+    );
     assert!(folder.path().join(end).exists(), "a stage's end stays, whatever generation wrote it");
     assert!(!folder.path().join(passing).exists());
     let missing = named(&["manifests/1-9.json"]);

@@ -586,9 +586,9 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
         Error::AgentGone
         | Error::Thread(_)
-        | Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded | prefix::Error::Thread(_))) => {
-            (FailureClass::Retry, RunReason::TrainerLost)
-        }
+        | Error::Session(
+            session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded | prefix::Error::Thread(_)),
+        ) => (FailureClass::Retry, RunReason::TrainerLost),
         Error::Job(_)
         | Error::Device(_)
         | Error::Model(_)

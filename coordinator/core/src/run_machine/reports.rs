@@ -41,11 +41,11 @@ impl Turn {
         {
             return Err(Rejection::HeadWouldGoBack { theirs: checkpoint.position, ours: head.position });
         }
-        if before != Some(checkpoint) && !(planted("acknowledged-before-head") && checkpoint.position.step.0 % 2 == 0) {
-            if before.is_none_or(|head| checkpoint.position > head.position) {
-                if !planted("progress-uncounted") {
-                    self.record.failures_without_progress = 0;
-                }
+        if before != Some(checkpoint)
+            && !(planted("acknowledged-before-head") && checkpoint.position.step.0.is_multiple_of(2))
+        {
+            if before.is_none_or(|head| checkpoint.position > head.position) && !planted("progress-uncounted") {
+                self.record.failures_without_progress = 0;
             }
             self.record.head = Some(checkpoint.clone());
             self.record.position = checkpoint.position;

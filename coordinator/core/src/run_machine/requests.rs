@@ -150,9 +150,7 @@ impl Turn {
         self.changed = true;
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                if self.waits_for_word(&message)
-                    || self.keep_members(&[], RunReason::CoordinatorRestarted, &message)
-                {
+                if self.waits_for_word(&message) || self.keep_members(&[], RunReason::CoordinatorRestarted, &message) {
                     return;
                 }
                 self.stop_members();

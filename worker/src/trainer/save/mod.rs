@@ -447,10 +447,10 @@ impl Lead {
         // One more than asked for: the newest may not be the head yet.
         let surplus = recent.len().saturating_sub(self.keep_last + 1);
         let committed = self.outbox.committed();
-        let head = recent.iter().rposition(|(step, _)| committed.is_some_and(|committed| *step <= committed)).unwrap_or(0);
+        let head =
+            recent.iter().rposition(|(step, _)| committed.is_some_and(|committed| *step <= committed)).unwrap_or(0);
         let mut place = 0..;
         recent.retain(|_| place.next().is_some_and(|place| place >= surplus || place == head));
         recent.iter().map(|(_, path)| path.clone()).collect()
     }
-}
 }

@@ -124,7 +124,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let write = || {
         // Under a name of its own: the rank 0 of a generation that is over may still be writing the same file. The umask applies.
         let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".thaw-").permissions(Permissions::from_mode(0o666)).tempfile_in(folder)?;
+        let mut file =
+            tempfile::Builder::new().prefix(".thaw-").permissions(Permissions::from_mode(0o666)).tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;
