@@ -1,5 +1,6 @@
 //! Gangs that break and go on: survivors are kept, and what was lost joins them later (RUN-10).
 
+use super::record::Broken;
 use super::turn::Turn;
 use super::{Effect, FailureClass, Member, Rejection, Trainer};
 use crate::gang::FreeSlot;
@@ -159,7 +160,8 @@ impl Turn {
             RunState::Forming | RunState::Running => {
                 if self.observed.broken.is_none() {
                     let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
-                    self.observed.broken = Some((self.now_ms + self.policy.broken_timeout_ms, message));
+                    let at_ms = self.now_ms + self.policy.broken_timeout_ms;
+                    self.observed.broken = Some(Broken { at_ms, reason: RunReason::TrainerLost, message });
                 }
                 Ok(())
             }
@@ -182,13 +184,13 @@ impl Turn {
 
     /// A leader that has just taken a gang over does not know who of it survives: it goes on once all have said that they listen, or their
     /// time is over.
-    pub(super) fn waits_for_word(&mut self, message: &str) -> bool {
-        let Some(until) = self.observed.reattach_deadline_ms.filter(|until| self.now_ms < *until) else { return false };
+    pub(super) fn waits_for_word(&mut self, reason: RunReason, message: &str) -> bool {
+        let Some(at_ms) = self.observed.reattach_deadline_ms.filter(|at_ms| self.now_ms < *at_ms) else { return false };
         if self.record.members.is_empty() || self.all_listen() {
             return false;
         }
-        let (at, _) = self.observed.broken.get_or_insert_with(|| (until, message.to_owned()));
-        *at = until;
+        let told = || Broken { at_ms, reason, message: message.to_owned() };
+        self.observed.broken.get_or_insert_with(told).at_ms = at_ms;
         true
     }
 
@@ -199,8 +201,8 @@ impl Turn {
     /// Goes on with what [`Turn::waits_for_word`] has put off, where nothing is missing any more.
     pub(super) fn heard_from_all(&mut self) {
         if self.observed.awaited.is_empty() && self.observed.reattach_deadline_ms.is_some() && self.all_listen() {
-            if let Some((at, _)) = &mut self.observed.broken {
-                *at = self.now_ms;
+            if let Some(broken) = &mut self.observed.broken {
+                broken.at_ms = self.now_ms;
             }
             self.mend_broken();
         }
@@ -208,12 +210,11 @@ impl Turn {
 
     /// Forms a gang again that says it is broken, where nobody was lost; whether it did.
     pub(super) fn mend_broken(&mut self) -> bool {
-        match &self.observed.broken {
-            Some((at, _)) if self.now_ms >= *at => {}
-            Some(_) | None => return false,
+        let Some(broken) = self.observed.broken.take_if(|broken| self.now_ms >= broken.at_ms) else { return false };
+        match broken.reason {
+            RunReason::CoordinatorRestarted => self.lose_taken_over(broken.message),
+            reason => self.lose_gang(&[], reason, broken.message),
         }
-        let Some((_, message)) = self.observed.broken.take() else { return false };
-        self.lose_gang(&[], RunReason::TrainerLost, message);
         true
     }
 

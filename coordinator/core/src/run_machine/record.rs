@@ -157,7 +157,7 @@ pub struct Observed {
     pub(super) kept: bool,
     /// When a gang that says it is broken is formed again, if no loss explains it before; and one that a new leader has taken over and that has
     /// lost somebody, if not all others say before that they listen.
-    pub(super) broken: Option<(u64, String)>,
+    pub(super) broken: Option<Broken>,
     /// Until when joining trainers may take to be ready; where none are joining, before when none are started.
     pub(super) join_ms: u64,
     /// The last step that the present gang is known to have applied.
@@ -178,6 +178,15 @@ pub struct Observed {
     pub(super) reattach_deadline_ms: Option<u64>,
     /// Places whose trainers did not come up in time; used again only where there is no other.
     pub(super) avoid: BTreeSet<FreeSlot>,
+}
+
+/// A gang that cannot go on as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Broken {
+    /// When it is formed again.
+    pub(super) at_ms: u64,
+    pub(super) reason: RunReason,
+    pub(super) message: String,
 }
 
 impl Observed {

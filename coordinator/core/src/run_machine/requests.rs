@@ -103,7 +103,7 @@ impl Turn {
             RunState::Running | RunState::Suspending | RunState::Preempting => self.await_members(),
             RunState::Admitted | RunState::Forming if self.record.carries => {
                 self.await_members();
-                self.waits_for_word("the coordinator was started again");
+                self.waits_for_word(RunReason::CoordinatorRestarted, "the coordinator was started again");
             }
             RunState::Admitted | RunState::Forming | RunState::Resizing => {
                 self.release_members();
@@ -150,7 +150,9 @@ impl Turn {
         self.changed = true;
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                if self.waits_for_word(&message) || self.keep_members(&[], RunReason::CoordinatorRestarted, &message) {
+                if self.waits_for_word(RunReason::CoordinatorRestarted, &message)
+                    || self.keep_members(&[], RunReason::CoordinatorRestarted, &message)
+                {
                     return;
                 }
                 self.stop_members();

@@ -473,7 +473,7 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
                 *worker == member.trainer.worker && !trainers.contains(&member.trainer)
             }
             // Who did not come back to a new leader.
-            Input::Tick { .. } => before.state == RunState::Resizing || before.state == RunState::Running,
+            Input::Tick { .. } => before.carries || matches!(before.state, RunState::Resizing | RunState::Running),
             _ => false,
         };
         assert!(before.members.iter().all(|member| kept(member) || gone(member)), "RUN-6: {input:?}");

@@ -472,9 +472,14 @@ fn run_9_who_does_not_come_back_is_lost_and_no_failure_of_the_run() {
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert!(script.record.message.contains("b slot 0"), "{}", script.record.message);
     assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
-    // A worker that came back without its trainer says so at once.
+    // A worker that came back without its trainer says so at once; what becomes of the others follows from what they say.
     let mut script = taken_over(Script::running());
-    script.effects(seen("a", &[]));
+    let second = script.trainer(1);
+    assert!(script.effects(seen("a", &[])).is_empty());
+    script.effects(seen("b", std::slice::from_ref(&second)));
+    assert_eq!(script.record.state, RunState::Running);
+    let listens = Input::TrainerReady { trainer: second, address: "h:1".to_owned(), keeps: false };
+    assert_eq!(generations(&script.effects(listens)), ["stop"]);
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
 }

@@ -112,7 +112,7 @@ impl Turn {
 
     /// The gang is over, which counts (RUN-7).
     pub(super) fn lose_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
-        if self.waits_for_word(&message) {
+        if self.waits_for_word(reason, &message) {
             return;
         }
         self.record.failures_without_progress += u32::from(!planted("failures-uncounted"));
