@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use thaw_coordinator::store::{Entry, Revision};
-use thaw_core::run_machine::{Policy, RunRecord};
+use thaw_core::run_machine::{Member, Policy, RunRecord};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
@@ -385,6 +385,7 @@ impl World {
                     && record.state == RunState::Resizing
                     && now - led_since < Policy::default().reattach_timeout_ms - 500
                     && since_jump > now - led_since
+                    && seen.record.world_sizes.last().is_some_and(|size| *size == seen.record.world_size())
                     && seen
                         .record
                         .members
@@ -481,7 +482,13 @@ fn check_step(seen: &Seen, after: &RunRecord, memory: &Memory, now: u64, since_j
     if after.generation > before.generation {
         let waited = now - seen.entered_ms;
         let limit = Policy::default().stop_timeout_ms;
-        if !before.members.is_empty() && waited + 1000 < limit && since_jump > waited {
+        // Where some are kept, the others are those that were lost.
+        let kept = |member: &Member| after.members.iter().any(|other| other.trainer == member.trainer);
+        if !before.members.is_empty()
+            && !before.members.iter().any(kept)
+            && waited + 1000 < limit
+            && since_jump > waited
+        {
             broken.push(("RUN-6", format!("{run}: {} is chosen while members live", after.generation)));
         }
     }
