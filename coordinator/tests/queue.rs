@@ -69,7 +69,8 @@ async fn a_higher_priority_starts_before_an_older_run() {
     let coordinator = Coordinator::start(&embedded(folder.path()), folder.path()).await;
     let mut client = coordinator.client().await;
     let agent = Agent::start(coordinator.address, "one", 1, Act::HoldAtStepOne).await;
-    let holder = submit(&mut client, "holder", "", pb::Priority::Unspecified).await;
+    // As high, so that it gives nothing up.
+    let holder = submit(&mut client, "holder", "", pb::Priority::High).await;
     until_state(&mut client, &holder, pb::RunState::Running).await;
     let low = submit(&mut client, "low", "", pb::Priority::Low).await;
     until_reason(&mut client, &low, pb::RunReason::WaitingForWorkers).await;

@@ -64,6 +64,9 @@ pub struct PlannedStage {
     /// On entering, of the groups trained so far.
     #[serde(default)]
     pub recompute_batch_norm: bool,
+    /// Most trainers. `None`: `workers.max`.
+    #[serde(default)]
+    pub workers: Option<u32>,
 }
 
 /// What a stage costs: estimates for people and for the scheduler. A floating-point operation is half a multiply-add.
@@ -90,7 +93,7 @@ pub struct StageCost {
     pub work: StepWork,
 }
 
-/// What one trainer does in one update, in a gang of `workers.max` trainers, once the frozen prefix costs nothing.
+/// What one trainer does in one update, in a gang of the most trainers that the stage uses, once the frozen prefix costs nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct StepWork {
     /// Kernels that run.

@@ -55,6 +55,8 @@ pub enum RunReason {
     CoordinatorRestarted,
     WaitingForQuota,
     WaitingInQueue,
+    Scaled,
+    Preempted,
 }
 
 /// Where training stands: after this many applied updates.

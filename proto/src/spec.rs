@@ -475,6 +475,9 @@ pub struct Stage {
     /// On entering, of the groups trained so far.
     #[serde(default)]
     pub recompute_batch_norm: bool,
+    /// Most trainers, within the run's.
+    #[serde(default)]
+    pub workers: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -116,6 +116,10 @@ fn rules_over_several_fields() {
         ),
         ("strategy: custom", "stages: is required for strategy custom: give at least one stage"),
         (
+            "strategy: custom\nworkers: {min: 2, max: 4}\nstages: [{name: s, thaw: [head], workers: 1}]",
+            "stages[0].workers: must be in 2-4 (workers.min to workers.max), not 1; leave it out for 4 (line 7)",
+        ),
+        (
             "stages: [{name: s, thaw: [head]}]",
             "stages: must be empty unless strategy is custom: remove the stages, or set strategy to custom (line 5)",
         ),

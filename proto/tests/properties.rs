@@ -32,6 +32,7 @@ fn stage() -> impl Strategy<Value = pb::Stage> {
     (any_text(), prop::collection::vec(any_text(), 0..3), 0..3, any::<bool>(), numbers).prop_map(
         |(name, thaw, on_enter, recompute_batch_norm, (rate, steps, learning_rates))| pb::Stage {
             recompute_batch_norm,
+            workers: steps,
             name,
             thaw,
             learning_rate: rate.filter(|rate| !rate.is_nan()),
@@ -303,6 +304,7 @@ proptest! {
                 },
                 plateau,
                 recompute_batch_norm: count % 2 == 1,
+                workers: (count % 3 > 0).then_some(2),
             }],
             classes: vec!["a".into(), "b".into()],
             data: DataSummary { train_samples: count, class_counts: vec![count, 1], fingerprint: "f".into(), ..Default::default() },

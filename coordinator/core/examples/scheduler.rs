@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use thaw_core::gang::FreeSlot;
-use thaw_core::scheduler::{Policy, Share, Verdict, Waiting, schedule};
+use thaw_core::scheduler::{Claim, Policy, Share, Verdict, Waiting, schedule};
 use thaw_proto::ids::{RunId, Slot, WorkerName};
 use thaw_proto::spec::Priority;
 
@@ -77,7 +77,7 @@ fn arrivals(runs: u32) -> Vec<Waiting> {
             since_ms: u64::from(index) * ARRIVALS_MS / u64::from(runs),
             min: slots,
             max: slots,
-            is_damaged: false,
+            claim: Claim::Start,
             avoid: BTreeSet::new(),
         }
     };

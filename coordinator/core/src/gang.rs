@@ -4,8 +4,11 @@
 //! - GANG-2: the choice depends on the set of free slots only, not on their order.
 //! - GANG-3: trainers are spread over workers, and ranks of one worker are neighbours, so that the lower levels of the
 //!   reduction stay on one machine.
+//! - GANG-4: of a gang that shrinks rank 0 stays, with as many as can be of its worker, then of those that hold most: whole workers become
+//!   free.
 
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
 use thaw_proto::ids::{Slot, WorkerName};
 
 /// A device that no trainer holds and no run has been promised.
@@ -52,6 +55,21 @@ pub fn choose(free: &[FreeSlot], min: u32, max: u32) -> Decision {
     Decision::Form(chosen)
 }
 
+/// Which `count` places of a gang stay where it is to be smaller, sorted; all where it is not larger.
+#[must_use]
+pub fn keep(places: &[FreeSlot], count: usize) -> Vec<FreeSlot> {
+    let mut sorted = places.to_vec();
+    sorted.sort_unstable();
+    let mut workers: Vec<&[FreeSlot]> = sorted.chunk_by(|one, next| one.worker == next.worker).collect();
+    // The first is rank 0's. The sort is stable, so equal ones stay in the order of their names.
+    if let Some((_, others)) = workers.split_first_mut() {
+        others.sort_by_key(|slots| Reverse(slots.len()));
+    }
+    let mut kept: Vec<FreeSlot> = workers.into_iter().flatten().take(count).cloned().collect();
+    kept.sort_unstable();
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +90,16 @@ mod tests {
     fn gang_1_waits_for_the_minimum() {
         let reason = WaitReason::TooFewSlots { free: 1, needed: 2 };
         assert_eq!(choose(&slots(&[("a", 0)]), 2, 4), Decision::Wait(reason));
+    }
+
+    #[test]
+    fn gang_4_rank_0_stays_and_whole_workers_become_free() {
+        let gang = slots(&[("a", 0), ("b", 0), ("c", 0), ("c", 1), ("d", 0), ("d", 1)]);
+        assert_eq!(keep(&gang, 1), slots(&[("a", 0)]));
+        assert_eq!(keep(&gang, 3), slots(&[("a", 0), ("c", 0), ("c", 1)]));
+        assert_eq!(keep(&gang, 4), slots(&[("a", 0), ("c", 0), ("c", 1), ("d", 0)]));
+        assert_eq!(keep(&gang, 9), gang);
+        assert_eq!(keep(&[], 2), []);
     }
 
     proptest! {

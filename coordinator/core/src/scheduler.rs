@@ -3,11 +3,21 @@
 //! - SCHED-1: a gang gets at least its minimum at once, or nothing.
 //! - SCHED-2: no tenant is given more than its quota.
 //! - SCHED-3: the order: damaged gangs; then runs that have waited for [`Policy::overdue_after_ms`], oldest first; then by priority; within it the
-//!   tenant that has least for its weight; within that the oldest. Ties go by tenant and id, so that equal input gives equal output.
+//!   tenant that has least for its weight; within that the oldest; then, by the same, gangs that could grow. Ties go by tenant and id, so that
+//!   equal input gives equal output.
 //! - SCHED-4: the first run in that order that only slots keep back, and that has waited for [`Policy::reserve_after_ms`], is given whatever comes
 //!   free before anybody behind it: so a large gang is not passed by small ones for ever.
+//! - SCHED-5: a gang grows only by what nobody else waits for: nothing, while a run before it is kept back by slots.
+//! - SCHED-6: a run that only slots keep back, for [`Policy::preempt_after_ms`], is given those of running runs of lower priority: they shrink to
+//!   their minimum; where that is not enough the lowest and youngest save and yield. Nobody gives where all of it would not be enough.
+//! - SCHED-7: every wait is bounded: a run that has waited for [`Policy::overdue_after_ms`] counts above every priority, and keeps that for
+//!   [`Policy::shield_ms`] once it has its slots.
 //!
 //! It is asked anew each time; nothing is remembered but what runs hold.
+
+mod reclaim;
+
+pub use reclaim::{Give, Holder, Reclaim};
 
 use crate::gang::{self, Decision, FreeSlot};
 use std::cmp::Reverse;
@@ -22,11 +32,20 @@ pub struct Policy {
     pub reserve_after_ms: u64,
     /// Waited so long, a run goes before every other that has not.
     pub overdue_after_ms: u64,
+    /// Waited so long, a run takes slots of runs of lower priority.
+    pub preempt_after_ms: u64,
+    /// How long a run that was overdue may train before others take its slots.
+    pub shield_ms: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { reserve_after_ms: 60_000, overdue_after_ms: 6 * 3_600_000 }
+        Self {
+            reserve_after_ms: 60_000,
+            overdue_after_ms: 6 * 3_600_000,
+            preempt_after_ms: 5_000,
+            shield_ms: 30 * 60_000,
+        }
     }
 }
 
@@ -45,7 +64,18 @@ impl Default for Share {
     }
 }
 
-/// A run that waits for a gang.
+/// What slots are wanted for. In the order in which they are given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Claim {
+    /// To make up for what a gang has lost.
+    Repair,
+    /// To start a gang.
+    Start,
+    /// To have more trainers in a gang that trains.
+    Growth,
+}
+
+/// A run that waits for a gang, or for more of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
     pub run: RunId,
@@ -57,16 +87,36 @@ pub struct Waiting {
     pub min: u32,
     /// Slots it can use, at least `min`.
     pub max: u32,
-    /// It had a gang and lost a part of it.
-    pub is_damaged: bool,
+    pub claim: Claim,
     /// Slots to be used only where there are no others.
     pub avoid: BTreeSet<FreeSlot>,
+}
+
+/// What is running, as far as slots can be taken from it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Running {
+    pub holders: Vec<Holder>,
+    /// Slots that are being given up, or whose trainers are ending.
+    pub coming: u32,
+}
+
+/// What becomes of all that wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decided {
+    pub verdicts: BTreeMap<RunId, Verdict>,
+    /// For the first run that may take slots of others.
+    pub reclaim: Option<Reclaim>,
 }
 
 /// Why a run waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
     TooFewSlots {
+        free: u32,
+        needed: u32,
+    },
+    /// As before; runs of lower priority give theirs up.
+    Preempts {
         free: u32,
         needed: u32,
     },
@@ -89,12 +139,12 @@ pub enum Verdict {
     Granted(Vec<FreeSlot>),
     Waits {
         reason: Reason,
-        /// Among those that wait, from 1.
+        /// Among those that wait, from 1; 0 for a gang that could grow.
         place: u32,
     },
 }
 
-/// Decides for all of `waiting`. `held`: slots that each tenant's runs hold. A tenant that `shares` does not name has the default.
+/// [`decide`], of what waits alone.
 #[must_use]
 pub fn schedule(
     policy: &Policy,
@@ -104,12 +154,37 @@ pub fn schedule(
     waiting: &[Waiting],
     free: &[FreeSlot],
 ) -> BTreeMap<RunId, Verdict> {
+    decide(policy, now_ms, shares, held, waiting, free, &Running::default()).verdicts
+}
+
+/// Decides for all of `waiting`. `held`: slots that each tenant's runs hold. A tenant that `shares` does not name has the default.
+#[must_use]
+pub fn decide(
+    policy: &Policy,
+    now_ms: u64,
+    shares: &BTreeMap<String, Share>,
+    held: &BTreeMap<String, u32>,
+    waiting: &[Waiting],
+    free: &[FreeSlot],
+    running: &Running,
+) -> Decided {
     let mut free = free.to_vec();
     free.sort_unstable();
-    let mut round = Round { policy, now_ms, shares, held: held.clone(), free, reserved: None, last: 0 };
+    let mut round = Round {
+        policy,
+        now_ms,
+        shares,
+        held: held.clone(),
+        free,
+        running,
+        reserved: None,
+        reclaim: None,
+        short: None,
+        last: 0,
+    };
     let verdicts: Vec<(RunId, Verdict)> =
         round.order(waiting).into_iter().map(|run| (run.run.clone(), round.decide(run))).collect();
-    verdicts.into_iter().collect()
+    Decided { verdicts: verdicts.into_iter().collect(), reclaim: round.reclaim }
 }
 
 struct Round<'a> {
@@ -119,8 +194,12 @@ struct Round<'a> {
     held: BTreeMap<String, u32>,
     /// Sorted.
     free: Vec<FreeSlot>,
+    running: &'a Running,
+    reclaim: Option<Reclaim>,
     /// For whom what is free is kept.
     reserved: Option<RunId>,
+    /// The first run that slots keep back.
+    short: Option<RunId>,
     /// The last place given in the queue.
     last: u32,
 }
@@ -128,18 +207,18 @@ struct Round<'a> {
 impl Round<'_> {
     /// All of `waiting` by SCHED-3. A run counts for its tenant as soon as it has its place, so that tenants take turns.
     fn order<'w>(&self, waiting: &'w [Waiting]) -> Vec<&'w Waiting> {
-        type Class = (Reverse<bool>, Reverse<bool>, Reverse<Priority>);
+        type Class = (Claim, Reverse<bool>, Reverse<Priority>);
         let mut classes: BTreeMap<Class, Vec<&Waiting>> = BTreeMap::new();
         for run in waiting {
             let overdue = self.waited(run) >= self.policy.overdue_after_ms;
-            let priority = if run.is_damaged || overdue { Priority::High } else { run.priority };
-            classes.entry((Reverse(run.is_damaged), Reverse(overdue), Reverse(priority))).or_default().push(run);
+            let priority = if run.claim == Claim::Repair || overdue { Priority::High } else { run.priority };
+            classes.entry((run.claim, Reverse(overdue), Reverse(priority))).or_default().push(run);
         }
         let mut held = self.held.clone();
         let mut ordered = Vec::with_capacity(waiting.len());
-        for ((Reverse(damaged), Reverse(overdue), _), mut runs) in classes {
+        for ((claim, Reverse(overdue), _), mut runs) in classes {
             runs.sort_by_key(|run| (run.since_ms, &run.run));
-            if damaged || overdue {
+            if claim == Claim::Repair || overdue {
                 ordered.extend(runs);
                 continue;
             }
@@ -174,18 +253,30 @@ impl Round<'_> {
         let allowed = self.share(&run.tenant).quota.map_or(u32::MAX, |quota| quota.saturating_sub(held));
         if run.min > allowed {
             let quota = self.share(&run.tenant).quota.unwrap_or(u32::MAX);
-            return self.wait(Reason::QuotaExhausted { quota, held, needed: run.min });
+            return self.wait(run, Reason::QuotaExhausted { quota, held, needed: run.min });
         }
-        if let Some(first) = &self.reserved {
-            let run = first.clone();
-            return self.wait(Reason::Reserved { run });
+        let first = match run.claim {
+            Claim::Repair | Claim::Start => &self.reserved,
+            Claim::Growth => &self.short,
+        };
+        if let Some(first) = first.clone() {
+            return self.wait(run, Reason::Reserved { run: first });
         }
         let Some(places) = self.places(run, run.max.min(allowed)) else {
             if self.waited(run) >= self.policy.reserve_after_ms {
                 self.reserved = Some(run.run.clone());
             }
+            self.short.get_or_insert_with(|| run.run.clone());
             let free = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
-            return self.wait(Reason::TooFewSlots { free, needed: run.min });
+            if run.claim == Claim::Start && self.reclaim.is_none() {
+                let (short, running) = (run.min.saturating_sub(free), self.running);
+                self.reclaim = reclaim::reclaim(self.policy, self.now_ms, run, short, running.coming, &running.holders);
+                if self.reclaim.is_some() {
+                    self.reserved = Some(run.run.clone());
+                    return self.wait(run, Reason::Preempts { free, needed: run.min });
+                }
+            }
+            return self.wait(run, Reason::TooFewSlots { free, needed: run.min });
         };
         // Both are sorted.
         let mut taken = places.iter().peekable();
@@ -209,9 +300,10 @@ impl Round<'_> {
         choose(&proven).or_else(|| choose(&self.free))
     }
 
-    fn wait(&mut self, reason: Reason) -> Verdict {
-        self.last += 1;
-        Verdict::Waits { reason, place: self.last }
+    fn wait(&mut self, run: &Waiting, reason: Reason) -> Verdict {
+        let is_queued = run.claim != Claim::Growth;
+        self.last += u32::from(is_queued);
+        Verdict::Waits { reason, place: if is_queued { self.last } else { 0 } }
     }
 
     fn waited(&self, run: &Waiting) -> u64 {

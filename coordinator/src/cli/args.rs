@@ -143,6 +143,17 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t = Format::Table)]
         output: Format,
     },
+    /// Set how many trainers a run is to have; those that stay are not restarted.
+    #[command(
+        after_help = "Example:\n  thaw scale RUN 4\n\nWith grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\", \"workers\": 1}' 127.0.0.1:7070 thaw.v1.RunService/ScaleRun"
+    )]
+    Scale {
+        name: String,
+        /// From workers.min to workers.max of the run's spec.
+        workers: u32,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
     /// Show the workers.
     #[command(after_help = "With grpcurl:\n  grpcurl -plaintext 127.0.0.1:7070 thaw.v1.ClusterService/ListWorkers")]
     Workers {
@@ -192,6 +203,7 @@ impl Verb {
             | Self::Cancel { .. }
             | Self::Suspend { .. }
             | Self::Resume { .. }
+            | Self::Scale { .. }
             | Self::Workers { .. }
             | Self::Health { .. }
             | Self::Checkpoints { .. } => "error",

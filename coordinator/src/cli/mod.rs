@@ -137,6 +137,11 @@ async fn dispatch(args: Args) -> Result<ExitCode, Failure> {
             // A second one would be refused.
             show::run(&coordinators()?.call(Again::No, call).await?, output)
         }
+        Verb::Scale { name, workers, output } => {
+            let request = pb::ScaleRunRequest { name, workers };
+            let call = async |mut runs: client::Runs| runs.scale_run(request.clone()).await;
+            show::run(&coordinators()?.call(Again::Yes, call).await?, output)
+        }
         Verb::Health { service, live } => client::health(&mut coordinators()?, service, live).await,
         Verb::Workers { output } => show::workers(&client::workers(&mut coordinators()?).await?, output),
         Verb::Checkpoints { name, output } => {

@@ -82,6 +82,9 @@ pub(super) fn explained(found: &pb::ExplainRunResponse, output: Format) -> Resul
             let (place, length) = (found.queue_place, found.queue_length);
             let _ = write!(text, "\nplace {place} of {length} in the queue; {} slot(s) free", found.slots_free);
         }
+        if found.world_size > 0 {
+            let _ = write!(text, "\n{}", trainers(found.world_size, found.wanted_world_size));
+        }
         let quota = found.tenant_quota.map_or_else(String::new, |quota| format!(" of {quota}"));
         let _ = write!(text, "\ntenant {} holds {}{quota} slot(s)", found.tenant, found.tenant_slots);
         text
@@ -147,17 +150,23 @@ fn run_table(run: &pb::Run) -> String {
     let position = run.position.unwrap_or_default();
     let _ = write!(
         text,
-        "\nstage {}, step {}, attempt {}, generation {}, {} trainers\n",
+        "\nstage {}, step {}, attempt {}, generation {}, {}\n",
         stage_name(run, position.stage),
         position.step,
         run.attempt,
         run.generation,
-        run.world_size
+        trainers(run.world_size, run.wanted_world_size)
     );
     if !run.stage_results.is_empty() {
         text.push_str(&closing(run));
     }
     text
+}
+
+/// How many there are, and how many there are to be where that is another number.
+fn trainers(present: u32, wanted: u32) -> String {
+    let of = if present == wanted { String::new() } else { format!(" of {wanted} wanted") };
+    format!("{present}{of} trainer(s)")
 }
 
 /// The plan: groups, stages, what they cost, and remarks.
@@ -184,7 +193,8 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         ]);
     }
     align_right(&mut groups, &[1, 2]);
-    let mut stages = table(&["stage", "trainable", "rate", "until", "steps at most", "all-reduced a step", "memory"]);
+    let headings = ["stage", "trainable", "rate", "until", "steps at most", "trainers", "all-reduced a step", "memory"];
+    let mut stages = table(&headings);
     for stage in &plan.stages {
         stages.add_row([
             stage.name.clone(),
@@ -192,11 +202,12 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
             rates(&stage.learning_rates),
             until(stage.until.as_ref()),
             stage.max_steps.to_string(),
+            stage.workers.map_or_else(|| "all".to_owned(), |most| format!("at most {most}")),
             bytes(stage.all_reduce_bytes),
             bytes(stage.memory_bytes),
         ]);
     }
-    align_right(&mut stages, &[1, 4, 5, 6]);
+    align_right(&mut stages, &[1, 4, 5, 6, 7]);
     let headings = [
         "stage",
         "flops a step",

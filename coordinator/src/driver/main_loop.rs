@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thaw_core::gang::FreeSlot;
 use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
+use thaw_core::scheduler::{Decided, Give, Reclaim};
 use thaw_mutants::planted;
 use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, Incarnation, RunId, WorkerName};
@@ -246,6 +247,7 @@ impl MainLoop {
             UserAction::Cancel => Input::Cancel,
             UserAction::Suspend => Input::Suspend,
             UserAction::Resume => Input::Resume,
+            UserAction::Scale { workers } => Input::Scale { workers },
         };
         Ok(match self.feed(id, &input).await? {
             Ok(()) => self.views.get(id).ok_or_else(|| Error::NotFound(id.clone())),
@@ -360,13 +362,31 @@ impl MainLoop {
             self.lose_worker(&worker).await?;
         }
         // One decision for all, so that no slot is given twice.
-        let mut verdicts = self.schedule();
+        let Decided { mut verdicts, reclaim } = self.schedule();
+        if let Some(reclaim) = reclaim {
+            self.reclaim(reclaim).await?;
+        }
         let ticked: Vec<RunId> =
             self.runs.iter().filter(|(_, run)| run.wants_ticks()).map(|(id, _)| id.clone()).collect();
         for id in ticked {
             let input = Input::Tick { slots: verdicts.remove(&id), fresh: self.fresh(&id) };
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "a tick was turned away");
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks runs for slots that another is to have.
+    async fn reclaim(&mut self, reclaim: Reclaim) -> Result<(), Error> {
+        let to = reclaim.by;
+        for (id, give) in reclaim.from {
+            let input = match give {
+                Give::Shrink { to: workers } => Input::Cede { workers, to: to.clone() },
+                Give::Yield => Input::Yield { to: to.clone() },
+            };
+            if let Err(rejection) = self.feed(&id, &input).await? {
+                tracing::error!(run = %id, %rejection, "a run gives up nothing");
             }
         }
         Ok(())

@@ -120,6 +120,7 @@ pub enum UserAction {
     Cancel,
     Suspend,
     Resume,
+    Scale { workers: u32 },
 }
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;

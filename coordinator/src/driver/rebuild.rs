@@ -1,7 +1,7 @@
 //! A run as its folder tells it, for a store that has lost it.
 //!
 //! What a folder has: the spec, the plan, manifests with their stage results, events. What it has not: request ids, world
-//! sizes, what a gang did after its last checkpoint.
+//! sizes and what the run was scaled to, what a gang did after its last checkpoint.
 
 use super::stored::{StoredEvent, StoredRun, run_key};
 use crate::folder::{Lines, RunFolder};

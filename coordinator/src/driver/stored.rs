@@ -214,6 +214,7 @@ pub(super) fn message(record: &RunRecord, revision: u64) -> pb::Run {
         stage_results: record.stage_results.iter().map(Into::into).collect(),
         result: record.result.as_ref().map(Into::into),
         world_sizes: record.world_sizes.clone(),
+        wanted_world_size: record.wanted_size(),
     }
 }
 

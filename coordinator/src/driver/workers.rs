@@ -159,6 +159,17 @@ impl Workers {
         free
     }
 
+    /// Slots of nobody's whose trainers have yet to end.
+    pub(super) fn ending(&self, held: &BTreeSet<FreeSlot>) -> u32 {
+        let is_ending = |worker: &WorkerName, status: &&TrainerStatus| {
+            !held.contains(&FreeSlot { worker: worker.clone(), slot: status.trainer.slot })
+        };
+        let sessions = self.sessions.iter().filter(|(_, session)| !session.is_over());
+        let ending =
+            sessions.map(|(worker, session)| session.trainers.iter().filter(|one| is_ending(worker, one)).count());
+        u32::try_from(ending.sum::<usize>()).unwrap_or(u32::MAX)
+    }
+
     /// As users see them, with the slots that runs hold.
     pub(super) fn list(
         &self,

@@ -3,6 +3,7 @@
 
 use crate::leader::Identity;
 use crate::{driver, intake, store};
+use thaw_core::run_machine::Rejection;
 use thaw_proto::ids::RunId;
 use thaw_proto::status::{self, ErrorClass};
 use thaw_proto::violation::Violations;
@@ -24,6 +25,9 @@ pub(super) fn driver(error: driver::Error) -> Status {
     let text = chain(&error);
     match &error {
         driver::Error::NotFound(run) => run_not_found(run),
+        driver::Error::Rejected { source: source @ Rejection::SizeOutOfRange { .. }, .. } => {
+            bad_field("workers", source.to_string())
+        }
         driver::Error::Rejected { run, state, .. } => {
             let metadata = [("run", run.as_str()), ("state", state.as_str())];
             status::error(ErrorClass::Precondition, "RUN_STATE_FORBIDS", text, &metadata)

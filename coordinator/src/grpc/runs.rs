@@ -94,6 +94,11 @@ impl pb::run_service_server::RunService for Services {
         self.act(&request.get_ref().name, UserAction::Resume).await
     }
 
+    async fn scale_run(&self, request: Request<pb::ScaleRunRequest>) -> Answer<pb::Run> {
+        let request = request.get_ref();
+        self.act(&request.name, UserAction::Scale { workers: request.workers }).await
+    }
+
     async fn explain_run(&self, request: Request<pb::ExplainRunRequest>) -> Answer<pb::ExplainRunResponse> {
         let leader = self.leading().await?;
         let id = run_id(&request.get_ref().name)?;

@@ -54,6 +54,16 @@ impl Agent {
         Self { acts, started, task: tokio::spawn(session.run()) }
     }
 
+    /// [`Agent::start_among`] with trainers that survive the loss of a peer.
+    #[allow(dead_code, reason = "not every test needs it")]
+    pub(crate) async fn start_keeping(addresses: Vec<SocketAddr>, name: &str, slots: u32, act: Act) -> Self {
+        let (acts, doing) = watch::channel(act);
+        let started = Arc::new(AtomicU32::new(0));
+        let mut session = Session::open(addresses, name, slots, doing, Arc::clone(&started)).await;
+        session.keeps = true;
+        Self { acts, started, task: tokio::spawn(session.run()) }
+    }
+
     /// What its trainers do from the next gang on.
     pub(crate) fn act(&self, act: Act) {
         self.acts.send_replace(act);
@@ -80,6 +90,8 @@ struct Session {
     down: tonic::Streaming<pb::CoordinatorMessage>,
     doing: watch::Receiver<Act>,
     trainers: BTreeMap<u32, Trainer>,
+    /// Whether its trainers survive the loss of a peer.
+    keeps: bool,
     /// What a new session hears again.
     ledger: Vec<pb::TrainerReport>,
     started: Arc<AtomicU32>,
@@ -113,6 +125,7 @@ impl Session {
             down,
             doing,
             trainers: BTreeMap::new(),
+            keeps: false,
             ledger: Vec::new(),
             started,
         }
@@ -200,7 +213,7 @@ impl Session {
                     &trainer,
                     Report::Ready(pb::TrainerReady {
                         address: format!("127.0.0.1:{}", 9000 + slot),
-                        keeps_state: false,
+                        keeps_state: self.keeps,
                     }),
                 )
                 .await;

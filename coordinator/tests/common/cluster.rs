@@ -121,6 +121,7 @@ impl SpecPlanner for OneStage {
             until: spec.until.clone(),
             on_enter: OnEnter::RestoreBest,
             recompute_batch_norm: false,
+            workers: None,
             schedule: LrSchedulerType::Linear,
             warmup_steps: 0,
             max_steps: 2,

@@ -73,6 +73,7 @@ wire_enums! {
     run::RunReason = pb::RunReason {
         WaitingForWorkers, Starting, Training, TrainerLost, GangTimeout, UserRequest, LastStageEnded, NoGain, TrainerError,
         NoProgress, ReplicasDiverged, StorageError, CoordinatorRestarted, WaitingForQuota, WaitingInQueue,
+        Scaled, Preempted,
     }
     run::StageEnd = pb::StageEnd { MaxEpochs, MaxSteps, Patience, NotFinite }
 }

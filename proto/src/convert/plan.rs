@@ -95,6 +95,9 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
                 );
             }
         }
+        if raw.workers == Some(0) {
+            at.refuse("workers", "must be at least 1, not 0; leave it out for workers.max");
+        }
         if raw.max_steps == 0 {
             at.refuse("max_steps", "must be at least 1, not 0");
         }
@@ -115,6 +118,7 @@ impl TryFrom<&pb::PlannedStage> for PlannedStage {
             plateau,
             cost: raw.cost.as_ref().map(StageCost::from).unwrap_or_default(),
             recompute_batch_norm: raw.recompute_batch_norm,
+            workers: raw.workers,
         })
     }
 }
@@ -165,6 +169,7 @@ impl From<&PlannedStage> for pb::PlannedStage {
             boundary_bytes_per_sample: stage.boundary_bytes_per_sample,
             thawed_groups: indices(&stage.thawed_groups),
             recompute_batch_norm: stage.recompute_batch_norm,
+            workers: stage.workers,
             cost: Some((&stage.cost).into()),
         }
     }

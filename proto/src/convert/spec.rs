@@ -53,7 +53,7 @@ pub fn check(raw: &pb::RunSpec) -> Result<RunSpec, Violations> {
     let lr_scheduler = at.within("lr_scheduler", |at| lr_scheduler(at, &raw.lr_scheduler.unwrap_or_default()));
     let max_grad_norm = at.real_or_none("max_grad_norm", raw.max_grad_norm, Interval::Positive, "no clipping");
     let logical_shards = logical_shards(&mut at, raw.logical_shards, &workers, global_batch_size);
-    let stages = stage::stages(&mut at, raw);
+    let stages = stage::stages(&mut at, raw, &workers);
     stage::known_lengths(&mut at, strategy, raw);
     let gradual = strategy == Strategy::GradualUnfreezing;
     let every_group = matches!(strategy, Strategy::FullFineTuning | Strategy::FromScratch);

@@ -263,19 +263,23 @@ fn stage(
         Some(_) => LrSchedulerType::Constant,
         None => LrSchedulerType::Linear,
     });
+    // A trainer's part of a step follows from the stage's largest gang.
+    let mut sized = spec.clone();
+    sized.workers.max = draft.workers.unwrap_or(spec.workers.max);
     PlannedStage {
         name: draft.name.clone(),
         trainable_groups: draft.groups.iter().copied().map(group_index).collect(),
         learning_rates: rates::of_stage(spec, graph, levels, draft, backbone_thawed),
         on_enter: if before.is_none() { OnEnter::Keep } else { draft.on_enter },
         recompute_batch_norm: draft.recompute_batch_norm,
+        workers: draft.workers,
         schedule,
         warmup_steps: schedule::warmup_steps(schedule, given_warmup(&draft.scheduler, max_steps), max_steps),
         max_steps,
         trainable_parameters: cost::trainable_parameters(graph, &draft.groups),
         all_reduce_bytes: cost::all_reduce_bytes(spec, graph, &draft.groups),
         memory_bytes: memory::bytes(
-            spec,
+            &sized,
             graph,
             &memory::Stage {
                 groups: &draft.groups,
@@ -288,7 +292,7 @@ fn stage(
             },
         ),
         boundary_bytes_per_sample: cost::boundary_bytes_per_sample(graph, &draft.groups),
-        cost: cost::of_stage(spec, graph, &draft.groups, thawed, cost::cached_samples(spec, data)),
+        cost: cost::of_stage(&sized, graph, &draft.groups, thawed, cost::cached_samples(spec, data)),
         thawed_groups,
         until,
         plateau: draft.scheduler.plateau,

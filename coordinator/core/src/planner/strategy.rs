@@ -22,6 +22,8 @@ pub(super) struct Draft {
     pub(super) until: Until,
     pub(super) on_enter: OnEnter,
     pub(super) recompute_batch_norm: bool,
+    /// Most trainers.
+    pub(super) workers: Option<u32>,
     pub(super) scheduler: LrScheduler,
     /// The stage's own rates by group.
     pub(super) learning_rates: BTreeMap<String, f64>,
@@ -53,6 +55,7 @@ fn derived(spec: &RunSpec, name: &str, groups: Vec<usize>) -> Draft {
         until: spec.until.clone(),
         on_enter: OnEnter::RestoreBest,
         recompute_batch_norm: false,
+        workers: None,
         scheduler: spec.lr_scheduler,
         learning_rates: BTreeMap::new(),
     }
@@ -176,6 +179,7 @@ fn custom(spec: &RunSpec, graph: &GraphFacts, mistakes: &mut Violations) -> Vec<
             until: stage.until.clone().unwrap_or_else(|| spec.until.clone()),
             on_enter: stage.on_enter,
             recompute_batch_norm: stage.recompute_batch_norm,
+            workers: stage.workers,
             scheduler: stage.lr_scheduler.unwrap_or(spec.lr_scheduler),
             learning_rates: stage.learning_rates.clone(),
         });

@@ -59,16 +59,25 @@ impl Turn {
                 }
             }
             RunState::Running => {
-                if let (Some(Verdict::Granted(places)), true) = (slots, self.record.joining.is_empty()) {
-                    self.start_joiners(places, fresh)?;
+                if self.shrink() {
+                    return Ok(());
+                }
+                match slots {
+                    Some(Verdict::Granted(places)) if self.record.joining.is_empty() => {
+                        if !self.gathers(places.len()) {
+                            self.start_joiners(places, fresh)?;
+                        }
+                    }
+                    Some(_) | None => self.observed.gathering_since_ms = None,
                 }
                 self.join_if_ready();
             }
-            RunState::Preempting
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => {}
+            RunState::Preempting => {
+                if self.deadline_passed(self.policy.suspend_timeout_ms) {
+                    self.yielded("the gang did not save in time");
+                }
+            }
+            RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
         Ok(())
     }
@@ -83,11 +92,8 @@ impl Turn {
             }
             Some(Verdict::Granted(places)) => places,
         };
-        if places.len() < self.record.spec.workers.max as usize && !self.observed.kept {
-            let since = *self.observed.gathering_since_ms.get_or_insert(self.now_ms);
-            if self.now_ms < since + self.policy.gather_ms {
-                return Ok(());
-            }
+        if !self.observed.kept && self.gathers(places.len()) {
+            return Ok(());
         }
         if fresh.len() < places.len() {
             return Err(Rejection::TooFewIncarnations { needed: places.len(), given: fresh.len() });
@@ -101,6 +107,10 @@ impl Turn {
         let (reason, message) = match reason {
             Reason::TooFewSlots { needed, .. } => {
                 (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s)"))
+            }
+            Reason::Preempts { needed, .. } => {
+                let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
+                (RunReason::WaitingForWorkers, message)
             }
             Reason::QuotaExhausted { quota, needed, .. } => {
                 let tenant = &self.record.spec.scheduling.tenant;
@@ -124,6 +134,9 @@ impl Turn {
     fn start_gang(&mut self, places: Vec<FreeSlot>, fresh: &[Incarnation]) {
         if self.record.attempt == Attempt(0) {
             self.record.attempt = Attempt(1);
+        }
+        if self.record.state == RunState::Pending {
+            self.record.placed_ms = self.now_ms;
         }
         let trainers = places.into_iter().zip(fresh).map(|(place, incarnation)| Trainer {
             worker: place.worker,
@@ -242,7 +255,11 @@ impl Turn {
         for member in self.record.members.clone() {
             self.effect(Effect::Commit { trainer: member.trainer, generation });
         }
+        for trainer in std::mem::take(&mut self.record.leaving) {
+            self.stop(trainer);
+        }
         self.observed.avoid.clear();
+        self.observed.holders = self.record.members.iter().map(|member| member.trainer.incarnation.clone()).collect();
         self.record.start_ms.get_or_insert(self.now_ms);
         self.observed.broken = None;
         let message = match &self.record.head {
@@ -255,6 +272,8 @@ impl Turn {
         self.enter(RunState::Running, RunReason::Training, message, None);
         let world_size = self.record.world_size();
         self.record.world_sizes.push(world_size);
+        self.record.whole = self.record.whole.min(self.record.wanted_size()).max(world_size);
+        self.record.ceded = self.record.ceded.filter(|most| world_size > *most);
         if self.record.suspends_next { self.suspend() } else { Ok(()) }
     }
 
@@ -292,6 +311,10 @@ impl Turn {
             self.lose_joiner(trainer, &format!("{} slot {} ended: {ending}", trainer.worker, trainer.slot));
             return Ok(());
         }
+        if self.is_leaving(trainer) {
+            self.forget_leaving(|other| other == trainer);
+            return Ok(());
+        }
         let rank = self.member_of_any(trainer)?;
         let message = format!("rank {rank} on {} slot {} ended: {ending}", trainer.worker, trainer.slot);
         self.lose_trainer(trainer, RunReason::TrainerLost, message);
@@ -301,6 +324,7 @@ impl Turn {
     pub(super) fn worker_lost(&mut self, worker: &WorkerName) {
         let message = format!("worker {worker} is lost");
         let is_here = |trainer: &&Trainer| trainer.worker == *worker;
+        self.forget_leaving(|trainer| trainer.worker == *worker);
         let joining: Vec<Trainer> = self.record.joining.iter().filter(is_here).cloned().collect();
         for trainer in joining {
             self.lose_joiner(&trainer, &message);
@@ -331,7 +355,7 @@ impl Turn {
         for trainer in alive {
             if stopping || !self.record.trainers().any(|known| known == trainer) {
                 self.stop(trainer.clone());
-            } else if self.observed.awaited.remove(&trainer.incarnation) && self.record.state == RunState::Suspending {
+            } else if self.observed.awaited.remove(&trainer.incarnation) && self.is_saving() {
                 // The leader before may have gone before it said so.
                 let generation = self.record.generation;
                 self.effect(Effect::SuspendTrainer { trainer: trainer.clone(), generation });
@@ -344,6 +368,7 @@ impl Turn {
         for trainer in gone.cloned().collect::<Vec<_>>() {
             self.lose_joiner(&trainer, &format!("worker {worker} no longer has it"));
         }
+        self.forget_leaving(|trainer| trainer.worker == *worker && !alive.contains(trainer));
         let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
         let missing: Vec<Trainer> = here
             .filter(|trainer| !alive.contains(trainer))

@@ -26,7 +26,8 @@ impl Turn {
         // One that is starting is in no gang that it could fail to survive.
         let is_starting = |one: &Incarnation| starting && !observed.addresses.contains_key(one);
         let survives = |one: &Incarnation| observed.keepers.contains(one) || is_starting(one);
-        let mut left = self.record.members.iter().map(|member| &member.trainer).filter(|one| !gone.contains(one));
+        let members = self.record.members.iter().map(|member| &member.trainer);
+        let mut left = members.chain(&self.record.leaving).filter(|one| !gone.contains(one));
         if left.clone().next().is_none() || !left.all(|trainer| survives(&trainer.incarnation)) {
             return false;
         }
@@ -36,6 +37,7 @@ impl Turn {
         self.record.carries = true;
         self.changed = true;
         self.record.members.retain(|member| !gone.contains(&member.trainer));
+        self.take_leaving();
         self.take_joiners(true);
         if !self.is_enough() {
             // Who is starting may be what is missing: as a member it is waited for.
@@ -66,6 +68,7 @@ impl Turn {
         if self.record.joining.is_empty() {
             self.observed.join_ms = self.now_ms;
         }
+        self.leave_out_surplus();
         self.rank_members();
         self.observed.built.clear();
         self.observed.awaited.clear();
@@ -129,9 +132,10 @@ impl Turn {
             self.stop(trainer);
         }
         if ready > 0 {
-            let message = format!("{ready} trainer(s) join");
+            let grows = self.record.members.len() > self.record.whole as usize;
+            let reason = if grows { RunReason::Scaled } else { RunReason::Starting };
             self.record.carries = true;
-            self.next_generation(RunReason::Starting, message);
+            self.next_generation(reason, format!("{ready} trainer(s) join"));
         } else {
             self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
         }
@@ -171,14 +175,15 @@ impl Turn {
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
                 Ok(())
             }
+            RunState::Preempting => {
+                self.yielded(message);
+                Ok(())
+            }
             // It has yet to be proposed another gang, or is being stopped.
             RunState::Admitted | RunState::Resizing => Ok(()),
-            RunState::Pending
-            | RunState::Suspended
-            | RunState::Preempting
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => Err(self.not_legal("be interrupted")),
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {
+                Err(self.not_legal("be interrupted"))
+            }
         }
     }
 

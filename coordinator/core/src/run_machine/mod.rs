@@ -10,6 +10,8 @@
 //!              └── Suspend, from PENDING, ADMITTED, FORMING and RESIZING
 //!
 //! any state that has not ended ── Cancel ──► CANCELLED
+//! RUNNING ── a run of higher priority ──► PREEMPTING ── Suspended, loss, deadline ──► PENDING; Suspend makes it SUSPENDING
+//! RUNNING ── fewer trainers wanted, or others ready to join ──► FORMING, with those that stay
 //! RUNNING, FORMING, ADMITTED ── loss that the others survive ──► FORMING, ADMITTED or RESIZING, with them
 //! any state with trainers ── an error that trying again cannot mend, or no progress ──► FAILED
 //! ```
@@ -32,18 +34,28 @@
 //!   whether it survives the others.
 //! - RUN-10: where a gang breaks and its other trainers survive that, they are the next generation at once if they are `workers.min`, and
 //!   else wait up to [`Policy::keep_timeout_ms`] for others. What was lost is started meanwhile and joins at a generation of its own.
+//! - RUN-11: a generation has `workers.min` to [`RunRecord::wanted_size`] members when it is proposed. A gang that keeps its state and has too many,
+//!   or fewer than slots are granted for, changes while it trains. Who leaves keeps slot and state until the smaller generation is committed,
+//!   and is a member again if that one breaks. The wish is stored, so that a new leader begins anew with what is not committed.
 //!
-//! The machine never reads a clock, draws a random number or talks to anyone. PREEMPTING is entered by nothing yet.
+//! - RUN-12: a run that yields is PREEMPTING until rank 0 has said that it saved, or [`Policy::suspend_timeout_ms`], or a loss; then PENDING, with
+//!   the head it has. No committed step is lost, and it comes back by itself.
+//!
+//! The machine never reads a clock, draws a random number or talks to anyone.
 
 mod gangs;
 mod keeping;
 mod record;
 mod reports;
 mod requests;
+mod sizes;
 mod turn;
+mod yielding;
 
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod sizes_tests;
 #[cfg(test)]
 mod table;
 #[cfg(test)]
@@ -51,9 +63,9 @@ mod tests;
 
 pub use record::{Member, Observed, RunRecord, Trainer};
 
-use crate::scheduler::{Verdict, Waiting};
+use crate::scheduler::{Claim, Holder, Verdict, Waiting};
 use std::collections::BTreeMap;
-use thaw_proto::ids::{Generation, Incarnation, Rank, StageIndex, Step, WorkerName};
+use thaw_proto::ids::{Generation, Incarnation, Rank, RunId, StageIndex, Step, WorkerName};
 use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
 use thaw_proto::status::ErrorClass;
 use turn::Turn;
@@ -78,7 +90,7 @@ pub struct Policy {
     pub broken_timeout_ms: u64,
     /// From the end of a trainer that was to join until another is started.
     pub rejoin_wait_ms: u64,
-    /// How long a run that could start waits for more of its `workers.max`.
+    /// How long a run that could start or grow waits for more of what it wants.
     pub gather_ms: u64,
     /// Generations in a row without a newly committed step that end the run.
     pub most_failures: u32,
@@ -176,6 +188,19 @@ pub enum Input {
     Cancel,
     Suspend,
     Resume,
+    /// A user wants so many trainers (RUN-11).
+    Scale {
+        workers: u32,
+    },
+    /// The scheduler wants this run to become as small as `workers`, so that `to` can start (RUN-12).
+    Cede {
+        workers: u32,
+        to: RunId,
+    },
+    /// The scheduler wants all its slots.
+    Yield {
+        to: RunId,
+    },
     /// First input after a coordinator has taken the run over. Its gang trains on; who of it does not come back is lost.
     CoordinatorStarted,
 }
@@ -273,6 +298,8 @@ pub enum Rejection {
     NotCommitted { step: Step },
     #[error("stage {given} cannot end now: stage {expected} is next")]
     StageOutOfOrder { given: StageIndex, expected: StageIndex },
+    #[error("must be in {min}-{max} (workers.min to workers.max of the run's spec), not {given}")]
+    SizeOutOfRange { given: u32, min: u32, max: u32 },
     #[error("the gang needs {needed} new incarnations, {given} were given")]
     TooFewIncarnations { needed: usize, given: usize },
 }
@@ -289,6 +316,7 @@ impl Rejection {
             Self::NotCommitter { .. }
             | Self::NotCommitted { .. }
             | Self::StageOutOfOrder { .. }
+            | Self::SizeOutOfRange { .. }
             | Self::TooFewIncarnations { .. } => ErrorClass::Invalid,
         }
     }
@@ -298,11 +326,11 @@ impl Rejection {
 #[must_use]
 pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Option<Waiting> {
     let members = u32::try_from(record.members.len()).unwrap_or(u32::MAX);
-    let workers = &record.spec.workers;
-    let (is_damaged, since_ms, min, max) = match record.state {
-        RunState::Pending => (false, record.queued_ms, workers.min, workers.max),
+    let (least, wanted) = (record.spec.workers.min, record.wanted_size());
+    let (claim, since_ms, min, max) = match record.state {
+        RunState::Pending => (Claim::Start, record.queued_ms, least, wanted),
         RunState::Resizing if observed.kept => {
-            (true, record.queued_ms, workers.min.saturating_sub(members), workers.max.saturating_sub(members))
+            (Claim::Repair, record.queued_ms, least.saturating_sub(members), wanted.saturating_sub(members))
         }
         RunState::Resizing => {
             let gone = thaw_mutants::planted("members-not-awaited")
@@ -311,16 +339,20 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
             if !gone {
                 return None;
             }
-            (true, record.queued_ms, workers.min, workers.max)
+            (Claim::Repair, record.queued_ms, least, wanted)
         }
         RunState::Running => {
-            let missing = record.whole_size().saturating_sub(members);
+            let whole = record.whole.min(wanted);
+            let (claim, missing) = match whole.saturating_sub(members) {
+                0 => (Claim::Growth, wanted.saturating_sub(members)),
+                lost => (Claim::Repair, lost),
+            };
             let survive = record.members.iter().all(|member| observed.keepers.contains(&member.trainer.incarnation));
             if missing == 0 || !survive || !record.joining.is_empty() || now_ms < observed.join_ms {
                 return None;
             }
             // It trains, so it can wait: nothing is kept free for it.
-            (true, now_ms, 1, missing)
+            (claim, now_ms, 1, missing)
         }
         RunState::Admitted
         | RunState::Forming
@@ -338,9 +370,47 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
         since_ms,
         min,
         max,
-        is_damaged,
+        claim,
         avoid: observed.avoid.clone(),
     })
+}
+
+/// The run as one whose slots another may take; `None` where it does not train, or is about to give some up.
+#[must_use]
+pub fn holds_slots(record: &RunRecord, observed: &Observed) -> Option<Holder> {
+    if record.state != RunState::Running || record.ceded.is_some() || observed.broken.is_some() {
+        return None;
+    }
+    let workers = &record.spec.workers;
+    let size = u32::try_from(record.members.len()).unwrap_or(u32::MAX);
+    let keeps = |member: &Member| observed.keepers.contains(&member.trainer.incarnation);
+    Some(Holder {
+        run: record.id.clone(),
+        priority: record.spec.scheduling.priority,
+        size,
+        min: workers.min,
+        shrinks: observed.awaited.is_empty() && record.members.iter().all(keeps),
+        queued_ms: record.queued_ms,
+        placed_ms: record.placed_ms,
+    })
+}
+
+/// Slots that the run holds and is about to give up.
+#[must_use]
+pub fn gives_up(record: &RunRecord) -> u32 {
+    let ceded = record.ceded.map_or(0, |most| record.members.len().saturating_sub(most as usize));
+    let slots = match record.state {
+        RunState::Preempting | RunState::Suspending => record.trainers().count(),
+        RunState::Forming | RunState::Running => record.leaving.len() + ceded,
+        RunState::Pending
+        | RunState::Admitted
+        | RunState::Resizing
+        | RunState::Suspended
+        | RunState::Succeeded
+        | RunState::Failed
+        | RunState::Cancelled => 0,
+    };
+    u32::try_from(slots).unwrap_or(u32::MAX)
 }
 
 /// Takes one step. `now_ms`: Unix milliseconds.
@@ -380,6 +450,9 @@ pub fn step(
         Input::Cancel => turn.cancel()?,
         Input::Suspend => turn.suspend()?,
         Input::Resume => turn.resume()?,
+        Input::Scale { workers } => turn.scale(*workers)?,
+        Input::Cede { workers, to } => turn.cede(*workers, to)?,
+        Input::Yield { to } => turn.yield_to(to)?,
         Input::CoordinatorStarted => turn.coordinator_started(),
     }
     Ok(turn.outcome())

@@ -42,7 +42,7 @@ pub struct RunRecord {
     pub end_ms: Option<u64>,
     /// Generations since the last newly committed step.
     pub failures_without_progress: u32,
-    /// Submitted, or asked to resume. 0 in records of the first version.
+    /// Submitted, asked to resume, or having yielded. 0 in records of the first version.
     #[serde(default)]
     pub queued_ms: u64,
     /// Trainers that are starting and will be in the next generation, beside `members`.
@@ -54,6 +54,21 @@ pub struct RunRecord {
     /// Whether it is to be suspended once its gang trains again.
     #[serde(default)]
     pub suspends_next: bool,
+    /// Members of the generation before that the one being formed does without. They stop when it is committed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<Trainer>,
+    /// Trainers that a user has asked for. `None`: as many as the spec allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<u32>,
+    /// As many as it may keep once it has given up slots to a run of higher priority, until a gang is that small.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ceded: Option<u32>,
+    /// When it last left the queue. 0: never, or in an earlier version.
+    #[serde(default)]
+    pub placed_ms: u64,
+    /// Trainers the gang had before any was lost: what a loss is made up to before other runs start.
+    #[serde(default)]
+    pub whole: u32,
 }
 
 impl RunRecord {
@@ -84,6 +99,11 @@ impl RunRecord {
             joining: Vec::new(),
             carries: false,
             suspends_next: false,
+            leaving: Vec::new(),
+            scale: None,
+            ceded: None,
+            placed_ms: 0,
+            whole: 0,
         }
     }
 
@@ -109,15 +129,20 @@ impl RunRecord {
         self.trainers().map(Trainer::place)
     }
 
-    /// Members, and those that are to join them.
+    /// Members, those that are to join them, and those that are about to leave.
     pub fn trainers(&self) -> impl Iterator<Item = &Trainer> {
-        self.members.iter().map(|member| &member.trainer).chain(&self.joining)
+        self.members.iter().map(|member| &member.trainer).chain(&self.joining).chain(&self.leaving)
     }
 
-    /// How many trainers the gang had at its largest: what a loss is made up to.
+    /// How many trainers the run is to have now (RUN-11).
     #[must_use]
-    pub fn whole_size(&self) -> u32 {
-        self.world_sizes.iter().copied().max().unwrap_or(0).clamp(self.spec.workers.min, self.spec.workers.max)
+    pub fn wanted_size(&self) -> u32 {
+        let workers = &self.spec.workers;
+        // Where a gang goes on from before the end of a stage that was reported, it has that of the next one already.
+        let stage = self.stage_results.len().min(self.plan.stages.len().saturating_sub(1));
+        let of_stage = self.plan.stages.get(stage).and_then(|stage| stage.workers).unwrap_or(workers.max);
+        let most = self.ceded.unwrap_or(workers.max).min(of_stage);
+        self.scale.unwrap_or(workers.max).min(most).clamp(workers.min, workers.max)
     }
 }
 
@@ -153,6 +178,8 @@ pub struct Observed {
     pub(super) addresses: Addresses,
     /// Those of them that survive their gang.
     pub(super) keepers: BTreeSet<Incarnation>,
+    /// Those that were in a committed gang, so that they hold a state.
+    pub(super) holders: BTreeSet<Incarnation>,
     /// While RESIZING: whether members are kept for the next gang, instead of being stopped.
     pub(super) kept: bool,
     /// When a gang that says it is broken is formed again, if no loss explains it before; and one that a new leader has taken over and that has
@@ -170,7 +197,7 @@ pub struct Observed {
     pub(super) built: BTreeSet<Incarnation>,
     /// When the present wait is over. `None`: there is none, or it has yet to be armed.
     pub(super) deadline_ms: Option<u64>,
-    /// Since when there have been enough slots to start, but fewer than the run can use.
+    /// Since when there have been slots to start or to grow with, but fewer than the run can use.
     pub(super) gathering_since_ms: Option<u64>,
     /// Members of a gang that a new leader has taken over and not heard of yet.
     pub(super) awaited: BTreeSet<Incarnation>,

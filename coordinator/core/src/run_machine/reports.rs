@@ -79,6 +79,7 @@ impl Turn {
             );
             self.event(message);
             self.changed = true;
+            self.shrink();
         }
         Ok(())
     }
@@ -112,13 +113,16 @@ impl Turn {
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
                 Ok(())
             }
+            RunState::Preempting => {
+                self.yielded("saved");
+                Ok(())
+            }
             RunState::Pending
             | RunState::Admitted
             | RunState::Forming
             | RunState::Running
             | RunState::Resizing
             | RunState::Suspended
-            | RunState::Preempting
             | RunState::Succeeded
             | RunState::Failed
             | RunState::Cancelled => Err(self.not_legal("stand still")),
@@ -133,6 +137,11 @@ impl Turn {
         reason: RunReason,
         message: &str,
     ) -> Result<(), Rejection> {
+        if self.is_leaving(trainer) {
+            self.stop(trainer.clone());
+            self.forget_leaving(|other| other == trainer);
+            return Ok(());
+        }
         if self.is_joining(trainer) {
             self.joiner_failed(trainer, class, message);
             return Ok(());
@@ -145,11 +154,11 @@ impl Turn {
             return Ok(());
         }
         match self.record.state {
-            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
+            RunState::Admitted | RunState::Forming | RunState::Running => {
                 // It is still alive, so where the others are not kept it stays a member until it has stopped.
                 self.lose_gang(std::slice::from_ref(trainer), reason, message);
             }
-            RunState::Suspending => self.lose_trainer_that_failed(trainer, reason, message),
+            RunState::Suspending | RunState::Preempting => self.lose_trainer_that_failed(trainer, reason, message),
             RunState::Resizing if self.observed.kept => self.lose_trainer_that_failed(trainer, reason, message),
             // It was told to stop.
             RunState::Resizing => {}

@@ -53,10 +53,14 @@ impl Turn {
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
                 Ok(())
             }
-            RunState::Suspending | RunState::Suspended => Ok(()),
-            RunState::Preempting | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {
-                Err(self.not_legal("be suspended"))
+            // It saves already; where it goes from there is what changes.
+            RunState::Preempting => {
+                let message = "saving at the next step";
+                self.enter(RunState::Suspending, RunReason::UserRequest, message, Some(self.policy.suspend_timeout_ms));
+                Ok(())
             }
+            RunState::Suspending | RunState::Suspended => Ok(()),
+            RunState::Succeeded | RunState::Failed | RunState::Cancelled => Err(self.not_legal("be suspended")),
         }
     }
 
@@ -75,6 +79,8 @@ impl Turn {
                 self.record.attempt = self.record.attempt.next();
                 self.record.failures_without_progress = 0;
                 self.record.queued_ms = self.now_ms;
+                self.record.whole = 0;
+                self.record.ceded = None;
                 self.enter(RunState::Pending, RunReason::WaitingForWorkers, String::new(), None);
                 Ok(())
             }
@@ -115,12 +121,16 @@ impl Turn {
     }
 
     fn await_members(&mut self) {
-        for trainer in std::mem::take(&mut self.record.joining) {
+        // Nobody knows yet whether who is about to leave could come back.
+        let mut others = std::mem::take(&mut self.record.joining);
+        others.append(&mut self.record.leaving);
+        for trainer in others {
             self.changed = true;
             self.stop(trainer);
         }
         let members = self.record.members.iter();
         self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
+        self.observed.holders = self.observed.awaited.clone();
         self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
     }
 
@@ -149,7 +159,8 @@ impl Turn {
     pub(super) fn lose_taken_over(&mut self, message: String) {
         self.changed = true;
         match self.record.state {
-            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
+            RunState::Preempting => self.yielded(&message),
+            RunState::Admitted | RunState::Forming | RunState::Running => {
                 if self.waits_for_word(RunReason::CoordinatorRestarted, &message)
                     || self.keep_members(&[], RunReason::CoordinatorRestarted, &message)
                 {

@@ -1,8 +1,9 @@
 //! One run, random workers and trainers, a machine that is restarted at will. Seeds are fixed, so a failure repeats.
 //!
-//! Checked after every step: RUN-1 to RUN-6. Checked at the end, once faults have stopped: RUN-7 and RUN-8, that the run ends.
+//! Checked after every step: RUN-1 to RUN-6, RUN-11 and RUN-12. Checked at the end, once faults have stopped: RUN-7 and RUN-8, that the run ends and no trainer
+//! is left.
 
-use super::tests::{checkpoint, result};
+use super::tests::{checkpoint, result, stage_result};
 use super::*;
 use crate::gang::FreeSlot;
 use crate::scheduler;
@@ -14,7 +15,11 @@ use thaw_proto::ids::Slot;
 const SEEDS: u64 = 400;
 const ACTIONS: u32 = 400;
 const LAST_STEP: u64 = 60;
+/// Of a run that is scaled again and again.
+const LONG_STEP: u64 = 1000;
 const SAVE_STEPS: u64 = 10;
+/// Where the first stage ends.
+const STAGE_STEP: u64 = 30;
 /// Rounds within which a run must end once faults have stopped.
 const CALM_ROUNDS: u32 = 4000;
 
@@ -84,29 +89,38 @@ struct World {
     workers: Vec<SimWorker>,
     record: RunRecord,
     observed: Observed,
+    /// Where training ends.
+    last_step: u64,
     /// Whether faults have stopped.
     calm: bool,
     /// Whether trainers survive the loss of a peer.
     keeps: bool,
     /// How often a trainer went on in a new gang with a state that a survivor held.
     carried: u32,
+    /// Gangs that were committed smaller with who was left of a larger one, and larger than any wish before had let them be.
+    shrunk: u32,
+    grown: u32,
     log: Vec<String>,
 }
 
 impl World {
     fn new(seed: u64) -> Self {
         let spec = spec(json!({"workers": {"min": 1, "max": 3, "threads_per_trainer": 1}}));
-        let plan = plan_of(&spec);
+        let mut plan = plan_of(&spec);
+        plan.stages[0].workers = (seed % 3 == 1).then_some(1 + (seed % 2) as u32);
         let workers = (0..3).map(|_| SimWorker { connected: true, ..SimWorker::default() }).collect();
         Self {
             dice: Dice(seed),
             keeps: !seed.is_multiple_of(4),
             carried: 0,
+            shrunk: 0,
+            grown: 0,
             now_ms: 0,
             minted: 0,
             workers,
             record: RunRecord::new("demo-00000001".into(), spec, plan, "file:///d".into(), 0),
             observed: Observed::default(),
+            last_step: LAST_STEP,
             calm: false,
             log: Vec::new(),
         }
@@ -125,7 +139,10 @@ impl World {
         ));
         let Ok(outcome) = outcome else { return };
         assert_eq!(outcome.changed, outcome.record != before);
-        check(&before, &outcome.record, input, &outcome.effects);
+        check(&before, &outcome.record, input, &outcome.effects, self.last_step);
+        let is_committed = outcome.record.world_sizes.len() > before.world_sizes.len();
+        self.shrunk += u32::from(is_committed && !before.leaving.is_empty());
+        self.grown += u32::from(is_committed && before.reason == RunReason::Scaled && before.leaving.is_empty());
         self.record = outcome.record;
         self.observed = outcome.observed;
         // The coordinator may be killed between saving and speaking.
@@ -151,7 +168,7 @@ impl World {
         }
         let outcome =
             step(&Policy::default(), &self.record, &self.observed, self.now_ms, &Input::CoordinatorStarted).unwrap();
-        check(&self.record, &outcome.record, &Input::CoordinatorStarted, &outcome.effects);
+        check(&self.record, &outcome.record, &Input::CoordinatorStarted, &outcome.effects, self.last_step);
         self.record = outcome.record;
         self.observed = outcome.observed;
     }
@@ -241,8 +258,8 @@ impl World {
                     && *awaiting == Some(checkpoint.position.step.0)
                 {
                     *awaiting = None;
-                    if checkpoint.position.step.0 == LAST_STEP {
-                        let result = Box::new(result(LAST_STEP));
+                    if checkpoint.position.step.0 == self.last_step {
+                        let result = Box::new(result(self.last_step));
                         let reason = RunReason::LastStageEnded;
                         state.say(at, Input::Finished { trainer, generation, result, reason });
                     }
@@ -262,7 +279,7 @@ impl World {
         let sim = &mut self.workers[worker].trainers[at];
         sim.held = Some(step);
         sim.phase = Phase::Training { step, awaiting: None };
-        let boundary = step == LAST_STEP && sim.rank == Rank(0);
+        let boundary = step == self.last_step && sim.rank == Rank(0);
         if boundary && held.is_some() {
             // The last checkpoint may have been lost with the generation before.
             sim.phase = Phase::Training { step, awaiting: Some(step) };
@@ -318,12 +335,16 @@ impl World {
                 state.say(at, failed);
             }
             Phase::Training { step, awaiting: None } => {
-                let next = (step + 5).min(LAST_STEP);
-                let saves = sim.rank == Rank(0) && (next == LAST_STEP || next.is_multiple_of(SAVE_STEPS));
+                let next = (step + 5).min(self.last_step);
+                let saves = sim.rank == Rank(0) && (next == self.last_step || next.is_multiple_of(SAVE_STEPS));
                 state.trainers[at].phase = Phase::Training { step: next, awaiting: saves.then_some(next) };
                 state.trainers[at].held = Some(next);
                 if sim.rank == Rank(0) && state.connected {
                     state.outbox.push_back(Input::Progressed { generation, step: Step(next) });
+                }
+                if sim.rank == Rank(0) && step < STAGE_STEP && next >= STAGE_STEP {
+                    let (trainer, result) = (trainer.clone(), Box::new(stage_result(0)));
+                    state.say(at, Input::StageEnded { trainer, generation, result });
                 }
                 if saves {
                     let checkpoint = checkpoint(generation, next);
@@ -388,7 +409,15 @@ impl World {
             0..=19 => self.deliver_to_worker(worker),
             20..=44 => self.deliver_from_worker(worker),
             45..=69 => self.work(worker),
-            70..=84 => self.tick(),
+            70..=82 => self.tick(),
+            83 => {
+                let (to, workers) = ("other-00000002".into(), 1 + self.dice.below(2) as u32);
+                self.send(&if workers == 1 { Input::Yield { to } } else { Input::Cede { workers, to } });
+            }
+            84 => {
+                let workers = 1 + self.dice.below(3) as u32;
+                self.send(&Input::Scale { workers });
+            }
             85..=91 => self.report(worker),
             92..=94 => self.kill(worker),
             95 => self.disconnect(worker),
@@ -401,6 +430,22 @@ impl World {
             99 if self.dice.below(20) == 0 => self.send(&Input::Cancel),
             _ => self.send(&Input::Resume),
         }
+    }
+
+    /// Faults stop: the run ends, and leaves no trainer behind.
+    fn end(&mut self, seed: u64) {
+        self.calm = true;
+        let ends = (0..CALM_ROUNDS).any(|_| {
+            self.calm_round();
+            self.record.state.has_ended()
+        });
+        let tail = self.log.len().saturating_sub(40);
+        assert!(ends, "seed {seed} is stuck in {:?}:\n{}", self.record.state, self.log[tail..].join("\n"));
+        let nobody = (0..CALM_ROUNDS).any(|_| {
+            self.calm_round();
+            self.workers.iter().all(|worker| worker.trainers.is_empty())
+        });
+        assert!(nobody, "seed {seed} leaves trainers behind:\n{}", self.log[tail..].join("\n"));
     }
 
     /// Everything that is due happens, and nothing breaks.
@@ -439,8 +484,8 @@ fn addressee(effect: &Effect) -> &Trainer {
     }
 }
 
-/// RUN-1 to RUN-5 over one accepted step.
-fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect]) {
+/// RUN-1 to RUN-6, RUN-11 and RUN-12 over one accepted step.
+fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect], last_step: u64) {
     assert!(after.generation == before.generation || after.generation == before.generation.next(), "RUN-1");
     assert!(after.attempt >= before.attempt && after.world_sizes.len() >= before.world_sizes.len());
     if before.head != after.head {
@@ -457,10 +502,10 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
     assert!(!before.state.has_ended() || before == after, "RUN-4");
     assert!(*input != Input::Cancel || after.state.has_ended(), "RUN-4");
     assert_eq!(after.result.is_some(), after.state == RunState::Succeeded, "RUN-5");
-    assert!(after.state != RunState::Succeeded || after.position.step == Step(LAST_STEP), "RUN-5");
+    assert!(after.state != RunState::Succeeded || after.position.step == Step(last_step), "RUN-5");
     if after.generation > before.generation {
         let kept = |member: &Member| {
-            let still = after.members.iter().any(|other| other.trainer == member.trainer);
+            let still = after.trainers().any(|other| *other == member.trainer);
             still
                 || effects
                     .iter()
@@ -477,7 +522,20 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
             _ => false,
         };
         assert!(before.members.iter().all(|member| kept(member) || gone(member)), "RUN-6: {input:?}");
+        let (least, most) = (after.spec.workers.min as usize, after.wanted_size() as usize);
+        assert!((least..=most).contains(&after.members.len()), "RUN-11: {} members", after.members.len());
     }
+    if after.world_sizes.len() > before.world_sizes.len() {
+        let size = *after.world_sizes.last().unwrap();
+        assert!((after.spec.workers.min..=after.spec.workers.max).contains(&size), "RUN-11: {size} are committed");
+        assert!(after.leaving.is_empty(), "RUN-11: who leaves is let go");
+    }
+    if before.state == RunState::Preempting && after.state == RunState::Pending {
+        assert!(after.trainers().count() == 0 && after.head == before.head, "RUN-12");
+    }
+    let forms = matches!(after.state, RunState::Admitted | RunState::Forming);
+    assert!(forms || after.leaving.is_empty(), "RUN-11: {:?} is about to leave", after.leaving);
+    assert!(!after.state.has_ended() || after.trainers().count() == 0, "an ended run holds slots");
     let mut places: Vec<FreeSlot> = after.held_slots().collect();
     places.sort();
     places.dedup();
@@ -493,18 +551,7 @@ fn random_lives_keep_the_invariants_and_end() {
         for _ in 0..ACTIONS {
             world.random_action();
         }
-        world.calm = true;
-        let rounds = (0..CALM_ROUNDS).find(|_| {
-            world.calm_round();
-            world.record.state.has_ended()
-        });
-        let tail = world.log.len().saturating_sub(40);
-        assert!(
-            rounds.is_some(),
-            "seed {seed} is stuck in {:?}:\n{}",
-            world.record.state,
-            world.log[tail..].join("\n")
-        );
+        world.end(seed);
         carried += world.carried;
         match world.record.state {
             RunState::Succeeded => ends[0] += 1,
@@ -518,4 +565,37 @@ fn random_lives_keep_the_invariants_and_end() {
     }
     assert!(carried > 100, "survivors went on {carried} times only");
     assert!(ends.iter().all(|count| *count > 0) && ends[0] > ends[1], "succeeded, failed, cancelled: {ends:?}");
+}
+
+/// RUN-11, RUN-12: a gang that is asked for another size again and again, loses trainers and leaders in the middle, and yields now and then.
+#[test]
+fn gangs_of_changing_sizes_keep_the_invariants_and_end() {
+    let (mut shrunk, mut grown, mut carried, mut yielded) = (0, 0, 0, 0);
+    for seed in 0..60 {
+        let mut world = World { keeps: true, last_step: LONG_STEP, ..World::new(seed) };
+        for _ in 0..200 {
+            world.calm_round();
+            let worker = world.dice.below(3) as usize;
+            match world.dice.below(100) {
+                0..=14 => {
+                    let workers = 1 + world.dice.below(3) as u32;
+                    world.send(&Input::Scale { workers });
+                }
+                15..=18 => world.kill(worker),
+                19 => world.restart(),
+                20 => world.disconnect(worker),
+                21..=22 => world.send(&Input::Cede { workers: 1, to: "other-00000002".into() }),
+                23..=25 => {
+                    world.send(&Input::Yield { to: "other-00000002".into() });
+                    yielded += u32::from(world.record.state == RunState::Preempting);
+                }
+                _ => {}
+            }
+        }
+        world.end(seed);
+        assert_ne!(world.record.state, RunState::Cancelled);
+        (shrunk, grown, carried) = (shrunk + world.shrunk, grown + world.grown, carried + world.carried);
+    }
+    let counts = [shrunk, grown, carried, yielded];
+    assert!(counts.iter().all(|count| *count > 50), "shrunk, grown, carried, yielded: {counts:?}");
 }

@@ -87,24 +87,27 @@ fn run_4_the_table_of_transitions() {
             shown(Input::CoordinatorStarted),
             shown(Input::TrainerInterrupted { trainer: rank_0.clone(), generation, message: String::new() }),
             shown(Input::Progressed { generation, step: Step(7) }),
+            shown(Input::Scale { workers: script.record.spec.workers.min }),
+            shown(Input::Cede { workers: script.record.spec.workers.min, to: "other-00000002".into() }),
+            shown(Input::Yield { to: "other-00000002".into() }),
         ];
         table.push_str(&format!("{name}: {}\n", cells.join(" ")));
     }
-    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted TrainerInterrupted Progressed
+    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted TrainerInterrupted Progressed Scale Cede Yield
     let expected = "
-PENDING: Admitted = - - - = - - - - Suspended - Cancelled = - =
-ADMITTED: = = = - = = = Failed - - Suspended - Cancelled Resizing = =
-FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing = =
-RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled = = =
-KEEPING: = Forming = = Forming Forming Forming Failed = - Suspending - Cancelled = = =
-KEPT: Admitted = = - = = = Failed = - Suspended - Cancelled = = =
-RESIZING: = = - - = = = Failed = - Suspended - Cancelled = = =
-SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled = Suspended =
-SUSPENDED: = = - - - = - - - - = Pending Cancelled = - =
-PREEMPTING: = Resizing = = Resizing Resizing Resizing Failed = - - - Cancelled = - =
-SUCCEEDED: = = - - - = - - - - - - - = - =
-FAILED: = = - - - = - - - - - - - = - =
-CANCELLED: = = - - - = - - - - - - = = - =
+PENDING: Admitted = - - - = - - - - Suspended - Cancelled = - = = - -
+ADMITTED: = = = - = = = Failed - - Suspended - Cancelled Resizing = = = - -
+FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing = = = - -
+RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled = = = = = Preempting
+KEEPING: = Forming = = Forming Forming Forming Failed = - Suspending - Cancelled = = = Forming Forming Preempting
+KEPT: Admitted = = - = = = Failed = - Suspended - Cancelled = = = = - -
+RESIZING: = = - - = = = Failed = - Suspended - Cancelled = = = = - -
+SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled = Suspended = = - -
+SUSPENDED: = = - - - = - - - - = Pending Cancelled = - = = - -
+PREEMPTING: = Pending = = Pending Pending Pending Failed = Pending Suspending - Cancelled = Pending = = - -
+SUCCEEDED: = = - - - = - - - - - - - = - = - - -
+FAILED: = = - - - = - - - - - - - = - = - - -
+CANCELLED: = = - - - = - - - - - - = = - = - - -
 ";
     assert_eq!(table, expected);
 }
@@ -118,6 +121,9 @@ fn cited_invariants_exist() {
         include_str!("keeping.rs"),
         include_str!("reports.rs"),
         include_str!("requests.rs"),
+        include_str!("sizes.rs"),
+        include_str!("sizes_tests.rs"),
+        include_str!("yielding.rs"),
         include_str!("turn.rs"),
         include_str!("tests.rs"),
         include_str!("table.rs"),

@@ -166,7 +166,7 @@ pub(super) fn result(steps: u64) -> RunResult {
     }
 }
 
-fn stage_result(stage: u32) -> StageResult {
+pub(super) fn stage_result(stage: u32) -> StageResult {
     StageResult {
         stage: StageIndex(stage),
         steps: 10,
@@ -182,7 +182,7 @@ fn stage_result(stage: u32) -> StageResult {
     }
 }
 
-fn generations(effects: &[Effect]) -> Vec<&'static str> {
+pub(super) fn kinds(effects: &[Effect]) -> Vec<&'static str> {
     effects
         .iter()
         .map(|effect| match effect {
@@ -200,28 +200,28 @@ fn generations(effects: &[Effect]) -> Vec<&'static str> {
 fn a_run_from_submission_to_success() {
     let mut script = Script::new();
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(kinds(&script.effects(tick)), ["start", "start"]);
     assert_eq!(
         (script.record.state, script.record.generation, script.record.attempt),
         (RunState::Admitted, Generation(1), Attempt(1))
     );
     let proposals = script.all_ready();
-    assert_eq!(generations(&proposals), ["propose", "propose"]);
+    assert_eq!(kinds(&proposals), ["propose", "propose"]);
     let Effect::Propose(second) = &proposals[1] else { panic!("{proposals:?}") };
     assert_eq!((second.rank, second.addresses.len(), &second.resume), (Rank(1), 2, &None));
-    assert_eq!(generations(&script.all_built()), ["commit", "commit"]);
+    assert_eq!(kinds(&script.all_built()), ["commit", "commit"]);
     assert_eq!(
         (script.record.state, script.record.start_ms, &script.record.world_sizes[..]),
         (RunState::Running, Some(1000), &[2][..])
     );
     let written = script.checkpoint(10);
-    assert_eq!(generations(&script.effects(written)), ["ack"]);
+    assert_eq!(kinds(&script.effects(written)), ["ack"]);
     let ended =
         Input::StageEnded { trainer: script.trainer(0), generation: Generation(1), result: Box::new(stage_result(0)) };
     let (_, events) = script.send(ended).unwrap();
     assert_eq!(events[0].message, "stage head ended after 10 steps: MaxEpochs, loss 0.5000");
     let finished = script.finished(10);
-    assert_eq!(generations(&script.effects(finished)), ["stop", "stop"]);
+    assert_eq!(kinds(&script.effects(finished)), ["stop", "stop"]);
     assert_eq!(
         (script.record.state, script.record.reason, script.record.end_ms),
         (RunState::Succeeded, RunReason::NoGain, Some(1000))
@@ -250,7 +250,7 @@ fn run_1_run_6_a_lost_trainer_gives_the_next_generation() {
     assert!(script.effects(tick).is_empty());
     script.effects(Input::TrainerExited { trainer: survivor.clone(), ending: "signal 9".into() });
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(kinds(&script.effects(tick)), ["start", "start"]);
     assert_eq!(script.record.generation, Generation(2));
     let proposals = script.all_ready();
     let Effect::Propose(first) = &proposals[0] else { panic!("{proposals:?}") };
@@ -277,7 +277,7 @@ fn run_6_a_silent_member_is_given_up() {
     assert!(script.effects(tick).is_empty());
     script.now_ms += 1;
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(kinds(&script.effects(tick)), ["start", "start"]);
 }
 
 #[test]
@@ -305,7 +305,7 @@ fn run_3_the_head_never_goes_back() {
     script.effects(ten.clone());
     assert!(matches!(script.send(nine).unwrap_err(), Rejection::HeadWouldGoBack { .. }));
     // Said twice, answered twice.
-    assert_eq!(generations(&script.effects(ten)), ["ack"]);
+    assert_eq!(kinds(&script.effects(ten)), ["ack"]);
     assert_eq!(script.record.position.step, Step(10));
 }
 
@@ -351,14 +351,14 @@ fn a_trainers_verdict_decides_between_failing_and_trying_again() {
     for class in [FailureClass::Invalid, FailureClass::Fatal] {
         let mut script = Script::running();
         let failed = script.failed(class);
-        assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
+        assert_eq!(kinds(&script.effects(failed)), ["stop", "stop"]);
         assert_eq!((script.record.state, script.record.reason), (RunState::Failed, RunReason::TrainerError));
         assert_eq!(script.record.message, "rank 1 on b slot 0: the label `x` is unknown");
     }
     for class in [FailureClass::Retry, FailureClass::Fenced] {
         let mut script = Script::running();
         let failed = script.failed(class);
-        assert_eq!(generations(&script.effects(failed)), ["stop", "stop"]);
+        assert_eq!(kinds(&script.effects(failed)), ["stop", "stop"]);
         assert_eq!((script.record.state, script.record.members.len()), (RunState::Resizing, 2));
     }
     let mut script = Script::admitted();
@@ -407,11 +407,11 @@ fn a_run_waits_for_workers_and_says_so_once() {
 #[test]
 fn suspend_and_resume() {
     let mut script = Script::running();
-    assert_eq!(generations(&script.effects(Input::Suspend)), ["suspend", "suspend"]);
+    assert_eq!(kinds(&script.effects(Input::Suspend)), ["suspend", "suspend"]);
     let written = script.checkpoint(12);
     script.effects(written);
     let stopped = Input::Suspended { trainer: script.trainer(0), generation: Generation(1) };
-    assert_eq!(generations(&script.effects(stopped)), ["stop", "stop"]);
+    assert_eq!(kinds(&script.effects(stopped)), ["stop", "stop"]);
     assert_eq!((script.record.state, script.record.message.as_str()), (RunState::Suspended, "suspended at step 12"));
     script.effects(Input::Resume);
     assert_eq!((script.record.state, script.record.attempt), (RunState::Pending, Attempt(2)));
@@ -425,7 +425,7 @@ fn a_suspension_that_never_saves_ends_by_its_deadline() {
     let mut script = Script::running().after(Input::Suspend);
     script.now_ms += Policy::default().suspend_timeout_ms;
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["stop", "stop"]);
+    assert_eq!(kinds(&script.effects(tick)), ["stop", "stop"]);
     assert_eq!(script.record.state, RunState::Suspended);
 }
 
@@ -455,7 +455,7 @@ fn run_9_a_gang_that_trains_goes_on_under_a_new_coordinator() {
     assert_eq!((script.record.state, script.record.generation), (RunState::Running, Generation(1)));
     // What was said while nobody listened is said again, and answered.
     let written = script.checkpoint(10);
-    assert_eq!(generations(&script.effects(written)), ["ack"]);
+    assert_eq!(kinds(&script.effects(written)), ["ack"]);
     // From now on it is missed as ever.
     script.effects(seen("b", &[]));
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::TrainerLost));
@@ -468,7 +468,7 @@ fn run_9_who_does_not_come_back_is_lost_and_no_failure_of_the_run() {
     script.effects(seen("a", std::slice::from_ref(&first)));
     script.now_ms += Policy::default().reattach_timeout_ms;
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["stop"]);
+    assert_eq!(kinds(&script.effects(tick)), ["stop"]);
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert!(script.record.message.contains("b slot 0"), "{}", script.record.message);
     assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
@@ -479,7 +479,7 @@ fn run_9_who_does_not_come_back_is_lost_and_no_failure_of_the_run() {
     script.effects(seen("b", std::slice::from_ref(&second)));
     assert_eq!(script.record.state, RunState::Running);
     let listens = Input::TrainerReady { trainer: second, address: "h:1".to_owned(), keeps: false };
-    assert_eq!(generations(&script.effects(listens)), ["stop"]);
+    assert_eq!(kinds(&script.effects(listens)), ["stop"]);
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert_eq!(script.record.failures_without_progress, 0, "RUN-7");
 }
@@ -503,11 +503,11 @@ fn a_started_coordinator_forms_a_gang_again_that_did_not_train() {
     let mut script = Script::forming();
     let old = script.trainer(0);
     script.observed = Observed::default();
-    assert_eq!(generations(&script.effects(Input::CoordinatorStarted)), ["stop", "stop"]);
+    assert_eq!(kinds(&script.effects(Input::CoordinatorStarted)), ["stop", "stop"]);
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::CoordinatorRestarted));
     assert_eq!(script.record.failures_without_progress, 0);
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["start", "start"]);
+    assert_eq!(kinds(&script.effects(tick)), ["start", "start"]);
     // RUN-8: a straggler of the old gang is stopped when it is seen.
     let stop = Effect::StopTrainer { trainer: old.clone(), generation: Generation(2) };
     assert_eq!(script.effects(seen("a", &[old])), [stop]);
@@ -526,7 +526,7 @@ fn run_8_a_trainer_that_its_worker_no_longer_has_is_lost() {
 #[test]
 fn a_lost_worker_is_the_loss_of_its_trainers() {
     let mut script = Script::running();
-    assert_eq!(generations(&script.effects(Input::WorkerLost { worker: "b".into() })), ["stop"]);
+    assert_eq!(kinds(&script.effects(Input::WorkerLost { worker: "b".into() })), ["stop"]);
     assert_eq!(script.record.message, "worker b is lost");
     assert!(script.effects(Input::WorkerLost { worker: "c".into() }).is_empty());
     script.effects(Input::WorkerLost { worker: "a".into() });
@@ -600,15 +600,15 @@ fn run_10_too_few_survivors_wait_for_others_and_not_for_ever() {
     let survivor = script.trainer(0);
     assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty(), "it is not stopped later either");
     let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
-    assert_eq!(generations(&script.effects(tick)), ["start"]);
+    assert_eq!(kinds(&script.effects(tick)), ["start"]);
     assert_eq!((script.record.state, script.record.generation), (RunState::Admitted, Generation(2)));
     let joiner = script.trainer(1);
-    assert_eq!(generations(&script.effects(ready(&joiner, "h:7"))), ["propose", "propose"]);
+    assert_eq!(kinds(&script.effects(ready(&joiner, "h:7"))), ["propose", "propose"]);
 
     let mut script = too_few();
     script.now_ms += Policy::default().keep_timeout_ms;
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["stop"]);
+    assert_eq!(kinds(&script.effects(tick)), ["stop"]);
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::WaitingForWorkers));
 }
 
@@ -628,14 +628,14 @@ fn a_broken_gang_without_a_loss_is_mended() {
     assert!(script.effects(tick).is_empty());
     script.now_ms += 1;
     let tick = script.tick();
-    assert_eq!(generations(&script.effects(tick)), ["propose", "propose"]);
+    assert_eq!(kinds(&script.effects(tick)), ["propose", "propose"]);
     assert!(script.record.message.contains("lost rank 0"), "{}", script.record.message);
     // A loss in time is the reason, and the word of it is forgotten.
     let mut script = Script::keeping();
     let input = interrupted(&script);
     script.effects(input);
     let lost = script.exited(0);
-    assert_eq!(generations(&script.effects(lost)), ["propose"]);
+    assert_eq!(kinds(&script.effects(lost)), ["propose"]);
     script.now_ms += Policy::default().broken_timeout_ms;
     let tick = Input::Tick { slots: None, fresh: Vec::new() };
     assert!(script.effects(tick).is_empty());
@@ -705,7 +705,7 @@ fn survivors_save_before_they_are_suspended() {
     assert_eq!(script.record.state, RunState::Forming);
     let (generation, survivor) = (script.record.generation, script.trainer(0));
     let effects = script.effects(Input::GangBuilt { trainer: survivor.clone(), generation });
-    assert_eq!(generations(&effects), ["commit", "suspend"]);
+    assert_eq!(kinds(&effects), ["commit", "suspend"]);
     assert_eq!(script.record.state, RunState::Suspending);
     script.effects(Input::Suspended { trainer: survivor, generation });
     assert_eq!((script.record.state, script.record.suspends_next), (RunState::Suspended, false));
@@ -725,7 +725,7 @@ fn run_9_survivors_outlive_their_leader() {
     let exited = Input::TrainerExited { trainer: lost, ending: "signal 9".into() };
     assert!(script.effects(exited).is_empty(), "the other has yet to say that it listens");
     let effects = script.effects(ready(&survivor, "h:0"));
-    assert_eq!(generations(&effects), ["propose"]);
+    assert_eq!(kinds(&effects), ["propose"]);
     // The leader ends before it hears that the gang is built.
     new_leader(&mut script);
     assert_eq!((script.record.state, script.record.generation), (RunState::Forming, Generation(2)));
@@ -752,7 +752,7 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
         reason: RunReason::TrainerError,
         message: "cannot open the data".to_owned(),
     };
-    assert_eq!(generations(&script.effects(failed)), ["stop"]);
+    assert_eq!(kinds(&script.effects(failed)), ["stop"]);
     assert_eq!((script.record.state, script.record.generation), (RunState::Running, Generation(2)));
     assert_eq!(script.granted(&["b"]), None, "not at once again");
     script.now_ms += Policy::default().rejoin_wait_ms;
@@ -760,6 +760,6 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
     // RUN-4: an end stops who is joining too.
     let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["k".into()] };
     script.effects(tick);
-    assert_eq!(generations(&script.effects(Input::Cancel)), ["stop", "stop"]);
+    assert_eq!(kinds(&script.effects(Input::Cancel)), ["stop", "stop"]);
     assert_eq!(script.record.held_slots().count(), 0);
 }

@@ -88,14 +88,15 @@ impl Turn {
         }
     }
 
-    /// Tells every member to stop, and keeps them in the record; those that were to join are told and forgotten.
+    /// Tells every member to stop, and keeps them in the record; those that were to join or leave are told and forgotten.
     pub(super) fn stop_members(&mut self) {
         let trainers: Vec<Trainer> = self.record.trainers().cloned().collect();
         for trainer in trainers {
             self.stop(trainer);
         }
-        self.changed |= !self.record.joining.is_empty() || self.record.carries;
+        self.changed |= !self.record.joining.is_empty() || !self.record.leaving.is_empty() || self.record.carries;
         self.record.joining.clear();
+        self.record.leaving.clear();
         self.record.carries = false;
         self.observed.addresses.clear();
         self.observed.keepers.clear();
@@ -158,9 +159,8 @@ impl Turn {
         match self.record.state {
             // One fault can end several trainers, and each is heard of by itself.
             RunState::Admitted | RunState::Forming if self.is_of_last_failure() => self.end_gang(&[], reason, message),
-            RunState::Admitted | RunState::Forming | RunState::Running | RunState::Preempting => {
-                self.lose_gang(&[], reason, message);
-            }
+            RunState::Admitted | RunState::Forming | RunState::Running => self.lose_gang(&[], reason, message),
+            RunState::Preempting => self.yielded(&message),
             RunState::Suspending => {
                 self.release_members();
                 let message = format!("suspended from the last checkpoint: {message}");

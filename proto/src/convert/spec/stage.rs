@@ -5,10 +5,10 @@ use super::{lr_scheduler, until};
 use crate::convert::checker::{Checker, Interval, quote};
 use crate::convert::enums::WireEnum;
 use crate::pb;
-use crate::spec::{LrSchedulerType, OnEnter, Stage, Strategy};
+use crate::spec::{LrSchedulerType, OnEnter, Stage, Strategy, Workers};
 use std::collections::BTreeSet;
 
-pub(super) fn stages(at: &mut Checker, raw: &pb::RunSpec) -> Vec<Stage> {
+pub(super) fn stages(at: &mut Checker, raw: &pb::RunSpec, workers: &Workers) -> Vec<Stage> {
     // An unknown strategy may be a misspelled custom.
     let is_known = Strategy::from_number(raw.strategy).is_some();
     match (raw.strategy == Strategy::Custom.number(), raw.stages.is_empty()) {
@@ -27,11 +27,11 @@ pub(super) fn stages(at: &mut Checker, raw: &pb::RunSpec) -> Vec<Stage> {
         if !raw.name.is_empty() && !names.insert(raw.name.clone()) {
             at.refuse("name", format!("{} is the name of an earlier stage: choose another", quote(&raw.name)));
         }
-        stage(at, raw)
+        stage(at, raw, workers)
     })
 }
 
-fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
+fn stage(at: &mut Checker, raw: &pb::Stage, workers: &Workers) -> Stage {
     let name = at.name("name", &raw.name);
     if raw.thaw.is_empty() {
         at.refuse(
@@ -41,6 +41,12 @@ fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
     }
     for (index, pattern) in raw.thaw.iter().enumerate() {
         group_pattern(at, &format!("thaw[{index}]"), pattern);
+    }
+    if let Some(most) = raw.workers.filter(|most| !(workers.min..=workers.max).contains(most)) {
+        let Workers { min, max, .. } = workers;
+        let message =
+            format!("must be in {min}-{max} (workers.min to workers.max), not {most}; leave it out for {max}");
+        at.refuse("workers", message);
     }
     Stage {
         name,
@@ -55,6 +61,7 @@ fn stage(at: &mut Checker, raw: &pb::Stage) -> Stage {
         lr_scheduler: raw.lr_scheduler.as_ref().map(|raw| at.within("lr_scheduler", |at| lr_scheduler(at, raw))),
         learning_rates: learning_rates(at, &raw.learning_rates),
         recompute_batch_norm: raw.recompute_batch_norm,
+        workers: raw.workers,
     }
 }
 

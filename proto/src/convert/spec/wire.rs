@@ -256,6 +256,7 @@ impl From<&Stage> for pb::Stage {
             lr_scheduler: stage.lr_scheduler.as_ref().map(Into::into),
             learning_rates: stage.learning_rates.iter().map(|(group, rate)| (group.clone(), *rate)).collect(),
             recompute_batch_norm: stage.recompute_batch_norm,
+            workers: stage.workers,
         }
     }
 }
