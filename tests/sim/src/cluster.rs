@@ -356,6 +356,7 @@ impl SpecPlanner for OneStage {
             thawed_groups: vec![GroupIndex(0)],
             cost: StageCost::default(),
             recompute_batch_norm: false,
+            workers: None,
             plateau: None,
         };
         let data = DataSummary {
