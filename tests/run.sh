@@ -17,7 +17,7 @@ fi
 
 # "test result: ok. 3 passed; 0 failed; 1 ignored; ..." of cargo; "2 failed, 5 passed, 1 skipped in 3.4s" of pytest.
 awk -v status="$status" '
-    /^test result:/ || /^(=+ )?[0-9]+ (passed|failed|error|errors|skipped)[, ].* in [0-9.]+s/ {
+    /^test result:/ || /^(=+ )?[0-9]+ (passed|failed|error|errors|skipped)[, ].*in [0-9.]+s/ {
         gsub(/[;,]/, " ")
         for (i = 2; i <= NF; i++) {
             if ($i == "passed") passed += $(i - 1)
