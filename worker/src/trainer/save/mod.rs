@@ -440,17 +440,38 @@ impl ManifestWork {
 }
 
 impl Lead {
-    /// Takes note of a new manifest, and says which to keep: the last ones, and the head, which may be older where nobody commits for long.
+    /// Takes note of a new manifest, and says which to keep.
     fn keep(&self, step: Step, path: String) -> Vec<String> {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         recent.push((step, path));
-        // One more than asked for: the newest may not be the head yet.
-        let surplus = recent.len().saturating_sub(self.keep_last + 1);
-        let committed = self.outbox.committed();
-        let head =
-            recent.iter().rposition(|(step, _)| committed.is_some_and(|committed| *step <= committed)).unwrap_or(0);
-        let mut place = 0..;
-        recent.retain(|_| place.next().is_some_and(|place| place >= surplus || place == head));
+        forget_old(&mut recent, self.keep_last, self.outbox.committed());
         recent.iter().map(|(_, path)| path.clone()).collect()
+    }
+}
+
+/// Leaves the last ones, oldest first, and the head, which is older where nobody commits for long. `committed`: where this generation has heard
+/// of a commit; before, the head is what it began with.
+fn forget_old(recent: &mut Vec<(Step, String)>, keep_last: usize, committed: Option<Step>) {
+    // One more than asked for: the newest may not be the head yet.
+    let surplus = recent.len().saturating_sub(keep_last + 1);
+    let head = recent.iter().rposition(|(step, _)| committed.is_some_and(|committed| *step <= committed)).unwrap_or(0);
+    let mut place = 0..;
+    recent.retain(|_| place.next().is_some_and(|place| place >= surplus || place == head));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_head_is_kept_however_many_follow_it() {
+        let left = |committed: Option<u64>| {
+            let mut recent: Vec<(Step, String)> = (1..=6).map(|step| (Step(step), step.to_string())).collect();
+            forget_old(&mut recent, 2, committed.map(Step));
+            recent.into_iter().map(|(step, _)| step.0).collect::<Vec<_>>()
+        };
+        assert_eq!(left(Some(6)), [4, 5, 6]);
+        assert_eq!(left(Some(2)), [2, 4, 5, 6]);
+        assert_eq!(left(None), [1, 4, 5, 6], "what the generation began with");
     }
 }
