@@ -15,7 +15,7 @@ pub const ALL: &[&str] = &[
     "cancel-leaves-trainers",
     "commit-before-all-built",
     "failures-uncounted",
-    "followers-do-not-wait",
+    "reads-do-not-wait",
     "gang-key-reused",
     "generation-reused",
     "hash-unchecked",
