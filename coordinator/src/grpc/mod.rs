@@ -94,10 +94,6 @@ impl Services {
         }
     }
 
-    fn leads(&self) -> bool {
-        self.leading.borrow().is_some()
-    }
-
     /// Returns once the views show something.
     async fn readable(&self) -> Result<(), Status> {
         let (mut leading, mut synced) = (self.leading.clone(), self.synced.clone());

@@ -35,8 +35,7 @@ SAVE_STEPS = 3 * 2 * WORKLOAD.steps_per_epoch + 5
 
 def spec(settings: Settings) -> dict:
     def until(depth: Depth) -> dict:
-        deepest = {"max_steps": 6 if settings.quick else 1 + WORKLOAD.full_steps}
-        return deepest if depth.name == "all" else {"max_epochs": 2}
+        return {"max_steps": 6} if settings.quick and depth.name == "all" else {"max_epochs": 2}
 
     stages = workloads.stages(WORKLOAD.depths(), until)
     return WORKLOAD.spec(strategy="custom", stages=stages, prefix_cache={"mode": "required"}, checkpoint={"save_steps": SAVE_STEPS})
