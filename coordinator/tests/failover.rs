@@ -351,6 +351,34 @@ async fn a_coordinator_that_lost_its_store_follows_and_leads_again() {
     only.stop().await.unwrap();
 }
 
+/// GRPC-2: a change that followers show already, while the leader still waits for the store's word on it, is not taken back
+/// by the leader's answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_shows_nothing_older_than_its_followers() {
+    let Some(etcd) = common::EtcdProcess::start() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let leader = Coordinator::start_to_be_killed(&etcd.address, "lab", folder.path(), "c0").await;
+    let mut client = leader.client().await;
+    let follower = Coordinator::start_to_be_killed(&etcd.address, "lab", folder.path(), "c1").await;
+    let mut reader = follower.any_client().await;
+    let run = client.create_run(create("shown", 1)).await.unwrap().into_inner();
+    leader.link().set(Fault::DropAnswers);
+    let mut other = client.clone();
+    let suspend = pb::SuspendRunRequest { name: run.name.clone() };
+    let suspending = tokio::spawn(async move { other.suspend_run(suspend).await });
+    let (shown, _) = watch_until(&mut reader, watch(&run), |seen| seen.revision > run.revision).await;
+    match client.get_run(pb::GetRunRequest { name: run.name.clone() }).await {
+        Ok(read) => assert!(read.get_ref().revision >= shown.revision, "{read:?}"),
+        Err(refused) => assert_eq!(refused.code(), Code::Unavailable, "{refused:?}"),
+    }
+    leader.link().set(Fault::None);
+    // Whether it was answered is the store's to say; it was done.
+    drop(tokio::time::timeout(WAIT, suspending).await.expect("answered").unwrap());
+    assert_eq!(until_state(&mut reader, &run, pb::RunState::Suspended).await.name, run.name);
+    follower.stop().await.unwrap();
+    leader.kill();
+}
+
 fn identity(name: &str) -> Identity {
     Identity { name: name.to_owned(), address: "127.0.0.1:1".to_owned(), incarnation: Incarnation(format!("{name}-1")) }
 }

@@ -388,6 +388,18 @@ pub struct Workers {
     pub min: u32,
     pub max: u32,
     pub threads_per_trainer: u32,
+    #[serde(default)]
+    pub sizing: WorkerSizing,
+}
+
+/// How many trainers a stage uses that does not say it itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerSizing {
+    #[default]
+    Most,
+    /// As many as pay by the plan's cost model.
+    ByCost,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

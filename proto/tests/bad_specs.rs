@@ -78,7 +78,7 @@ fn what_could_not_be_read_has_no_second_mistake() {
             "optimizer.type: \"sdg\" is not a known value: did you mean sgd? (line 5)",
         ),
         ("until: {max_epochs: three}", "until.max_epochs: expected a whole number, found the text \"three\" (line 5)"),
-        ("workers: 4", "workers: expected fields (min, max, threads_per_trainer), found the number 4 (line 5)"),
+        ("workers: 4", "workers: expected fields (min, max, threads_per_trainer, sizing), found the number 4 (line 5)"),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");
@@ -117,7 +117,7 @@ fn rules_over_several_fields() {
         ("strategy: custom", "stages: is required for strategy custom: give at least one stage"),
         (
             "strategy: custom\nworkers: {min: 2, max: 4}\nstages: [{name: s, thaw: [head], workers: 1}]",
-            "stages[0].workers: must be in 2-4 (workers.min to workers.max), not 1; leave it out for 4 (line 7)",
+            "stages[0].workers: must be in 2-4 (workers.min to workers.max), not 1; leave it out for as many as workers.sizing gives (line 7)",
         ),
         (
             "stages: [{name: s, thaw: [head]}]",

@@ -210,7 +210,7 @@ prop_compose! {
             learning_rate: rate,
             layer_decay: decay,
             until: bounded.then_some(pb::Until { max_epochs: epochs, max_steps: None, early_stopping }),
-            workers: Some(pb::Workers { min, max, threads_per_trainer: None }),
+            workers: Some(pb::Workers { min, max, threads_per_trainer: None, sizing: precision.min(2) }),
             optimizer: sgd.then_some(pb::Optimizer { r#type: 2, ..Default::default() }),
             seed,
             logical_shards: shards,

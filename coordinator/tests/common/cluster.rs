@@ -91,8 +91,12 @@ impl Coordinator {
     /// Ends as by SIGKILL: nothing is given back. Its threads do not all end at one instant, so what some of them still make
     /// of the end of others must not reach the store.
     pub(crate) fn kill(self) {
-        self.link.as_ref().expect("started to be killed").set(Fault::BlackHole);
+        self.link().set(Fault::BlackHole);
         self.runtime.shutdown_background();
+    }
+
+    pub(crate) fn link(&self) -> &Proxy {
+        self.link.as_ref().expect("started to be killed")
     }
 
     pub(crate) async fn stop(self) -> Result<(), server::Error> {

@@ -67,6 +67,7 @@ wire_enums! {
     spec::PrefixCacheMode = pb::PrefixCacheMode { Auto, Off, Required }
     spec::Priority = pb::Priority { Low, Normal, High }
     spec::OnEnter = pb::OnEnter { RestoreBest, Keep }
+    spec::WorkerSizing = pb::WorkerSizing { Most, ByCost }
     run::RunState = pb::RunState {
         Pending, Admitted, Forming, Running, Resizing, Suspending, Suspended, Preempting, Succeeded, Failed, Cancelled,
     }

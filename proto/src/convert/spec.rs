@@ -208,7 +208,7 @@ fn workers(at: &mut Checker, raw: &pb::Workers) -> Workers {
         );
     }
     let threads_per_trainer = at.whole("threads_per_trainer", raw.threads_per_trainer, 1..=1024, 1);
-    Workers { min, max, threads_per_trainer }
+    Workers { min, max, threads_per_trainer, sizing: at.choice("sizing", raw.sizing).unwrap_or_default() }
 }
 
 fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {

@@ -10,6 +10,7 @@
 mod cost;
 mod memory;
 mod rates;
+mod sizing;
 mod strategy;
 mod work;
 
@@ -264,15 +265,16 @@ fn stage(
         None => LrSchedulerType::Linear,
     });
     // A trainer's part of a step follows from the stage's largest gang.
+    let workers = sizing::of_stage(spec, graph, draft, thawed, steps_per_epoch);
     let mut sized = spec.clone();
-    sized.workers.max = draft.workers.unwrap_or(spec.workers.max);
+    sized.workers.max = workers.unwrap_or(spec.workers.max);
     PlannedStage {
         name: draft.name.clone(),
         trainable_groups: draft.groups.iter().copied().map(group_index).collect(),
         learning_rates: rates::of_stage(spec, graph, levels, draft, backbone_thawed),
         on_enter: if before.is_none() { OnEnter::Keep } else { draft.on_enter },
         recompute_batch_norm: draft.recompute_batch_norm,
-        workers: draft.workers,
+        workers,
         schedule,
         warmup_steps: schedule::warmup_steps(schedule, given_warmup(&draft.scheduler, max_steps), max_steps),
         max_steps,

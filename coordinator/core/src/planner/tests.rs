@@ -278,6 +278,44 @@ fn work_4_a_step_is_forward_backward_sum_and_update() {
     assert_eq!(plan.stages[1].cost.work.flops, 8 * (2 * (10 + 6 * 4000 + 50 + 33) + 3 * 33));
 }
 
+/// SIZE-1, SIZE-2: the head over a cached prefix pays for the fewest, and more pay as the run thaws.
+#[test]
+fn size_2_stages_use_the_trainers_that_pay() {
+    // Layers of BERT-base's size, texts of 64 tokens: 7 million weights each, and a head of a few thousand.
+    let mut graph = graph();
+    for group in graph.groups.iter_mut().filter(|group| group.name.starts_with("encoder")) {
+        group.parameters = 7_000_000;
+        let flops = 2 * 64 * 7_000_000;
+        group.forward = Work { flops, bytes: 8_000_000, weight_bytes: 28_000_000, operators: 40 };
+        group.backward = Work { flops: 2 * flops, bytes: 16_000_000, weight_bytes: 56_000_000, operators: 80 };
+        group.lowest_backward = group.backward;
+    }
+    let data = DataFacts { shard_sizes: vec![10; 16], ..data() };
+    let until = json!({"max_epochs": 400, "max_steps": null, "early_stopping": null});
+    let base = json!({"logical_shards": 16, "global_batch_size": 64, "until": until});
+    let sizes = |workers: serde_json::Value, changes: serde_json::Value| -> Vec<Option<u32>> {
+        let mut all = base.as_object().unwrap().clone();
+        all.extend([("workers".to_owned(), workers)]);
+        all.extend(changes.as_object().unwrap().clone());
+        plan(&spec(all.into()), &graph, &data).unwrap().stages.iter().map(|stage| stage.workers).collect()
+    };
+    let by_cost = |min: u32| json!({"min": min, "max": 16, "threads_per_trainer": 1, "sizing": "by_cost"});
+    let found: Vec<u32> = sizes(by_cost(1), json!({})).into_iter().flatten().collect();
+    assert_eq!(found.len(), 5);
+    assert!(found.is_sorted() && found[0] < found[4], "{found:?}");
+    let least: Vec<u32> = sizes(by_cost(12), json!({})).into_iter().flatten().collect();
+    assert!(least.len() == 5 && least.iter().all(|size| (12..=16).contains(size)), "{least:?}");
+    // Where no cache keeps the prefix, the head's steps are those of all layers' forward pass.
+    let uncached = sizes(by_cost(1), json!({"prefix_cache": {"mode": "off"}}))[0].unwrap();
+    assert!(uncached > found[0], "{uncached} of {found:?}");
+    assert_eq!(sizes(json!({"min": 1, "max": 16, "threads_per_trainer": 1}), json!({})), [None; 5]);
+    let mut stages = json!([stage_json("a", &["head"]), stage_json("b", &["head", "encoder.layer.5"])]);
+    stages[0]["workers"] = json!(3);
+    let custom = sizes(by_cost(1), json!({"strategy": "custom", "stages": stages}));
+    assert_eq!(custom[0], Some(3), "it says so itself");
+    assert!(custom[1].unwrap() > found[0], "{custom:?}");
+}
+
 /// Which moment is the fullest (MEM-3), and whose the best weights are by then (MEM-4).
 #[test]
 fn mem_3_and_4_follow_the_stage() {

@@ -44,8 +44,9 @@ fn stage(at: &mut Checker, raw: &pb::Stage, workers: &Workers) -> Stage {
     }
     if let Some(most) = raw.workers.filter(|most| !(workers.min..=workers.max).contains(most)) {
         let Workers { min, max, .. } = workers;
-        let message =
-            format!("must be in {min}-{max} (workers.min to workers.max), not {most}; leave it out for {max}");
+        let message = format!(
+            "must be in {min}-{max} (workers.min to workers.max), not {most}; leave it out for as many as workers.sizing gives"
+        );
         at.refuse("workers", message);
     }
     Stage {

@@ -192,7 +192,12 @@ impl From<&EarlyStopping> for pb::EarlyStopping {
 
 impl From<&Workers> for pb::Workers {
     fn from(workers: &Workers) -> Self {
-        Self { min: Some(workers.min), max: Some(workers.max), threads_per_trainer: Some(workers.threads_per_trainer) }
+        Self {
+            min: Some(workers.min),
+            max: Some(workers.max),
+            threads_per_trainer: Some(workers.threads_per_trainer),
+            sizing: workers.sizing.number(),
+        }
     }
 }
 
