@@ -35,6 +35,41 @@ impl RunState {
             | Self::Preempting => false,
         }
     }
+
+    /// Whether its gang trains, and is asked for nothing else.
+    #[must_use]
+    pub fn is_training(self) -> bool {
+        match self {
+            Self::Running => true,
+            Self::Pending
+            | Self::Admitted
+            | Self::Forming
+            | Self::Resizing
+            | Self::Suspending
+            | Self::Suspended
+            | Self::Preempting
+            | Self::Succeeded
+            | Self::Failed
+            | Self::Cancelled => false,
+        }
+    }
+
+    /// Whether its trainers have been asked to save and stand still.
+    #[must_use]
+    pub fn is_saving(self) -> bool {
+        match self {
+            Self::Suspending | Self::Preempting => true,
+            Self::Pending
+            | Self::Admitted
+            | Self::Forming
+            | Self::Running
+            | Self::Resizing
+            | Self::Suspended
+            | Self::Succeeded
+            | Self::Failed
+            | Self::Cancelled => false,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +92,8 @@ pub enum RunReason {
     WaitingInQueue,
     Scaled,
     Preempted,
+    StepFailed,
+    TrainerHung,
 }
 
 /// Where training stands: after this many applied updates.

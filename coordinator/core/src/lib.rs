@@ -8,6 +8,7 @@ pub mod lr_find;
 pub mod manifest;
 pub mod planner;
 pub mod prefix;
+pub mod quarantine;
 pub mod run_machine;
 pub mod sampler;
 pub mod schedule;

@@ -97,7 +97,7 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t = Format::Table)]
         output: Format,
     },
-    /// Follow a run to its end; the exit code is its outcome.
+    /// Follow a run to its end; the exit code is its outcome, 3 where one step failed again and again.
     #[command(
         after_help = "With grpcurl:\n  grpcurl -plaintext -d '{\"name\": \"RUN\", \"include_progress\": true}' 127.0.0.1:7070 thaw.v1.RunService/WatchRun"
     )]

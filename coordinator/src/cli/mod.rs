@@ -44,6 +44,11 @@ impl Failure {
         Self { text: text.into(), code: 1 }
     }
 
+    /// A run has ended since one step failed again and again. Starting it again as it is would end the same way.
+    fn of_step(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 3 }
+    }
+
     fn from_error(error: &dyn std::error::Error) -> Self {
         Self::failed(thaw_runtime::chain(error))
     }

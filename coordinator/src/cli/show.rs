@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use thaw_coordinator::recover::Recovered;
 use thaw_coordinator::verify::Verified;
+use thaw_core::quarantine::{Resting, time_of_day};
 use thaw_core::step_time::Rates;
 use thaw_proto::pb;
 use thaw_proto::plan::StepWork;
@@ -39,7 +40,7 @@ pub(super) fn runs(list: &pb::ListRunsResponse, output: Format) -> Result<ExitCo
 
 pub(super) fn workers(list: &pb::ListWorkersResponse, output: Format) -> Result<ExitCode, Failure> {
     print_as(list, output, || {
-        let mut table = table(&["worker", "host", "slots", "free", "heartbeat", "runs"]);
+        let mut table = table(&["worker", "host", "slots", "free", "heartbeat", "runs", "quarantined"]);
         for worker in &list.workers {
             table.add_row([
                 worker.name.clone(),
@@ -48,6 +49,7 @@ pub(super) fn workers(list: &pb::ListWorkersResponse, output: Format) -> Result<
                 worker.free_slots.to_string(),
                 format!("{} ms", worker.heartbeat_age_ms),
                 worker.runs.join(", "),
+                worker.quarantined.iter().map(quarantined).collect::<Vec<_>>().join(", "),
             ]);
         }
         table.to_string()
@@ -82,6 +84,10 @@ pub(super) fn explained(found: &pb::ExplainRunResponse, output: Format) -> Resul
             let (place, length) = (found.queue_place, found.queue_length);
             let _ = write!(text, "\nplace {place} of {length} in the queue; {} slot(s) free", found.slots_free);
         }
+        if let Some(until) = &found.quarantined_until {
+            let resting = Resting { slots: found.slots_quarantined, until_ms: unix_ms(until) };
+            let _ = write!(text, "\n{resting}");
+        }
         if found.world_size > 0 {
             let _ = write!(text, "\n{}", trainers(found.world_size, found.wanted_world_size));
         }
@@ -90,6 +96,15 @@ pub(super) fn explained(found: &pb::ExplainRunResponse, output: Format) -> Resul
         text
     });
     Ok(ExitCode::SUCCESS)
+}
+
+fn quarantined(slot: &pb::QuarantinedSlot) -> String {
+    let until = slot.until.as_ref().map_or_else(String::new, |until| format!(" until {}", time_of_day(unix_ms(until))));
+    format!("slot {}{until} ({} faults)", slot.slot, slot.faults)
+}
+
+fn unix_ms(time: &prost_types::Timestamp) -> u64 {
+    u64::try_from(time.seconds).unwrap_or(0) * 1000 + u64::try_from(time.nanos / 1_000_000).unwrap_or(0)
 }
 
 /// The checks, and each stage's plan beside what was measured.

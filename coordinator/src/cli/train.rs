@@ -116,13 +116,19 @@ fn finish(run: &pb::Run, output: Format, summary: Option<&Path>) -> Result<ExitC
     }
     match run.state() {
         pb::RunState::Succeeded => Ok(ExitCode::SUCCESS),
-        state => Err(Failure::failed(format!(
-            "run {} is {}: {}{}",
-            show::short(&run.name),
-            show::state(state),
-            show::reason(run.reason()),
-            if run.message.is_empty() { String::new() } else { format!(": {}", run.message) }
-        ))),
+        state => {
+            let text = format!(
+                "run {} is {}: {}{}",
+                show::short(&run.name),
+                show::state(state),
+                show::reason(run.reason()),
+                if run.message.is_empty() { String::new() } else { format!(": {}", run.message) }
+            );
+            Err(match run.reason() {
+                pb::RunReason::StepFailed => Failure::of_step(text),
+                _ => Failure::failed(text),
+            })
+        }
     }
 }
 

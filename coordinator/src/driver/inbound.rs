@@ -1,7 +1,7 @@
 //! What workers report, as inputs of the machine; and what is only passed on to readers.
 
 use super::outbound::trainer_on;
-use thaw_core::run_machine::{FailureClass, Input, Trainer};
+use thaw_core::run_machine::{Ending, FailureClass, Input, Trainer};
 use thaw_proto::convert;
 use thaw_proto::ids::{Generation, RunId, WorkerName};
 use thaw_proto::pb;
@@ -70,7 +70,7 @@ fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Re
         }
         Event::Interrupted(raw) => Input::TrainerInterrupted { trainer, generation, message: raw.message },
         Event::Pong(pb::Pong {}) => return Err(Violations::one("pong", "is for the agent alone")),
-        Event::Exited(exited) => Input::TrainerExited { trainer, ending: ending(exited) },
+        Event::Exited(exited) => Input::TrainerExited { trainer, ending: ending(&exited) },
     }))
 }
 
@@ -86,10 +86,10 @@ fn failure_class(number: i32) -> Result<FailureClass, Violations> {
     }
 }
 
-fn ending(exited: pb::TrainerExited) -> String {
+fn ending(exited: &pb::TrainerExited) -> Ending {
     match (exited.code, exited.signal) {
-        (_, Some(signal)) => format!("signal {signal}"),
-        (Some(code), None) => format!("exit code {code}"),
-        (None, None) => "for an unknown reason".to_owned(),
+        (_, Some(signal)) => Ending::Signal(signal),
+        (Some(code), None) => Ending::Code(code),
+        (None, None) => Ending::Unknown,
     }
 }

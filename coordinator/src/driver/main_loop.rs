@@ -363,13 +363,14 @@ impl MainLoop {
         }
         // One decision for all, so that no slot is given twice.
         let Decided { mut verdicts, reclaim } = self.schedule();
+        let resting = self.resting();
         if let Some(reclaim) = reclaim {
             self.reclaim(reclaim).await?;
         }
         let ticked: Vec<RunId> =
             self.runs.iter().filter(|(_, run)| run.wants_ticks()).map(|(id, _)| id.clone()).collect();
         for id in ticked {
-            let input = Input::Tick { slots: verdicts.remove(&id), fresh: self.fresh(&id) };
+            let input = Input::Tick { slots: verdicts.remove(&id), fresh: self.fresh(&id), resting };
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "a tick was turned away");
             }

@@ -19,7 +19,7 @@ impl MainLoop {
             let here = self.runs.values().filter(|run| run.is_on(worker));
             here.map(|run| format!("runs/{}", run.stored.record.id)).collect()
         };
-        self.workers.list(&self.held(), runs_on)
+        self.workers.list(&self.held(), &self.quarantined(), runs_on)
     }
 
     pub(super) async fn open_session(

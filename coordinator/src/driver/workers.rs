@@ -4,10 +4,12 @@
 //! WORKER-1: a name has one session at a time, and a live one is not taken over.
 //! WORKER-2: a session whose outbox is full, or that was silent for [`HEARTBEAT_DEADLINE`], is over.
 
+use crate::clock::timestamp;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use thaw_core::gang::FreeSlot;
+use thaw_core::quarantine::Quarantine;
 use thaw_proto::ids::{Slot, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::worker::{Hello, TrainerStatus};
@@ -174,9 +176,16 @@ impl Workers {
     pub(super) fn list(
         &self,
         held: &BTreeSet<FreeSlot>,
+        quarantined: &BTreeMap<FreeSlot, Quarantine>,
         runs_on: impl Fn(&WorkerName) -> Vec<String>,
     ) -> Vec<pb::Worker> {
-        let free = self.free(held);
+        let mut free = self.free(held);
+        free.retain(|place| !quarantined.contains_key(place));
+        let resting = |(place, quarantine): (&FreeSlot, &Quarantine)| pb::QuarantinedSlot {
+            slot: place.slot.0,
+            until: Some(timestamp(i64::try_from(quarantine.until_ms).unwrap_or(i64::MAX))),
+            faults: quarantine.blames,
+        };
         let describe = |(worker, session): (&WorkerName, &Session)| pb::Worker {
             name: worker.to_string(),
             incarnation: session.hello.incarnation.to_string(),
@@ -185,6 +194,7 @@ impl Workers {
             host: session.hello.host.clone(),
             heartbeat_age_ms: u64::try_from(session.id.silence().as_millis()).unwrap_or(u64::MAX),
             runs: runs_on(worker),
+            quarantined: quarantined.iter().filter(|(place, _)| place.worker == *worker).map(resting).collect(),
         };
         self.sessions.iter().map(describe).collect()
     }

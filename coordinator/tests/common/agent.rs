@@ -21,6 +21,8 @@ pub(crate) enum Act {
     HoldAtStepOne,
     /// Die by SIGKILL after the checkpoint of step 1.
     DieAfterStepOne,
+    /// End with an exit code after the checkpoint of step 1.
+    CrashAfterStepOne,
     /// Report an error that trying again cannot mend.
     FailForGood,
 }
@@ -276,7 +278,7 @@ impl Session {
         let resumed = trainer.resume.as_ref().map_or(0, |resume| resume.position.unwrap().step);
         let step = match act {
             Act::Finish => resumed.max(1) + 1,
-            Act::HoldAtStepOne | Act::DieAfterStepOne | Act::FailForGood => resumed.max(1),
+            Act::HoldAtStepOne | Act::DieAfterStepOne | Act::CrashAfterStepOne | Act::FailForGood => resumed.max(1),
         };
         self.report(
             trainer,
@@ -318,6 +320,10 @@ impl Session {
             Act::DieAfterStepOne => {
                 self.trainers.remove(&trainer.start.slot);
                 self.report(trainer, Report::Exited(pb::TrainerExited { code: None, signal: Some(9) })).await;
+            }
+            Act::CrashAfterStepOne => {
+                self.trainers.remove(&trainer.start.slot);
+                self.report(trainer, Report::Exited(pb::TrainerExited { code: Some(101), signal: None })).await;
             }
             Act::HoldAtStepOne | Act::FailForGood => {}
         }

@@ -74,7 +74,7 @@ wire_enums! {
     run::RunReason = pb::RunReason {
         WaitingForWorkers, Starting, Training, TrainerLost, GangTimeout, UserRequest, LastStageEnded, NoGain, TrainerError,
         NoProgress, ReplicasDiverged, StorageError, CoordinatorRestarted, WaitingForQuota, WaitingInQueue,
-        Scaled, Preempted,
+        Scaled, Preempted, StepFailed, TrainerHung,
     }
     run::StageEnd = pb::StageEnd { MaxEpochs, MaxSteps, Patience, NotFinite }
 }

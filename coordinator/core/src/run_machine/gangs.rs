@@ -1,8 +1,10 @@
 //! How gangs come and go: slots, starting, forming, loss.
 
 use super::turn::Turn;
+use super::verdicts::{Ending, Fault};
 use super::{Effect, Member, Proposal, Rejection, Trainer, gang_key};
 use crate::gang::FreeSlot;
+use crate::quarantine::Resting;
 use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
 use thaw_mutants::planted;
@@ -10,12 +12,17 @@ use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
-    pub(super) fn tick(&mut self, slots: Option<&Verdict>, fresh: &[Incarnation]) -> Result<(), Rejection> {
+    pub(super) fn tick(
+        &mut self,
+        slots: Option<&Verdict>,
+        fresh: &[Incarnation],
+        resting: Option<Resting>,
+    ) -> Result<(), Rejection> {
         if self.give_up_awaited() || self.mend_broken() {
             return Ok(());
         }
         match self.record.state {
-            RunState::Pending => self.try_start_gang(slots, fresh)?,
+            RunState::Pending => self.try_start_gang(slots, fresh, resting)?,
             RunState::Resizing if self.observed.kept => {
                 if self.deadline_passed(self.policy.keep_timeout_ms) {
                     self.observed.kept = false;
@@ -28,7 +35,7 @@ impl Turn {
                         Some(self.policy.stop_timeout_ms),
                     );
                 } else {
-                    self.try_start_gang(slots, fresh)?;
+                    self.try_start_gang(slots, fresh, resting)?;
                 }
             }
             RunState::Resizing => {
@@ -39,7 +46,7 @@ impl Turn {
                 // Who has not stopped by now is on a worker that cannot be reached; its generation keeps it out (RUN-2).
                 self.changed |= !self.record.members.is_empty();
                 self.record.members.clear();
-                self.try_start_gang(slots, fresh)?;
+                self.try_start_gang(slots, fresh, resting)?;
             }
             RunState::Admitted => {
                 if self.deadline_passed(self.policy.start_timeout_ms) {
@@ -82,12 +89,17 @@ impl Turn {
         Ok(())
     }
 
-    fn try_start_gang(&mut self, slots: Option<&Verdict>, fresh: &[Incarnation]) -> Result<(), Rejection> {
+    fn try_start_gang(
+        &mut self,
+        slots: Option<&Verdict>,
+        fresh: &[Incarnation],
+        resting: Option<Resting>,
+    ) -> Result<(), Rejection> {
         let places = match slots {
             None => return Ok(()),
             Some(Verdict::Waits { reason, .. }) => {
                 self.observed.gathering_since_ms = None;
-                self.wait_for_slots(reason);
+                self.wait_for_slots(reason, resting);
                 return Ok(());
             }
             Some(Verdict::Granted(places)) => places,
@@ -103,10 +115,11 @@ impl Turn {
     }
 
     /// Records why, and nothing that changes while the reason does not: a long queue must not fill the store.
-    fn wait_for_slots(&mut self, reason: &Reason) {
+    fn wait_for_slots(&mut self, reason: &Reason, resting: Option<Resting>) {
         let (reason, message) = match reason {
             Reason::TooFewSlots { needed, .. } => {
-                (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s)"))
+                let resting = resting.map_or_else(String::new, |resting| format!("; {resting}"));
+                (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s){resting}"))
             }
             Reason::Preempts { needed, .. } => {
                 let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
@@ -259,7 +272,8 @@ impl Turn {
             self.stop(trainer);
         }
         self.observed.avoid.clear();
-        self.observed.holders = self.record.members.iter().map(|member| member.trainer.incarnation.clone()).collect();
+        self.observed.judged.clear();
+        self.note_holders();
         self.record.start_ms.get_or_insert(self.now_ms);
         self.observed.broken = None;
         let message = match &self.record.head {
@@ -303,11 +317,12 @@ impl Turn {
         let members = self.record.members.iter().map(|member| member.trainer.clone());
         let gone: Vec<Trainer> = members.filter(|trainer| late.contains(&trainer.place())).collect();
         self.observed.avoid.extend(late);
-        self.lose_gang(&gone, RunReason::GangTimeout, message);
+        self.lose_gang(&gone, Fault::Other, RunReason::GangTimeout, message);
     }
 
-    pub(super) fn trainer_exited(&mut self, trainer: &Trainer, ending: &str) -> Result<(), Rejection> {
+    pub(super) fn trainer_exited(&mut self, trainer: &Trainer, ending: Ending) -> Result<(), Rejection> {
         if self.is_joining(trainer) {
+            self.judge(trainer, ending.fault());
             self.lose_joiner(trainer, &format!("{} slot {} ended: {ending}", trainer.worker, trainer.slot));
             return Ok(());
         }
@@ -317,7 +332,8 @@ impl Turn {
         }
         let rank = self.member_of_any(trainer)?;
         let message = format!("rank {rank} on {} slot {} ended: {ending}", trainer.worker, trainer.slot);
-        self.lose_trainer(trainer, RunReason::TrainerLost, message);
+        let fault = self.judge(trainer, ending.fault());
+        self.lose_trainer(trainer, fault, RunReason::TrainerLost, message);
         Ok(())
     }
 
@@ -331,7 +347,7 @@ impl Turn {
         }
         let members = self.record.members.iter().map(|member| &member.trainer);
         let lost: Vec<Trainer> = members.filter(is_here).cloned().collect();
-        self.lose_trainers(&lost, RunReason::TrainerLost, message);
+        self.lose_trainers(&lost, Fault::Other, RunReason::TrainerLost, message);
     }
 
     /// RUN-8: stops who should not be, and misses who should.
@@ -355,7 +371,7 @@ impl Turn {
         for trainer in alive {
             if stopping || !self.record.trainers().any(|known| known == trainer) {
                 self.stop(trainer.clone());
-            } else if self.observed.awaited.remove(&trainer.incarnation) && self.is_saving() {
+            } else if self.observed.awaited.remove(&trainer.incarnation) && self.record.state.is_saving() {
                 // The leader before may have gone before it said so.
                 let generation = self.record.generation;
                 self.effect(Effect::SuspendTrainer { trainer: trainer.clone(), generation });
@@ -381,7 +397,7 @@ impl Turn {
                 self.record.members.retain(|member| member.trainer != trainer);
                 self.lose_taken_over(message);
             } else {
-                self.lose_trainer(&trainer, RunReason::TrainerLost, message);
+                self.lose_trainer(&trainer, Fault::Other, RunReason::TrainerLost, message);
             }
         }
     }

@@ -2,8 +2,10 @@
 
 use super::record::Broken;
 use super::turn::Turn;
+use super::verdicts::{Fault, fault_of};
 use super::{Effect, FailureClass, Member, Rejection, Trainer};
 use crate::gang::FreeSlot;
+use std::collections::BTreeSet;
 use thaw_proto::ids::{Generation, Incarnation, Rank, Step};
 use thaw_proto::run::{RunReason, RunState};
 
@@ -66,7 +68,11 @@ impl Turn {
             self.record.generation = self.record.generation.next();
         }
         if self.record.joining.is_empty() {
-            self.observed.join_ms = self.now_ms;
+            self.observed.join_ms = self.observed.restart_ms.max(self.now_ms);
+        }
+        // What they were to copy they may not have.
+        for one in std::mem::take(&mut self.observed.copying) {
+            self.observed.holders.remove(&one);
         }
         self.leave_out_surplus();
         self.rank_members();
@@ -137,8 +143,14 @@ impl Turn {
             self.record.carries = true;
             self.next_generation(reason, format!("{ready} trainer(s) join"));
         } else {
-            self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
+            self.join_later();
         }
+    }
+
+    /// Others are started in place of those that did not join, once a while has passed (RUN-13).
+    fn join_later(&mut self) {
+        self.observed.joiners_lost += 1;
+        self.observed.join_ms = self.now_ms + self.backoff_ms(self.policy.rejoin_wait_ms, self.observed.joiners_lost);
     }
 
     /// A trainer that was to join is gone; the gang trains on without it.
@@ -147,7 +159,7 @@ impl Turn {
         self.record.joining.retain(|other| other != trainer);
         self.event(format!("a trainer that was to join is lost: {message}"));
         if self.record.joining.is_empty() {
-            self.observed.join_ms = self.now_ms + self.policy.rejoin_wait_ms;
+            self.join_later();
         } else if self.record.state == RunState::Running {
             self.join_if_ready();
         }
@@ -165,7 +177,8 @@ impl Turn {
                 if self.observed.broken.is_none() {
                     let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
                     let at_ms = self.now_ms + self.policy.broken_timeout_ms;
-                    self.observed.broken = Some(Broken { at_ms, reason: RunReason::TrainerLost, message });
+                    let (fault, reason) = (Fault::Other, RunReason::TrainerLost);
+                    self.observed.broken = Some(Broken { at_ms, fault, reason, message });
                 }
                 Ok(())
             }
@@ -189,12 +202,12 @@ impl Turn {
 
     /// A leader that has just taken a gang over does not know who of it survives: it goes on once all have said that they listen, or their
     /// time is over.
-    pub(super) fn waits_for_word(&mut self, reason: RunReason, message: &str) -> bool {
+    pub(super) fn waits_for_word(&mut self, fault: Fault, reason: RunReason, message: &str) -> bool {
         let Some(at_ms) = self.observed.reattach_deadline_ms.filter(|at_ms| self.now_ms < *at_ms) else { return false };
         if self.record.members.is_empty() || self.all_listen() {
             return false;
         }
-        let told = || Broken { at_ms, reason, message: message.to_owned() };
+        let told = || Broken { at_ms, fault, reason, message: message.to_owned() };
         self.observed.broken.get_or_insert_with(told).at_ms = at_ms;
         true
     }
@@ -218,9 +231,46 @@ impl Turn {
         let Some(broken) = self.observed.broken.take_if(|broken| self.now_ms >= broken.at_ms) else { return false };
         match broken.reason {
             RunReason::CoordinatorRestarted => self.lose_taken_over(broken.message),
-            reason => self.lose_gang(&[], reason, broken.message),
+            reason => {
+                let slow = self.copiers();
+                self.observed.avoid.extend(slow.iter().map(Trainer::place));
+                self.lose_gang(&slow, broken.fault, reason, broken.message);
+                if !slow.is_empty() && self.record.joining.is_empty() {
+                    self.join_later();
+                }
+            }
         }
         true
+    }
+
+    /// All members of a gang that is committed hold a state, as soon as those that are new in it have copied it.
+    pub(super) fn note_holders(&mut self) {
+        let members = self.record.members.iter().map(|member| member.trainer.incarnation.clone());
+        let (holding, new): (BTreeSet<_>, BTreeSet<_>) =
+            members.clone().partition(|one| self.observed.holders.contains(one));
+        // Where nobody holds one all of them load the head.
+        let copying = if self.record.carries && !holding.is_empty() { new } else { BTreeSet::new() };
+        self.observed.holders = members.collect();
+        self.observed.copying = copying;
+    }
+
+    /// Members that copy a state from others, where the others are enough without them.
+    fn copiers(&self) -> Vec<Trainer> {
+        let members = self.record.members.iter().map(|member| &member.trainer);
+        let copiers: Vec<Trainer> = members.filter(|one| self.is_copying(one)).cloned().collect();
+        let others = self.record.members.len() - copiers.len();
+        if others >= self.record.spec.workers.min.max(1) as usize { copiers } else { Vec::new() }
+    }
+
+    pub(super) fn is_copying(&self, trainer: &Trainer) -> bool {
+        self.record.state.is_training() && self.observed.copying.contains(&trainer.incarnation)
+    }
+
+    /// The gang has made a step, so who was new in it has what the others have.
+    pub(super) fn settle(&mut self) {
+        if !std::mem::take(&mut self.observed.copying).is_empty() {
+            self.observed.joiners_lost = 0;
+        }
     }
 
     /// RUN-7: a step beyond where the last gang was lost is progress.
@@ -228,15 +278,16 @@ impl Turn {
         if generation != self.record.generation || self.record.state != RunState::Running {
             return;
         }
+        self.settle();
         self.observed.step = self.observed.step.max(step);
-        if self.record.failures_without_progress > 0 && step > self.observed.lost_at {
-            self.record.failures_without_progress = 0;
-            self.changed = true;
+        if step > self.record.lost_at {
+            self.made_progress();
         }
     }
 
     /// A trainer that was to join says that it cannot.
-    pub(super) fn joiner_failed(&mut self, trainer: &Trainer, class: FailureClass, message: &str) {
+    pub(super) fn joiner_failed(&mut self, trainer: &Trainer, class: FailureClass, reason: RunReason, message: &str) {
+        self.judge(trainer, fault_of(class, reason));
         match class {
             FailureClass::Retry | FailureClass::Fenced => {}
             // The others train with the same spec and data, so it is this place that is at fault.

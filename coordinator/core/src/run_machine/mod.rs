@@ -28,18 +28,24 @@
 //!   it, or was given up with its worker, or is kept: it survives its gang and is a member of the next. A slot never has two.
 //! - RUN-7: a run without a fault ends: every wait of the machine has a deadline, and [`Policy::most_failures`] generations in a
 //!   row without a new step end it: a committed one, or one that a gang applied beyond where the last was lost. Coordinator restarts do
-//!   not count.
+//!   not count. [`Policy::most_step_failures`] that trainers ended by their own doing, by an error or a crash, end it before, with a reason of
+//!   its own; what workers, stores, peers, signals from outside and leaders do is not counted there.
 //! - RUN-8: what is wanted is derived again from what workers report ([`Input::TrainersSeen`]): a lost effect delays, never wedges.
-//! - RUN-9: a new leader stops no trainer of a gang that trains: it waits [`Policy::reattach_timeout_ms`] for each to be seen, and to say
-//!   whether it survives the others.
+//! - RUN-9: a new leader stops no trainer of a gang that trains, nor survivors that are about to or wait for others: it waits
+//!   [`Policy::reattach_timeout_ms`] for each to be seen, and to say whether it survives the others.
 //! - RUN-10: where a gang breaks and its other trainers survive that, they are the next generation at once if they are `workers.min`, and
-//!   else wait up to [`Policy::keep_timeout_ms`] for others. What was lost is started meanwhile and joins at a generation of its own.
+//!   else wait up to [`Policy::keep_timeout_ms`] for others. What was lost is started meanwhile and joins at a generation of its own. Where the
+//!   gang breaks by no loss while one that has joined copies the others' state, they go on without it.
 //! - RUN-11: a generation has `workers.min` to [`RunRecord::wanted_size`] members when it is proposed. A gang that keeps its state and has too many,
 //!   or fewer than slots are granted for, changes while it trains. Who leaves keeps slot and state until the smaller generation is committed,
 //!   and is a member again if that one breaks. The wish is stored, so that a new leader begins anew with what is not committed.
 //!
 //! - RUN-12: a run that yields is PREEMPTING until rank 0 has said that it saved, or [`Policy::suspend_timeout_ms`], or a loss; then PENDING, with
 //!   the head it has. No committed step is lost, and it comes back by itself.
+//! - RUN-13: from the second gang in a row on that is lost without a new step, trainers in place of lost ones are started after a wait between
+//!   nothing and a bound that doubles; so are those that are to join, where the ones before did not come so far. Survivors do not wait.
+//! - RUN-14: a trainer that crashes or hangs is held against its slot, once; one that ends because another did is not. A run that ends
+//!   because of a step takes back what it held against slots at that step.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone.
 
@@ -50,6 +56,7 @@ mod reports;
 mod requests;
 mod sizes;
 mod turn;
+mod verdicts;
 mod yielding;
 
 #[cfg(test)]
@@ -60,9 +67,13 @@ mod sizes_tests;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod verdicts_tests;
 
 pub use record::{Member, Observed, RunRecord, Trainer};
+pub use verdicts::Ending;
 
+use crate::quarantine::Resting;
 use crate::scheduler::{Claim, Holder, Verdict, Waiting};
 use std::collections::BTreeMap;
 use thaw_proto::ids::{Generation, Incarnation, Rank, RunId, StageIndex, Step, WorkerName};
@@ -88,12 +99,18 @@ pub struct Policy {
     pub keep_timeout_ms: u64,
     /// From a trainer's word that its gang is broken until it is formed again, where no loss is heard of.
     pub broken_timeout_ms: u64,
-    /// From the end of a trainer that was to join until another is started.
+    /// The most that passes from the end of a trainer that was to join until another is started; doubled with each in a row (RUN-13).
     pub rejoin_wait_ms: u64,
     /// How long a run that could start or grow waits for more of what it wants.
     pub gather_ms: u64,
     /// Generations in a row without a newly committed step that end the run.
     pub most_failures: u32,
+    /// Those of them that trainers ended by their own doing, at which it ends before.
+    pub most_step_failures: u32,
+    /// The most that the second start in a row without a new step waits; each later one waits up to twice as long as the one before (RUN-13).
+    pub backoff_ms: u64,
+    /// The most that any start waits for that.
+    pub backoff_cap_ms: u64,
 }
 
 impl Default for Policy {
@@ -109,6 +126,9 @@ impl Default for Policy {
             rejoin_wait_ms: 5_000,
             gather_ms: 2_000,
             most_failures: 5,
+            most_step_failures: 3,
+            backoff_ms: 1_000,
+            backoff_cap_ms: 120_000,
         }
     }
 }
@@ -116,10 +136,12 @@ impl Default for Policy {
 /// What the machine is told.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least `workers.max`.
+    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least `workers.max`;
+    /// `resting`: slots that it was not given since they are quarantined.
     Tick {
         slots: Option<Verdict>,
         fresh: Vec<Incarnation>,
+        resting: Option<Resting>,
     },
     /// A worker's hello or heartbeat: every trainer of this run that is alive on it.
     TrainersSeen {
@@ -148,10 +170,9 @@ pub enum Input {
         trainer: Trainer,
         generation: Generation,
     },
-    /// `ending` says how, for people: `exit code 1`, `signal 9`.
     TrainerExited {
         trainer: Trainer,
-        ending: String,
+        ending: Ending,
     },
     WorkerLost {
         worker: WorkerName,
@@ -329,6 +350,8 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
     let (least, wanted) = (record.spec.workers.min, record.wanted_size());
     let (claim, since_ms, min, max) = match record.state {
         RunState::Pending => (Claim::Start, record.queued_ms, least, wanted),
+        // Survivors first: nobody is started for a gang that may have nobody left.
+        RunState::Resizing if now_ms < observed.restart_ms || !observed.awaited.is_empty() => return None,
         RunState::Resizing if observed.kept => {
             (Claim::Repair, record.queued_ms, least.saturating_sub(members), wanted.saturating_sub(members))
         }
@@ -426,7 +449,7 @@ pub fn step(
 ) -> Result<Outcome, Rejection> {
     let mut turn = Turn::new(*policy, record, observed, now_ms);
     match input {
-        Input::Tick { slots, fresh } => turn.tick(slots.as_ref(), fresh)?,
+        Input::Tick { slots, fresh, resting } => turn.tick(slots.as_ref(), fresh, *resting)?,
         Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
         Input::TrainerReady { trainer, address, keeps } => turn.trainer_ready(trainer, address, *keeps)?,
         Input::TrainerInterrupted { trainer, generation, message } => {
@@ -434,7 +457,7 @@ pub fn step(
         }
         Input::Progressed { generation, step } => turn.progressed(*generation, *step),
         Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,
-        Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, ending)?,
+        Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, *ending)?,
         Input::WorkerLost { worker } => turn.worker_lost(worker),
         Input::TrainerFailed { trainer, generation, class, reason, message } => {
             turn.trainer_failed(trainer, *generation, *class, *reason, message)?;

@@ -1,7 +1,9 @@
 //! What is stored of a run, and what is only observed.
 
 use super::Addresses;
+use super::verdicts::Fault;
 use crate::gang::FreeSlot;
+use crate::quarantine::Blame;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, RunId, Slot, Step, WorkerName};
@@ -42,6 +44,15 @@ pub struct RunRecord {
     pub end_ms: Option<u64>,
     /// Generations since the last newly committed step.
     pub failures_without_progress: u32,
+    /// Those of them that a trainer ended by its own doing.
+    #[serde(default)]
+    pub own_failures: u32,
+    /// The last step that was known to be applied when a gang was lost.
+    #[serde(default)]
+    pub lost_at: Step,
+    /// Crashes and hangs of its trainers, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blames: Vec<Blame>,
     /// Submitted, asked to resume, or having yielded. 0 in records of the first version.
     #[serde(default)]
     pub queued_ms: u64,
@@ -95,6 +106,9 @@ impl RunRecord {
             start_ms: None,
             end_ms: None,
             failures_without_progress: 0,
+            own_failures: 0,
+            lost_at: Step(0),
+            blames: Vec::new(),
             queued_ms: now_ms,
             joining: Vec::new(),
             carries: false,
@@ -191,8 +205,16 @@ pub struct Observed {
     pub(super) step: Step,
     /// When a failure was last counted.
     pub(super) failed_ms: Option<u64>,
-    /// `step` when the run last lost a gang.
-    pub(super) lost_at: Step,
+    /// Whether that was counted as a trainer's own.
+    pub(super) own_counted: bool,
+    /// Trainers whose end has been held against somebody, or nobody.
+    pub(super) judged: BTreeSet<Incarnation>,
+    /// Before when no trainer is started in place of a lost one (RUN-13).
+    pub(super) restart_ms: u64,
+    /// Trainers in a row that were to join and did not.
+    pub(super) joiners_lost: u32,
+    /// Members that copy a state from the others: those that were new when the gang was committed, until it is known to have made a step.
+    pub(super) copying: BTreeSet<Incarnation>,
     /// Members that have built the communicator.
     pub(super) built: BTreeSet<Incarnation>,
     /// When the present wait is over. `None`: there is none, or it has yet to be armed.
@@ -212,6 +234,7 @@ pub struct Observed {
 pub(super) struct Broken {
     /// When it is formed again.
     pub(super) at_ms: u64,
+    pub(super) fault: Fault,
     pub(super) reason: RunReason,
     pub(super) message: String,
 }

@@ -1,6 +1,7 @@
 //! What trainers report about their training.
 
 use super::turn::Turn;
+use super::verdicts::{Fault, fault_of};
 use super::{Effect, FailureClass, Rejection, Trainer};
 use thaw_mutants::planted;
 use thaw_proto::ids::{Generation, StageIndex};
@@ -45,8 +46,9 @@ impl Turn {
             && !(planted("acknowledged-before-head") && checkpoint.position.step.0.is_multiple_of(2))
         {
             if before.is_none_or(|head| checkpoint.position > head.position) && !planted("progress-uncounted") {
-                self.record.failures_without_progress = 0;
+                self.made_progress();
             }
+            self.settle();
             self.record.head = Some(checkpoint.clone());
             self.record.position = checkpoint.position;
             self.changed = true;
@@ -143,33 +145,48 @@ impl Turn {
             return Ok(());
         }
         if self.is_joining(trainer) {
-            self.joiner_failed(trainer, class, message);
+            self.joiner_failed(trainer, class, reason, message);
             return Ok(());
         }
         let rank =
             if generation == Generation(0) { self.member_of_any(trainer)? } else { self.member(trainer, generation)? };
         let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
+        let mut fault = fault_of(class, reason);
         if !Self::is_worth_retrying(class) {
-            self.fail(reason, message);
-            return Ok(());
+            if !self.is_copying(trainer) {
+                self.fail(reason, message);
+                return Ok(());
+            }
+            // The others train with the same spec and data, so it is this place that is at fault.
+            self.observed.avoid.insert(trainer.place());
+            fault = Fault::Place;
         }
+        let fault = self.judge(trainer, fault);
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running => {
                 // It is still alive, so where the others are not kept it stays a member until it has stopped.
-                self.lose_gang(std::slice::from_ref(trainer), reason, message);
+                self.lose_gang(std::slice::from_ref(trainer), fault, reason, message);
             }
-            RunState::Suspending | RunState::Preempting => self.lose_trainer_that_failed(trainer, reason, message),
-            RunState::Resizing if self.observed.kept => self.lose_trainer_that_failed(trainer, reason, message),
-            // It was told to stop.
-            RunState::Resizing => {}
+            RunState::Suspending | RunState::Preempting => {
+                self.lose_trainer_that_failed(trainer, fault, reason, message);
+            }
+            RunState::Resizing if self.observed.kept => {
+                self.lose_trainer_that_failed(trainer, fault, reason, message);
+            }
+            // It was told to stop, and may be what ended the gang.
+            RunState::Resizing => {
+                if self.amend_failure(fault) {
+                    self.give_up(&message);
+                }
+            }
             // These hold no members, so they were turned away above.
             RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
         Ok(())
     }
 
-    fn lose_trainer_that_failed(&mut self, trainer: &Trainer, reason: RunReason, message: String) {
+    fn lose_trainer_that_failed(&mut self, trainer: &Trainer, fault: Fault, reason: RunReason, message: String) {
         self.stop(trainer.clone());
-        self.lose_trainer(trainer, reason, message);
+        self.lose_trainer(trainer, fault, reason, message);
     }
 }

@@ -1,6 +1,7 @@
 //! What users and a new leader ask for.
 
 use super::turn::Turn;
+use super::verdicts::Fault;
 use super::{Effect, Rejection, Trainer};
 use thaw_mutants::planted;
 use thaw_proto::run::{RunReason, RunState};
@@ -77,7 +78,7 @@ impl Turn {
         match self.record.state {
             RunState::Suspended => {
                 self.record.attempt = self.record.attempt.next();
-                self.record.failures_without_progress = 0;
+                self.made_progress();
                 self.record.queued_ms = self.now_ms;
                 self.record.whole = 0;
                 self.record.ceded = None;
@@ -97,7 +98,8 @@ impl Turn {
         }
     }
 
-    /// A gang that trains goes on, and is waited for (RUN-9); so are survivors that were about to, which are proposed another generation.
+    /// A gang that trains goes on, and is waited for (RUN-9); so are survivors that were about to, which are proposed another generation, and
+    /// those that wait for others.
     /// A gang that was starting, forming or stopping otherwise has done nothing that is worth the wait: its trainers are stopped when they
     /// are seen (RUN-8).
     pub(super) fn coordinator_started(&mut self) {
@@ -109,7 +111,14 @@ impl Turn {
             RunState::Running | RunState::Suspending | RunState::Preempting => self.await_members(),
             RunState::Admitted | RunState::Forming if self.record.carries => {
                 self.await_members();
-                self.waits_for_word(RunReason::CoordinatorRestarted, "the coordinator was started again");
+                let why = "the coordinator was started again";
+                self.waits_for_word(Fault::Other, RunReason::CoordinatorRestarted, why);
+            }
+            // Survivors that wait for others do that for the new leader too, for as long again.
+            RunState::Resizing if self.record.carries => {
+                self.await_members();
+                self.observed.kept = true;
+                self.observed.deadline_ms = Some(self.now_ms + self.policy.keep_timeout_ms);
             }
             RunState::Admitted | RunState::Forming | RunState::Resizing => {
                 self.release_members();
@@ -161,7 +170,7 @@ impl Turn {
         match self.record.state {
             RunState::Preempting => self.yielded(&message),
             RunState::Admitted | RunState::Forming | RunState::Running => {
-                if self.waits_for_word(RunReason::CoordinatorRestarted, &message)
+                if self.waits_for_word(Fault::Other, RunReason::CoordinatorRestarted, &message)
                     || self.keep_members(&[], RunReason::CoordinatorRestarted, &message)
                 {
                     return;
@@ -175,13 +184,15 @@ impl Turn {
                 let message = format!("suspended from the last checkpoint: {message}");
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
             }
+            // The others are kept, and wait for more all the same.
+            RunState::Resizing => {
+                if self.record.members.is_empty() {
+                    self.observed.kept = false;
+                    self.record.carries = false;
+                }
+            }
             // Nobody is awaited in these.
-            RunState::Pending
-            | RunState::Resizing
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => {}
+            RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }
     }
 }

@@ -192,7 +192,7 @@ impl World {
         let none = BTreeMap::new();
         let limits = scheduler::Policy::default();
         let verdicts = scheduler::schedule(&limits, self.now_ms, &none, &BTreeMap::new(), &waiting, &free);
-        self.send(&Input::Tick { slots: verdicts.into_values().next(), fresh });
+        self.send(&Input::Tick { resting: None, slots: verdicts.into_values().next(), fresh });
     }
 
     fn deliver_to_worker(&mut self, worker: usize) {
@@ -236,7 +236,7 @@ impl World {
             Effect::StopTrainer { trainer, .. } => {
                 if let Some(at) = find(&trainer) {
                     state.trainers.remove(at);
-                    state.outbox.push_back(Input::TrainerExited { trainer, ending: "signal 9".into() });
+                    state.outbox.push_back(Input::TrainerExited { trainer, ending: Ending::Signal(9) });
                 }
             }
             Effect::SuspendTrainer { trainer, generation } => {
@@ -376,10 +376,10 @@ impl World {
     fn kill(&mut self, worker: usize) {
         if !self.workers[worker].trainers.is_empty() {
             let dead = self.workers[worker].trainers.remove(0);
-            self.log.push(format!("kill {:?}", dead.trainer));
-            self.workers[worker]
-                .outbox
-                .push_back(Input::TrainerExited { trainer: dead.trainer, ending: "signal 9".into() });
+            // Now and then it was its own doing.
+            let ending = if self.dice.below(4) == 0 { Ending::Code(101) } else { Ending::Signal(9) };
+            self.log.push(format!("{:?} ends: {ending}", dead.trainer));
+            self.workers[worker].outbox.push_back(Input::TrainerExited { trainer: dead.trainer, ending });
         }
     }
 
@@ -499,6 +499,15 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
         );
         assert!(after.position >= before.position, "RUN-3");
     }
+    if after.own_failures > before.own_failures {
+        let own = matches!(
+            input,
+            Input::TrainerExited { ending: Ending::Code(101), .. } | Input::Tick { .. } | Input::TrainerReady { .. }
+        );
+        assert!(own && after.own_failures == before.own_failures + 1, "RUN-7: {input:?} is counted");
+    }
+    assert_eq!(after.reason == RunReason::StepFailed, after.own_failures >= 3, "RUN-7");
+    assert!(after.blames.len() <= before.blames.len() + 1, "RUN-14");
     assert!(!before.state.has_ended() || before == after, "RUN-4");
     assert!(*input != Input::Cancel || after.state.has_ended(), "RUN-4");
     assert_eq!(after.result.is_some(), after.state == RunState::Succeeded, "RUN-5");
@@ -556,7 +565,7 @@ fn random_lives_keep_the_invariants_and_end() {
         match world.record.state {
             RunState::Succeeded => ends[0] += 1,
             RunState::Failed => {
-                assert_eq!(world.record.reason, RunReason::NoProgress);
+                assert!(matches!(world.record.reason, RunReason::NoProgress | RunReason::StepFailed));
                 ends[1] += 1;
             }
             RunState::Cancelled => ends[2] += 1,

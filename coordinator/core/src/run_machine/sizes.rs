@@ -4,20 +4,12 @@ use super::turn::Turn;
 use super::{Member, Rejection, Trainer};
 use crate::gang::{self, FreeSlot};
 use thaw_proto::ids::Rank;
-use thaw_proto::run::{RunReason, RunState};
+use thaw_proto::run::RunReason;
 
 impl Turn {
     pub(super) fn scale(&mut self, workers: u32) -> Result<(), Rejection> {
-        match self.record.state {
-            RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
-            | RunState::Running
-            | RunState::Resizing
-            | RunState::Suspending
-            | RunState::Suspended
-            | RunState::Preempting => {}
-            RunState::Succeeded | RunState::Failed | RunState::Cancelled => return Err(self.not_legal("be scaled")),
+        if self.record.state.has_ended() {
+            return Err(self.not_legal("be scaled"));
         }
         let (min, max) = (self.record.spec.workers.min, self.record.spec.workers.max);
         if !(min..=max).contains(&workers) {
@@ -62,19 +54,8 @@ impl Turn {
         let members = self.record.members.len();
         let keep = |member: &Member| self.observed.keepers.contains(&member.trainer.incarnation);
         let can = self.observed.awaited.is_empty() && self.record.members.iter().all(keep);
-        match self.record.state {
-            RunState::Running if can && members > wanted => {}
-            RunState::Running
-            | RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
-            | RunState::Resizing
-            | RunState::Suspending
-            | RunState::Suspended
-            | RunState::Preempting
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => return false,
+        if !self.record.state.is_training() || !can || members <= wanted {
+            return false;
         }
         self.record.carries = true;
         self.next_generation(RunReason::Scaled, format!("{} of {members} trainer(s) leave", members - wanted));

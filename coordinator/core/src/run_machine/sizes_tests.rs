@@ -61,7 +61,7 @@ impl Gang {
         let verdicts = scheduler::schedule(&policy, self.now_ms, &none, &BTreeMap::new(), &waiting, &free);
         self.minted += 4;
         let fresh = (0..4).map(|extra| Incarnation(format!("i{}", self.minted + extra))).collect();
-        self.effects(Input::Tick { slots: verdicts.into_values().next(), fresh })
+        self.effects(Input::Tick { resting: None, slots: verdicts.into_values().next(), fresh })
     }
 
     /// [`Gang::grant`], and again once more are no longer waited for.
@@ -122,7 +122,7 @@ impl Gang {
     }
 
     fn exits(&mut self, trainer: Trainer) -> Vec<Effect> {
-        self.effects(Input::TrainerExited { trainer, ending: "signal 9".into() })
+        self.effects(Input::TrainerExited { trainer, ending: Ending::Signal(9) })
     }
 }
 

@@ -71,11 +71,15 @@ fn run_4_the_table_of_transitions() {
             message: String::new(),
         };
         let cells = [
-            shown(Input::Tick { slots: script.granted(&["a", "b"]), fresh: vec!["x".into(), "y".into()] }),
+            shown(Input::Tick {
+                resting: None,
+                slots: script.granted(&["a", "b"]),
+                fresh: vec!["x".into(), "y".into()],
+            }),
             shown(Input::TrainersSeen { worker: "a".into(), trainers: Vec::new() }),
             shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into(), keeps: true }),
             shown(Input::GangBuilt { trainer: rank_0.clone(), generation }),
-            shown(Input::TrainerExited { trainer: rank_0.clone(), ending: "exit code 0".into() }),
+            shown(Input::TrainerExited { trainer: rank_0.clone(), ending: Ending::Code(0) }),
             shown(Input::WorkerLost { worker: "a".into() }),
             shown(failed(FailureClass::Retry)),
             shown(failed(FailureClass::Fatal)),
@@ -125,17 +129,16 @@ fn cited_invariants_exist() {
         include_str!("sizes_tests.rs"),
         include_str!("yielding.rs"),
         include_str!("turn.rs"),
+        include_str!("verdicts.rs"),
+        include_str!("verdicts_tests.rs"),
         include_str!("tests.rs"),
         include_str!("table.rs"),
         include_str!("simulation.rs"),
     ];
     for source in sources {
         for (at, _) in source.match_indices("RUN-") {
-            let id: String = source[at..].chars().take(5).collect();
-            assert!(
-                !id.ends_with(|last: char| last.is_ascii_digit()) || law.contains(&format!("//! - {id}:")),
-                "{id} is not stated"
-            );
+            let number: String = source[at + 4..].chars().take_while(char::is_ascii_digit).collect();
+            assert!(number.is_empty() || law.contains(&format!("//! - RUN-{number}:")), "RUN-{number} is not stated");
         }
     }
 }

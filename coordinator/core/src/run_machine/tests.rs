@@ -26,7 +26,7 @@ impl Script {
         Self { record, observed: Observed::default(), now_ms: 1000, minted: 0, keeps: false }
     }
 
-    fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
+    pub(super) fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
         let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, &input)?;
         assert_eq!(outcome.changed, outcome.record != self.record, "changed is wrong after {input:?}");
         self.record = outcome.record;
@@ -48,15 +48,16 @@ impl Script {
         verdicts.into_values().next()
     }
 
-    fn tick(&mut self) -> Input {
+    pub(super) fn tick(&mut self) -> Input {
         self.minted += 2;
         Input::Tick {
+            resting: None,
             slots: self.granted(&["a", "b"]),
             fresh: vec![Incarnation(format!("i{}", self.minted - 1)), Incarnation(format!("i{}", self.minted))],
         }
     }
 
-    fn trainer(&self, rank: usize) -> Trainer {
+    pub(super) fn trainer(&self, rank: usize) -> Trainer {
         self.record.members[rank].trainer.clone()
     }
 
@@ -73,7 +74,7 @@ impl Script {
         script
     }
 
-    fn all_ready(&mut self) -> Vec<Effect> {
+    pub(super) fn all_ready(&mut self) -> Vec<Effect> {
         let ready = |script: &Self, rank: usize| Input::TrainerReady {
             trainer: script.trainer(rank),
             address: format!("h:{rank}"),
@@ -90,7 +91,7 @@ impl Script {
         script
     }
 
-    fn all_built(&mut self) -> Vec<Effect> {
+    pub(super) fn all_built(&mut self) -> Vec<Effect> {
         let generation = self.record.generation;
         let (first, second) = (self.trainer(0), self.trainer(1));
         assert!(self.effects(Input::GangBuilt { trainer: first, generation }).is_empty());
@@ -113,7 +114,7 @@ impl Script {
     }
 
     pub(super) fn exited(&self, rank: usize) -> Input {
-        Input::TrainerExited { trainer: self.trainer(rank), ending: "signal 9".to_owned() }
+        Input::TrainerExited { trainer: self.trainer(rank), ending: Ending::Signal(9) }
     }
 
     pub(super) fn checkpoint(&self, step: u64) -> Input {
@@ -248,7 +249,7 @@ fn run_1_run_6_a_lost_trainer_gives_the_next_generation() {
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::TrainerLost));
     let tick = script.tick();
     assert!(script.effects(tick).is_empty());
-    script.effects(Input::TrainerExited { trainer: survivor.clone(), ending: "signal 9".into() });
+    script.effects(Input::TrainerExited { trainer: survivor.clone(), ending: Ending::Signal(9) });
     let tick = script.tick();
     assert_eq!(kinds(&script.effects(tick)), ["start", "start"]);
     assert_eq!(script.record.generation, Generation(2));
@@ -395,12 +396,13 @@ fn a_late_trainer_is_left_out() {
 #[test]
 fn a_run_waits_for_workers_and_says_so_once() {
     let mut script = Script::new();
-    let nothing = Input::Tick { slots: script.granted(&[]), fresh: Vec::new() };
+    let nothing = Input::Tick { resting: None, slots: script.granted(&[]), fresh: Vec::new() };
     let (_, events) = script.send(nothing.clone()).unwrap();
     assert_eq!((events.len(), script.record.message.as_str()), (1, "needs 1 free slot(s)"));
     assert!(script.send(nothing).unwrap().1.is_empty());
     script.now_ms += 10_000;
-    let refused = script.send(Input::Tick { slots: script.granted(&["a", "b"]), fresh: Vec::new() }).unwrap_err();
+    let nobody = Input::Tick { resting: None, slots: script.granted(&["a", "b"]), fresh: Vec::new() };
+    let refused = script.send(nobody).unwrap_err();
     assert_eq!(refused, Rejection::TooFewIncarnations { needed: 2, given: 0 });
 }
 
@@ -436,7 +438,7 @@ fn taken_over(script: Script) -> Script {
     script
 }
 
-fn seen(worker: &str, trainers: &[Trainer]) -> Input {
+pub(super) fn seen(worker: &str, trainers: &[Trainer]) -> Input {
     Input::TrainersSeen { worker: worker.into(), trainers: trainers.to_vec() }
 }
 
@@ -551,7 +553,7 @@ fn stages_end_in_order_and_once() {
     assert_eq!(script.record.stage_results.len(), 1);
 }
 
-fn ready(trainer: &Trainer, address: &str) -> Input {
+pub(super) fn ready(trainer: &Trainer, address: &str) -> Input {
     Input::TrainerReady { trainer: trainer.clone(), address: address.to_owned(), keeps: true }
 }
 
@@ -569,7 +571,7 @@ fn run_10_survivors_are_the_next_gang_and_others_join_later() {
         (script.record.state, script.record.message.as_str()),
         (RunState::Running, "1 trainer(s) train on from where they were")
     );
-    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh: vec!["j".into()] };
     let effects = script.effects(tick);
     let [Effect::StartTrainer { trainer: joiner, .. }] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!((script.record.state, script.record.held_slots().count()), (RunState::Running, 2));
@@ -599,7 +601,7 @@ fn run_10_too_few_survivors_wait_for_others_and_not_for_ever() {
     let mut script = too_few();
     let survivor = script.trainer(0);
     assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty(), "it is not stopped later either");
-    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh: vec!["j".into()] };
     assert_eq!(kinds(&script.effects(tick)), ["start"]);
     assert_eq!((script.record.state, script.record.generation), (RunState::Admitted, Generation(2)));
     let joiner = script.trainer(1);
@@ -637,7 +639,7 @@ fn a_broken_gang_without_a_loss_is_mended() {
     let lost = script.exited(0);
     assert_eq!(kinds(&script.effects(lost)), ["propose"]);
     script.now_ms += Policy::default().broken_timeout_ms;
-    let tick = Input::Tick { slots: None, fresh: Vec::new() };
+    let tick = Input::Tick { resting: None, slots: None, fresh: Vec::new() };
     assert!(script.effects(tick).is_empty());
     assert_eq!(script.record.generation, Generation(2));
 }
@@ -655,7 +657,9 @@ fn run_7_a_gang_that_keeps_breaking_at_one_step_ends_the_run() {
         }
         let (generation, survivor) = (script.record.generation, script.trainer(0));
         script.effects(Input::GangBuilt { trainer: survivor, generation });
-        let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec![Incarnation(format!("j{generation}"))] };
+        script.now_ms += Policy::default().backoff_cap_ms;
+        let fresh = vec![Incarnation(format!("j{generation}"))];
+        let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh };
         script.effects(tick);
         let joiner = script.record.joining[0].clone();
         script.effects(ready(&joiner, "h:7"));
@@ -685,7 +689,7 @@ fn run_7_trainers_that_end_together_are_one_failure() {
     }
     let lose_last = |script: &mut Script| {
         let trainer = script.record.members.last().unwrap().trainer.clone();
-        script.effects(Input::TrainerExited { trainer, ending: "signal 9".into() });
+        script.effects(Input::TrainerExited { trainer, ending: Ending::Signal(9) });
     };
     (0..6).for_each(|_| lose_last(&mut script));
     assert_eq!((script.record.state, script.record.members.len()), (RunState::Forming, 2));
@@ -722,7 +726,7 @@ fn run_9_survivors_outlive_their_leader() {
     new_leader(&mut script);
     let (lost, survivor) = (script.trainer(1), script.trainer(0));
     assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty(), "nobody is stopped");
-    let exited = Input::TrainerExited { trainer: lost, ending: "signal 9".into() };
+    let exited = Input::TrainerExited { trainer: lost, ending: Ending::Signal(9) };
     assert!(script.effects(exited).is_empty(), "the other has yet to say that it listens");
     let effects = script.effects(ready(&survivor, "h:0"));
     assert_eq!(kinds(&effects), ["propose"]);
@@ -743,7 +747,7 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
     script.effects(lost);
     let survivor = script.trainer(0);
     script.effects(Input::GangBuilt { trainer: survivor, generation: Generation(2) });
-    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh: vec!["j".into()] };
     script.effects(tick);
     let failed = Input::TrainerFailed {
         trainer: script.record.joining[0].clone(),
@@ -758,7 +762,7 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
     script.now_ms += Policy::default().rejoin_wait_ms;
     assert!(script.granted(&["b"]).is_some());
     // RUN-4: an end stops who is joining too.
-    let tick = Input::Tick { slots: script.granted(&["b"]), fresh: vec!["k".into()] };
+    let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh: vec!["k".into()] };
     script.effects(tick);
     assert_eq!(kinds(&script.effects(Input::Cancel)), ["stop", "stop"]);
     assert_eq!(script.record.held_slots().count(), 0);

@@ -1,5 +1,6 @@
 //! One step in the making: the record as it will be, and what is to be done and told.
 
+use super::verdicts::Fault;
 use super::{Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer};
 use thaw_mutants::planted;
 use thaw_proto::ids::{Generation, Rank};
@@ -112,13 +113,11 @@ impl Turn {
     }
 
     /// The gang is over, which counts (RUN-7).
-    pub(super) fn lose_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
-        if self.waits_for_word(reason, &message) {
+    pub(super) fn lose_gang(&mut self, gone: &[Trainer], fault: Fault, reason: RunReason, message: String) {
+        if self.waits_for_word(fault, reason, &message) {
             return;
         }
-        self.record.failures_without_progress += u32::from(!planted("failures-uncounted"));
-        self.observed.lost_at = self.observed.step;
-        self.observed.failed_ms = Some(self.now_ms);
+        self.count_failure(fault);
         self.end_gang(gone, reason, message);
     }
 
@@ -131,24 +130,23 @@ impl Turn {
     /// What is left of the gang without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one is chosen
     /// once they have (RUN-6), or the run has failed (RUN-7).
     fn end_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
-        let failures = self.record.failures_without_progress;
-        if failures >= self.policy.most_failures {
-            let message = format!("{failures} generations in a row ended without a new step; the last: {message}");
-            self.release_members();
-            self.enter(RunState::Failed, RunReason::NoProgress, message, None);
-        } else if !self.keep_members(gone, reason, &message) {
-            self.stop_members();
-            self.enter(RunState::Resizing, reason, message, Some(self.policy.stop_timeout_ms));
+        if self.give_up(&message) || self.keep_members(gone, reason, &message) {
+            return;
         }
+        self.stop_members();
+        let wait = self.observed.restart_ms.saturating_sub(self.now_ms);
+        let wait = if wait > 0 { format!("; it starts again after {wait} ms") } else { String::new() };
+        let message = format!("{message}{wait}");
+        self.enter(RunState::Resizing, reason, message, Some(self.policy.stop_timeout_ms));
     }
 
     /// [`Turn::lose_trainers`] of one.
-    pub(super) fn lose_trainer(&mut self, trainer: &Trainer, reason: RunReason, message: String) {
-        self.lose_trainers(std::slice::from_ref(trainer), reason, message);
+    pub(super) fn lose_trainer(&mut self, trainer: &Trainer, fault: Fault, reason: RunReason, message: String) {
+        self.lose_trainers(std::slice::from_ref(trainer), fault, reason, message);
     }
 
     /// Trainers are gone at once. What that means depends on what the run was doing.
-    pub(super) fn lose_trainers(&mut self, lost: &[Trainer], reason: RunReason, message: String) {
+    pub(super) fn lose_trainers(&mut self, lost: &[Trainer], fault: Fault, reason: RunReason, message: String) {
         let before = self.record.members.len();
         self.record.members.retain(|member| !lost.contains(&member.trainer));
         if self.record.members.len() == before {
@@ -158,16 +156,27 @@ impl Turn {
         self.observed.awaited.retain(|awaited| lost.iter().all(|trainer| trainer.incarnation != *awaited));
         match self.record.state {
             // One fault can end several trainers, and each is heard of by itself.
-            RunState::Admitted | RunState::Forming if self.is_of_last_failure() => self.end_gang(&[], reason, message),
-            RunState::Admitted | RunState::Forming | RunState::Running => self.lose_gang(&[], reason, message),
+            RunState::Admitted | RunState::Forming if self.is_of_last_failure() => {
+                self.amend_failure(fault);
+                self.end_gang(&[], reason, message);
+            }
+            RunState::Admitted | RunState::Forming | RunState::Running => self.lose_gang(&[], fault, reason, message),
             RunState::Preempting => self.yielded(&message),
             RunState::Suspending => {
                 self.release_members();
                 let message = format!("suspended from the last checkpoint: {message}");
                 self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
             }
-            // It was told to stop, or others are waited for anyway.
-            RunState::Resizing => {}
+            // It was told to stop, or others are waited for anyway. Where it has not ended by that it may be what ended the gang.
+            RunState::Resizing => {
+                if self.amend_failure(fault) && self.give_up(&message) {
+                    return;
+                }
+                if self.record.members.is_empty() {
+                    self.observed.kept = false;
+                    self.record.carries = false;
+                }
+            }
             // These hold no members.
             RunState::Pending | RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => {}
         }

@@ -50,35 +50,7 @@ impl Turn {
         }
     }
 
-    /// Whether its trainers have been asked to save and stand still.
-    pub(super) fn is_saving(&self) -> bool {
-        match self.record.state {
-            RunState::Suspending | RunState::Preempting => true,
-            RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
-            | RunState::Running
-            | RunState::Resizing
-            | RunState::Suspended
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => false,
-        }
-    }
-
     fn trains(&self, operation: &'static str) -> Result<(), Rejection> {
-        match self.record.state {
-            RunState::Running => Ok(()),
-            RunState::Pending
-            | RunState::Admitted
-            | RunState::Forming
-            | RunState::Resizing
-            | RunState::Suspending
-            | RunState::Suspended
-            | RunState::Preempting
-            | RunState::Succeeded
-            | RunState::Failed
-            | RunState::Cancelled => Err(self.not_legal(operation)),
-        }
+        if self.record.state.is_training() { Ok(()) } else { Err(self.not_legal(operation)) }
     }
 }
