@@ -222,6 +222,14 @@ pub(super) fn code_and_signal(status: Option<ExitStatus>) -> (Option<i32>, Optio
     status.map_or((None, None), |status| (status.code(), status.signal()))
 }
 
+/// Whether somebody has stopped a process, so that it is no fault of its own that it does nothing. `false` where that cannot be told.
+pub(super) fn is_stopped(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The state follows the program's name, which is in parentheses and may hold some itself (proc_pid_stat(5)).
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    matches!(state, Some('T' | 't'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -163,7 +163,7 @@ impl Trainers {
     pub(super) async fn start(&self, id: TrainerId, message: CoordinatorMessage) {
         if id.slot >= self.shared.slots {
             let text = format!("slot {} does not exist; this worker has {}", id.slot, self.shared.slots);
-            self.refuse(&id, FailureClass::Invalid, text);
+            self.refuse(&id, FailureClass::Invalid, RunReason::TrainerError, text);
             return;
         }
         if self.send_again(&id) {
@@ -171,7 +171,7 @@ impl Trainers {
         }
         if !self.clear_slot(id.slot).await {
             let text = format!("the trainer before it in slot {} does not end", id.slot);
-            self.refuse(&id, FailureClass::Retry, text);
+            self.refuse(&id, FailureClass::Retry, RunReason::TrainerHung, text);
             return;
         }
         let spawned = match tokio::time::timeout(KILL_LIMIT, self.shared.launch.launch()).await {
@@ -182,7 +182,7 @@ impl Trainers {
             Ok(running) => self.adopt(id, running, message),
             Err(error) => {
                 let text = format!("cannot start trainer {}: {error}", self.shared.launch.name());
-                self.refuse(&id, FailureClass::Fatal, text);
+                self.refuse(&id, FailureClass::Fatal, RunReason::TrainerError, text);
             }
         }
     }
@@ -235,7 +235,7 @@ impl Trainers {
                 () = ended.cancelled() => return,
                 _ = pings.tick() => {}
             }
-            let silent = {
+            let (generation, stopped) = {
                 let mut by_slot = self.by_slot();
                 let Some(trainer) = find(&mut by_slot, id) else { return };
                 let is_ready = |report: &TrainerReport| matches!(report.event, Some(Event::Ready(_)));
@@ -249,17 +249,21 @@ impl Trainers {
                     let _ = trainer.messages.try_send(CoordinatorMessage { leader_epoch: 0, message: ping });
                     continue;
                 }
+                let stopped = child::is_stopped(trainer.pid);
                 trainer.kill.cancel();
-                trainer.generation
+                (trainer.generation, stopped)
             };
+            // Somebody has stopped it, or it hangs by itself: the second is held against its slot.
+            let (reason, how) =
+                if stopped { (RunReason::TrainerLost, "is stopped") } else { (RunReason::TrainerHung, "hangs") };
             let limit = PING * MOST_UNANSWERED;
-            tracing::warn!(run = id.run, slot = id.slot, ?limit, "a trainer does not answer; killing it");
+            tracing::warn!(run = id.run, slot = id.slot, ?limit, how, "a trainer does not answer; killing it");
             let failed = TrainerFailed {
                 class: FailureClass::Retry.into(),
-                reason: RunReason::TrainerLost.into(),
-                message: format!("the process has not answered its agent for {limit:?}; it is stopped, or hangs"),
+                reason: reason.into(),
+                message: format!("the process has not answered its agent for {limit:?}; it {how}"),
             };
-            self.push_for(id, silent, Event::Failed(failed));
+            self.push_for(id, generation, Event::Failed(failed));
             return;
         }
     }
@@ -384,9 +388,8 @@ impl Trainers {
         }
     }
 
-    fn refuse(&self, id: &TrainerId, class: FailureClass, message: String) {
+    fn refuse(&self, id: &TrainerId, class: FailureClass, reason: RunReason, message: String) {
         tracing::warn!(run = id.run, slot = id.slot, message, "no trainer started");
-        let reason = RunReason::TrainerError;
         let failed = TrainerFailed { class: class.into(), reason: reason.into(), message };
         self.push_for(id, 0, Event::Failed(failed));
         self.push_for(id, 0, Event::Exited(TrainerExited { code: None, signal: None }));

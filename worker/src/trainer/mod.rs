@@ -589,6 +589,10 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
         | Error::Session(
             session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded | prefix::Error::Thread(_)),
         ) => (FailureClass::Retry, RunReason::TrainerLost),
+        // Storage may answer the next time; where it does not, the step fails again, and the coordinator ends that.
+        Error::Session(session::Error::Prefix(prefix::Error::Data(thaw_data::batch::Error::Read { .. }))) => {
+            (FailureClass::Retry, RunReason::TrainerError)
+        }
         Error::Job(_)
         | Error::Device(_)
         | Error::Model(_)
