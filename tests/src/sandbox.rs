@@ -100,6 +100,20 @@ impl Sandbox {
     }
 }
 
+/// Copies a folder and all below it to a new one.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
 /// A spec over the small BERT: four shards, a batch of 16, two thaws; `more` is appended.
 #[must_use]
 pub fn text_spec(more: &str) -> String {

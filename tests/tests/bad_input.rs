@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use thaw_tests::fixtures;
 use thaw_tests::process::{Ended, Process};
-use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
+use thaw_tests::sandbox::{DEADLINE, Sandbox, copy_folder, text_spec};
 
 /// Every line of the error, without its prefix.
 fn errors(ended: &Ended) -> Vec<&str> {
@@ -197,19 +197,6 @@ fn walk(folder: &Path) -> Vec<String> {
         }
     }
     found
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy_folder(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 fn image_spec(folder: &Path) -> String {
