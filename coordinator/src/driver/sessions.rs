@@ -152,6 +152,12 @@ impl MainLoop {
             }
             Report::Progress(_) | Report::Evaluation(_) => {}
             Report::Log(line) => self.journal.append(&id, &run.folder, Lines::Logs, lines::log(line)),
+            Report::Operations(recent) => {
+                if let Some(run) = self.runs.get_mut(&id) {
+                    run.inquest.hear(generation, trainer, recent);
+                }
+                self.judge(&id).await?;
+            }
         }
         Ok(())
     }

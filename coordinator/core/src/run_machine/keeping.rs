@@ -3,6 +3,7 @@
 use super::record::Broken;
 use super::turn::Turn;
 use super::{Effect, FailureClass, Member, Rejection, Trainer};
+use crate::culprit::Judgement;
 use crate::gang::FreeSlot;
 use thaw_proto::ids::{Generation, Incarnation, Rank, Step};
 use thaw_proto::run::{RunReason, RunState};
@@ -218,9 +219,26 @@ impl Turn {
         let Some(broken) = self.observed.broken.take_if(|broken| self.now_ms >= broken.at_ms) else { return false };
         match broken.reason {
             RunReason::CoordinatorRestarted => self.lose_taken_over(broken.message),
-            reason => self.lose_gang(&[], reason, broken.message),
+            reason => {
+                self.ask_for_culprit();
+                self.lose_gang(&[], reason, broken.message);
+            }
         }
         true
+    }
+
+    /// The present generation is about to be lost, and none of its trainers has ended.
+    pub(super) fn ask_for_culprit(&mut self) {
+        self.observed.unexplained = Some(self.record.generation);
+    }
+
+    /// Tells whom a lost generation waited for.
+    pub(super) fn culprit_found(&mut self, judgement: &Judgement) {
+        if self.observed.unexplained.take_if(|lost| *lost == judgement.generation).is_some()
+            && !self.record.state.has_ended()
+        {
+            self.event(judgement.to_string());
+        }
     }
 
     /// RUN-7: a step beyond where the last gang was lost is progress.

@@ -53,6 +53,8 @@ mod turn;
 mod yielding;
 
 #[cfg(test)]
+mod culprit_tests;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod sizes_tests;
@@ -63,6 +65,7 @@ mod tests;
 
 pub use record::{Member, Observed, RunRecord, Trainer};
 
+use crate::culprit::Judgement;
 use crate::scheduler::{Claim, Holder, Verdict, Waiting};
 use std::collections::BTreeMap;
 use thaw_proto::ids::{Generation, Incarnation, Rank, RunId, StageIndex, Step, WorkerName};
@@ -200,6 +203,10 @@ pub enum Input {
     /// The scheduler wants all its slots.
     Yield {
         to: RunId,
+    },
+    /// Whom a generation waited for that was lost for no known reason ([`Observed::unexplained`]).
+    CulpritFound {
+        judgement: Box<Judgement>,
     },
     /// First input after a coordinator has taken the run over. Its gang trains on; who of it does not come back is lost.
     CoordinatorStarted,
@@ -453,6 +460,7 @@ pub fn step(
         Input::Scale { workers } => turn.scale(*workers)?,
         Input::Cede { workers, to } => turn.cede(*workers, to)?,
         Input::Yield { to } => turn.yield_to(to)?,
+        Input::CulpritFound { judgement } => turn.culprit_found(judgement),
         Input::CoordinatorStarted => turn.coordinator_started(),
     }
     Ok(turn.outcome())

@@ -156,6 +156,7 @@ impl Turn {
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running => {
                 // It is still alive, so where the others are not kept it stays a member until it has stopped.
+                self.ask_for_culprit();
                 self.lose_gang(std::slice::from_ref(trainer), reason, message);
             }
             RunState::Suspending | RunState::Preempting => self.lose_trainer_that_failed(trainer, reason, message),
