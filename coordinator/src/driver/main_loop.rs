@@ -308,6 +308,7 @@ impl MainLoop {
         let run = self.runs.get_mut(id).expect("runs are never removed");
         if run.has_ended() {
             run.generation_span = None;
+            run.inquest = Inquest::default();
             run.span = Span::none();
             self.journal.close(id);
         }
