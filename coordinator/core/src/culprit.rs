@@ -102,9 +102,7 @@ fn find_one(records: &BTreeMap<Rank, Vec<CollectiveOperation>>, world_size: u32)
     let inside = ranks_where(&|operations| next(operations) == first && entered(operations) >= Some(first));
     let unheard: Vec<Rank> = (0..world_size).map(Rank).filter(|rank| !records.contains_key(rank)).collect();
     match operation.filter(|_| !came.is_empty()) {
-        Some(operation) if !behind.is_empty() => {
-            Finding::NeverCame { operation, ranks: behind, waiting: came.len() }
-        }
+        Some(operation) if !behind.is_empty() => Finding::NeverCame { operation, ranks: behind, waiting: came.len() },
         Some(operation) if inside.len() < came.len() => {
             let gone_on = came.len() - inside.len();
             Finding::NeverLeft { operation, ranks: inside, gone_on }
@@ -295,7 +293,11 @@ fn line(operations: &[CollectiveOperation]) -> String {
         }
     });
     let told: Vec<String> = told.collect();
-    if told.is_empty() { "no operation over all ranks".to_owned() } else { format!("last operations: {}", told.join("; ")) }
+    if told.is_empty() {
+        "no operation over all ranks".to_owned()
+    } else {
+        format!("last operations: {}", told.join("; "))
+    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,7 @@ use super::{WireEnum as _, each, optional, required_enum};
 use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, StageIndex, Step, WorkerName};
 use crate::pb;
 use crate::violation::Violations;
-use crate::worker::{
-    CollectiveOperation, Hello, OperationEnd, Proposal, RecentOperations, TrainerKey, TrainerStatus,
-};
+use crate::worker::{CollectiveOperation, Hello, OperationEnd, Proposal, RecentOperations, TrainerKey, TrainerStatus};
 use std::collections::BTreeSet;
 
 /// Slots a worker can offer.

@@ -12,8 +12,8 @@ use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::worker_message::Message as Up;
 use thaw_proto::pb::worker_service_server::{WorkerService, WorkerServiceServer};
 use thaw_proto::pb::{
-    self, CollectiveKind, Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer, StopTrainer,
-    SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
+    self, CollectiveKind, Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer,
+    StopTrainer, SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -311,7 +311,10 @@ async fn a_trainer_that_does_not_answer_is_reported_and_killed_and_one_that_does
     peer.say(1, Down::Propose(Propose { slot: 1, ..proposed })).await;
     let message = peer.failed().await.message;
     assert!(message.contains("has not answered its agent"), "{message}");
-    assert!(message.ends_with("its last operation was reduce_shards_f32 1 (4 bytes) of step 0 in stage 0"), "{message}");
+    assert!(
+        message.ends_with("its last operation was reduce_shards_f32 1 (4 bytes) of step 0 in stage 0"),
+        "{message}"
+    );
     let (generation, recent) = peer.recent().await;
     assert_eq!((generation, recent.rank, recent.operations.len()), (6, 2, 2), "AGENT-7");
     assert_eq!(peer.exited("b").await, (None, Some(9)));

@@ -41,7 +41,8 @@ impl Tree {
     /// A gang of one, for a trainer that has no peers.
     #[must_use]
     pub fn alone(shards: u32) -> Self {
-        Self::start(0, shards, Duration::MAX, vec![None], Record::default()).expect("no thread is started without peers")
+        Self::start(0, shards, Duration::MAX, vec![None], Record::default())
+            .expect("no thread is started without peers")
     }
 
     /// Takes over one checked connection per peer, in rank order.

@@ -274,7 +274,10 @@ fn train(
 /// Its agent's; without it all goes on, unrecorded.
 fn open_ring(address: RingAddress) -> Option<Arc<Ring>> {
     let opened = Ring::open(address);
-    opened.inspect_err(|error| tracing::warn!(%error, "what this trainer waits for will not be known")).ok().map(Arc::new)
+    opened
+        .inspect_err(|error| tracing::warn!(%error, "what this trainer waits for will not be known"))
+        .ok()
+        .map(Arc::new)
 }
 
 /// Whether an error ends the generation alone (TRN-4). The state is as it was before what failed (TRAIN-5).
