@@ -1,7 +1,8 @@
 //! What agents and the coordinator say about trainers, as checked values.
 
-use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, WorkerName};
+use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, StageIndex, Step, WorkerName};
 use crate::run::{CheckpointRef, Position};
+use std::fmt;
 
 /// One trainer process of one run. Another process in the same slot has another incarnation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,4 +53,86 @@ pub struct Proposal {
     pub key: Vec<u8>,
     /// `None`: from the beginning.
     pub resume: Option<CheckpointRef>,
+}
+
+/// Where a trainer was as its generation ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecentOperations {
+    /// Below the world size.
+    pub rank: Rank,
+    /// At least 1.
+    pub world_size: u32,
+    /// The last it has entered, oldest first.
+    pub operations: Vec<CollectiveOperation>,
+}
+
+/// What an operation over all ranks does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CollectiveKind {
+    /// Sums over logical shards.
+    ReduceF32,
+    ReduceF64,
+    /// Bytes of every rank to every rank.
+    AllGather,
+    /// Bytes of one rank to some.
+    Copy,
+    /// A sum over ranks by NCCL.
+    GpuSum,
+}
+
+impl CollectiveKind {
+    /// As errors and events call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ReduceF32 => "reduce_shards_f32",
+            Self::ReduceF64 => "reduce_shards_f64",
+            Self::AllGather => "all_gather",
+            Self::Copy => "copy",
+            Self::GpuSum => "GPU sum",
+        }
+    }
+
+    /// Whether the sums over GPUs count it, and not the host's operations.
+    #[must_use]
+    pub fn is_on_gpu(self) -> bool {
+        match self {
+            Self::ReduceF32 | Self::ReduceF64 | Self::AllGather | Self::Copy => false,
+            Self::GpuSum => true,
+        }
+    }
+}
+
+/// An operation over all ranks, as one of them has seen it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CollectiveOperation {
+    pub kind: CollectiveKind,
+    /// Counts the generation's from 0; the same on every rank.
+    pub sequence: u64,
+    /// What this rank gave.
+    pub bytes: u64,
+    pub stage: StageIndex,
+    /// Updates that were applied when it began.
+    pub step: Step,
+    /// Unix microseconds, by the clock of the trainer's host.
+    pub began_us: u64,
+    pub end: OperationEnd,
+}
+
+/// How far a rank has come with an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OperationEnd {
+    /// It is in it.
+    None,
+    /// It left it with what it is for. Unix microseconds.
+    Finished { at_us: u64 },
+    /// It left it with an error. Unix microseconds.
+    Failed { at_us: u64 },
+}
+
+impl fmt::Display for CollectiveOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, sequence, bytes, stage, step, .. } = self;
+        write!(f, "{} {sequence} ({bytes} bytes) of step {step} in stage {stage}", kind.name())
+    }
 }

@@ -75,6 +75,42 @@ fn killed_trainers_leave_the_others_and_the_weights_as_they_were() {
     survives(process::kill_by_id);
 }
 
+/// What follows `after` in the message of an event of the run, up to the next `before`.
+fn told(run: &Path, after: &str, before: &str) -> Option<String> {
+    let events = fs::read_to_string(run.join("events.jsonl")).ok()?;
+    let events = events.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let part = |event: Value| Some(event["message"].as_str()?.split_once(after)?.1.split_once(before)?.0.to_owned());
+    events.filter_map(part).next()
+}
+
+/// AGENT-7, CULPRIT-1: which rank the others waited for, in which operation of which step.
+#[test]
+fn the_rank_that_a_gang_waited_for_is_named() {
+    let sandbox = Sandbox::new();
+    let spec = sandbox.spec(&text_spec(STAGES));
+    let reached = sandbox.path().join("reached");
+    let hold = format!("forward@40={}", reached.display());
+    let training = Process::start(&mut sandbox.train_command(&spec, 4, &["--hold", &hold]));
+    let id = process::eventually("the held trainer's id", DEADLINE, || {
+        fs::read_to_string(&reached).ok()?.trim().parse::<u32>().ok()
+    });
+    process::stop_by_id(id);
+    let run = sandbox.run_folder();
+    let named = process::eventually("a name", DEADLINE, || told(&run, "generation 1 waited for ", ": "));
+    // Its agent has found it out by itself.
+    let silent = format!("{named}: the process has not answered its agent for ");
+    let events = fs::read_to_string(run.join("events.jsonl")).unwrap();
+    assert!(events.contains(&silent), "{silent:?} is not in {events}");
+    let operation = told(&run, "3 other(s) came to reduce_shards_", ";").unwrap_or_else(|| panic!("{events}"));
+    assert!(operation.ends_with(" of step 40 in stage 0"), "{operation}");
+    let last = told(&run, "; its last was ", " (").unwrap_or_else(|| panic!("{events}"));
+    let number = |text: &str| text.split(' ').find_map(|word| word.parse::<u64>().ok());
+    assert_eq!(number(&last).map(|last| last + 1), number(&operation), "{last} {operation}");
+    let logs = fs::read_to_string(run.join("logs.jsonl")).unwrap();
+    assert_eq!(logs.matches("last operations: ").count(), 4, "{logs}");
+    drop(training);
+}
+
 /// AGENT-6: a process that is stopped is as good as gone.
 #[test]
 fn a_stopped_trainer_is_declared_lost_and_the_others_go_on() {

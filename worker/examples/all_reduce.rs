@@ -1,15 +1,18 @@
 //! Times the sum of a vector over processes of this host, as a training step would ask for it: a gradient where trainers keep theirs, summed
 //! in place.
 //!
-//! `cargo run --example all_reduce -- RANKS MEGABYTES ROUNDS [tcp]` prints one JSON line: seconds of each round, as rank 0 saw them.
+//! `cargo run --example all_reduce -- RANKS MEGABYTES ROUNDS [tcp] [recorded]` prints one JSON line: seconds of each round, as rank 0 saw them;
+//! where operations are recorded, as an agent has its trainers do it, also the seconds that recording one takes.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_proto::ids::{Generation, Rank};
+use thaw_proto::worker::CollectiveKind;
 use thaw_torch::runtime::{tensor_in, with_slice_f32_mut};
 use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_worker::collective::{Abort, Collective as _, HostId, Listener, Membership, Options};
+use thaw_worker::collective::{Abort, Collective as _, HostId, Listener, Membership, Options, Record, Ring};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -18,7 +21,7 @@ fn main() -> anyhow::Result<()> {
     match arguments.first().map(String::as_str) {
         Some("rank") => rank(&arguments[1..]),
         Some(_) => gang(&arguments),
-        None => anyhow::bail!("usage: all_reduce RANKS MEGABYTES ROUNDS [tcp]"),
+        None => anyhow::bail!("usage: all_reduce RANKS MEGABYTES ROUNDS [tcp] [recorded]"),
     }
 }
 
@@ -54,7 +57,10 @@ fn gang(arguments: &[String]) -> anyhow::Result<()> {
 fn rank(arguments: &[String]) -> anyhow::Result<()> {
     let number = |at: usize| arguments[at].parse::<u32>();
     let (rank, ranks, megabytes, rounds) = (number(0)?, number(1)?, number(2)? as usize, number(3)?);
+    let asks = |word: &str| arguments[4..].iter().any(|argument| argument == word);
+    let ring = if asks("recorded") { Some(Arc::new(Ring::create()?)) } else { None };
     let (listener, address) = Listener::bind("127.0.0.1")?;
+    let listener = listener.recording(ring.clone());
     writeln!(std::io::stdout(), "{address}")?;
     let mut line = String::new();
     std::io::stdin().read_line(&mut line)?;
@@ -65,8 +71,7 @@ fn rank(arguments: &[String]) -> anyhow::Result<()> {
         addresses: line.split_whitespace().map(str::to_owned).collect(),
         key: b"bench".to_vec(),
     };
-    let shares = arguments.get(4).is_none_or(|transport| transport != "tcp");
-    let host = if shares { HostId::of_this_machine() } else { None };
+    let host = if asks("tcp") { None } else { HostId::of_this_machine() };
     let options = Options { shards: ranks, connect_deadline: LIMIT, operation_deadline: LIMIT, host };
     let tree = listener.connect(&membership, options, &Abort::default())?;
     let elements = megabytes * 1_000_000 / size_of::<f32>();
@@ -89,7 +94,20 @@ fn rank(arguments: &[String]) -> anyhow::Result<()> {
     }
     // The first round touches the memory.
     seconds.remove(0);
-    let report = serde_json::json!({"seconds": seconds, "shared_memory": tree.ranks_here() > 1});
+    let recording = ring.map(|ring| recording(&Record::of(Some(ring), Generation(1))));
+    let report =
+        serde_json::json!({"seconds": seconds, "shared_memory": tree.ranks_here() > 1, "recording": recording});
     writeln!(std::io::stdout(), "{report}")?;
     Ok(())
+}
+
+/// Seconds that it takes to record one operation, its begin and its end.
+fn recording(record: &Record) -> f64 {
+    const OPERATIONS: u32 = 1_000_000;
+    let began = Instant::now();
+    for sequence in 0..OPERATIONS {
+        let entry = record.begin(CollectiveKind::ReduceF32, sequence.into(), 1 << 20);
+        record.end(entry, true);
+    }
+    began.elapsed().as_secs_f64() / f64::from(OPERATIONS)
 }

@@ -5,8 +5,9 @@ use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use thaw_runtime::tls::TlsOptions;
+use thaw_worker::collective::RingAddress;
 use thaw_worker::device::DeviceOptions;
-use thaw_worker::trainer::{CacheFolders, Hold};
+use thaw_worker::trainer::{CacheFolders, Hold, Node};
 use thaw_worker::{agent, trainer};
 
 /// The worker of a Thaw cluster.
@@ -30,6 +31,9 @@ enum Role {
         /// where the file exists, go on. For tests.
         #[arg(long)]
         hold: Option<Hold>,
+        /// process:descriptor of the agent's memory in which this trainer records its operations over all ranks.
+        #[arg(long, hide = true)]
+        ring: Option<RingAddress>,
         #[command(flatten)]
         cache: CacheOptions,
         #[command(flatten)]
@@ -92,7 +96,9 @@ struct AgentOptions {
 
 fn main() -> ExitCode {
     match Args::parse().role {
-        Role::Trainer { host, hold, cache, device } => trainer::run(&host, cache.folders(), device, hold),
+        Role::Trainer { host, hold, ring, cache, device } => {
+            trainer::run(Node { host, cache: cache.folders(), device, ring }, hold)
+        }
         Role::Agent(options) => match serve(options) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -3,6 +3,7 @@
 //! simulation) gets the same answer from the same arguments.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
+pub mod culprit;
 pub mod gang;
 pub mod lr_find;
 pub mod manifest;

@@ -8,6 +8,7 @@ use thaw_proto::pb;
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::run::{CheckpointRef, RunResult, StageResult};
 use thaw_proto::violation::Violations;
+use thaw_proto::worker::RecentOperations;
 
 /// One report, checked.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(super) enum Report {
     Progress(pb::Progress),
     Evaluation(pb::Evaluation),
     Log(pb::LogLine),
+    /// What the trainer's agent has read of it.
+    Operations(RecentOperations),
 }
 
 /// A checked report with its sender.
@@ -46,6 +49,10 @@ fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Re
         Event::Progress(progress) => return Ok(Report::Progress(progress)),
         Event::Evaluation(evaluation) => return Ok(Report::Evaluation(evaluation)),
         Event::Log(line) => return Ok(Report::Log(line)),
+        Event::Operations(raw) => {
+            let recent = RecentOperations::try_from(&raw).map_err(|wrong| wrong.under("operations"))?;
+            return Ok(Report::Operations(recent));
+        }
         Event::Checkpoint(written) => {
             let raw =
                 written.checkpoint.as_ref().ok_or_else(|| Violations::one("checkpoint.checkpoint", "is required"))?;

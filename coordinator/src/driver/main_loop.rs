@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use thaw_core::culprit::Inquest;
 use thaw_core::gang::FreeSlot;
 use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
 use thaw_core::scheduler::{Decided, Give, Reclaim};
@@ -51,6 +52,8 @@ pub(super) struct Run {
     revision: Revision,
     pub(super) observed: Observed,
     pub(super) folder: RunFolder,
+    /// What is heard of a generation that may have to be explained.
+    pub(super) inquest: Inquest,
     /// Lives as long as the run; dropped, so exported, at its end.
     span: Span,
     /// Of the present generation, below the run's.
@@ -178,8 +181,8 @@ impl MainLoop {
         let folder = RunFolder::of(&id, stored.record.spec.checkpoint.url.as_ref(), &self.data_dir)
             .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
         self.views.publish(&id, stored.shown(revision));
-        self.runs
-            .insert(id, Run { stored, revision, observed: Observed::default(), folder, span, generation_span: None });
+        let (observed, inquest) = (Observed::default(), Inquest::default());
+        self.runs.insert(id, Run { stored, revision, observed, folder, inquest, span, generation_span: None });
         Ok(())
     }
 
@@ -305,6 +308,7 @@ impl MainLoop {
         let run = self.runs.get_mut(id).expect("runs are never removed");
         if run.has_ended() {
             run.generation_span = None;
+            run.inquest = Inquest::default();
             run.span = Span::none();
             self.journal.close(id);
         }
@@ -374,6 +378,23 @@ impl MainLoop {
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "a tick was turned away");
             }
+            self.judge(&id).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells whom a run's last gang waited for, where that is asked for and known by now: an event, and a line for each rank.
+    pub(super) async fn judge(&mut self, id: &RunId) -> Result<(), Error> {
+        let Some(run) = self.runs.get_mut(id) else { return Ok(()) };
+        let Some(lost) = run.observed.unexplained() else { return Ok(()) };
+        let Some(judgement) = run.inquest.judge(lost, clock::now_ms().unsigned_abs()) else { return Ok(()) };
+        for (rank, text) in judgement.lines() {
+            let line = pb::LogLine { time: None, source: format!("rank {rank}"), text };
+            self.journal.append(id, &run.folder, Lines::Logs, lines::log(line));
+        }
+        let input = Input::CulpritFound { judgement: Box::new(judgement) };
+        if let Err(rejection) = self.feed(id, &input).await? {
+            tracing::info!(run = %id, %rejection, "nobody is named");
         }
         Ok(())
     }

@@ -152,6 +152,13 @@ impl MainLoop {
             }
             Report::Progress(_) | Report::Evaluation(_) => {}
             Report::Log(line) => self.journal.append(&id, &run.folder, Lines::Logs, lines::log(line)),
+            Report::Operations(recent) => {
+                // At a run's end each of its trainers is told of too, and nobody asks why.
+                if let Some(run) = self.runs.get_mut(&id).filter(|run| !run.stored.record.state.has_ended()) {
+                    run.inquest.hear(generation, trainer, recent);
+                }
+                self.judge(&id).await?;
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Enums in both forms. The variants carry the same names, so one line per enum pairs them and a missing variant does not compile.
 
-use crate::{pb, run, spec};
+use crate::{pb, run, spec, worker};
 
 /// A checked enum that has a message form with an additional zero value.
 pub trait WireEnum: Copy + Sized {
@@ -77,6 +77,7 @@ wire_enums! {
         Scaled, Preempted, StepFailed, TrainerHung,
     }
     run::StageEnd = pb::StageEnd { MaxEpochs, MaxSteps, Patience, NotFinite }
+    worker::CollectiveKind = pb::CollectiveKind { ReduceF32, ReduceF64, AllGather, Copy, GpuSum }
 }
 
 /// The optimizer's kind alone; [`spec::Optimizer`] also holds its numbers.

@@ -1,11 +1,11 @@
 //! What agents and the coordinator say about trainers: identities are whole, slots exist, ranks have an address.
 
 use super::checker::Checker;
-use super::{each, optional};
-use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, WorkerName};
+use super::{WireEnum as _, each, optional, required_enum};
+use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, StageIndex, Step, WorkerName};
 use crate::pb;
 use crate::violation::Violations;
-use crate::worker::{Hello, Proposal, TrainerKey, TrainerStatus};
+use crate::worker::{CollectiveOperation, Hello, OperationEnd, Proposal, RecentOperations, TrainerKey, TrainerStatus};
 use std::collections::BTreeSet;
 
 /// Slots a worker can offer.
@@ -127,6 +127,71 @@ impl From<&Proposal> for pb::Propose {
     }
 }
 
+impl TryFrom<&pb::RecentOperations> for RecentOperations {
+    type Error = Violations;
+
+    fn try_from(raw: &pb::RecentOperations) -> Result<Self, Violations> {
+        let mut at = Checker::default();
+        if raw.rank >= raw.world_size {
+            at.refuse("rank", format!("must be below world_size ({}), not {}", raw.world_size, raw.rank));
+        }
+        let operations = at.collect(each("operations", &raw.operations));
+        at.finish(Self { rank: Rank(raw.rank), world_size: raw.world_size, operations })
+    }
+}
+
+impl From<&RecentOperations> for pb::RecentOperations {
+    fn from(recent: &RecentOperations) -> Self {
+        Self {
+            rank: recent.rank.0,
+            world_size: recent.world_size,
+            operations: recent.operations.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<&pb::CollectiveOperation> for CollectiveOperation {
+    type Error = Violations;
+
+    fn try_from(raw: &pb::CollectiveOperation) -> Result<Self, Violations> {
+        let end = match (raw.ended_us, raw.failed) {
+            (None, false) => OperationEnd::None,
+            (None, true) => return Err(Violations::one("ended_us", "is required of an operation that failed")),
+            (Some(at_us), false) => OperationEnd::Finished { at_us },
+            (Some(at_us), true) => OperationEnd::Failed { at_us },
+        };
+        Ok(Self {
+            kind: required_enum("kind", raw.kind)?,
+            sequence: raw.sequence,
+            bytes: raw.bytes,
+            stage: StageIndex(raw.stage),
+            step: Step(raw.step),
+            began_us: raw.began_us,
+            end,
+        })
+    }
+}
+
+impl From<&CollectiveOperation> for pb::CollectiveOperation {
+    fn from(operation: &CollectiveOperation) -> Self {
+        let (ended_us, failed) = match operation.end {
+            OperationEnd::None => (None, false),
+            OperationEnd::Finished { at_us } => (Some(at_us), false),
+            OperationEnd::Failed { at_us } => (Some(at_us), true),
+        };
+        Self {
+            kind: operation.kind.number(),
+            sequence: operation.sequence,
+            bytes: operation.bytes,
+            stage: operation.stage.0,
+            step: operation.step.0,
+            began_us: operation.began_us,
+            ended_us,
+            failed,
+        }
+    }
+}
+
 /// The trainer that a message names by its fields run, slot and incarnation.
 ///
 /// # Errors
@@ -181,6 +246,33 @@ mod tests {
             resume: None,
         };
         assert_eq!(pb::Propose::from(&Proposal::try_from(&propose).unwrap()), propose);
+    }
+
+    #[test]
+    fn operations_round_trip_and_a_failed_one_has_ended() {
+        let operation = pb::CollectiveOperation {
+            kind: pb::CollectiveKind::AllGather.into(),
+            sequence: 7,
+            bytes: 8,
+            stage: 1,
+            step: 9,
+            began_us: 10,
+            ended_us: None,
+            failed: false,
+        };
+        let ended = pb::CollectiveOperation { ended_us: Some(11), ..operation };
+        let failed = pb::CollectiveOperation { failed: true, ..ended };
+        let recent = pb::RecentOperations { rank: 1, world_size: 2, operations: vec![ended, failed, operation] };
+        assert_eq!(pb::RecentOperations::from(&RecentOperations::try_from(&recent).unwrap()), recent);
+        let wrong = pb::CollectiveOperation { failed: true, ..operation };
+        let nothing = pb::CollectiveOperation { kind: 0, ..operation };
+        let recent = pb::RecentOperations { rank: 2, world_size: 2, operations: vec![wrong, nothing] };
+        assert_eq!(
+            RecentOperations::try_from(&recent).unwrap_err().to_string(),
+            "rank: must be below world_size (2), not 2\n\
+             operations[0].ended_us: is required of an operation that failed\n\
+             operations[1].kind: is required: one of reduce_f32, reduce_f64, all_gather, copy, gpu_sum"
+        );
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Launch for Toys {
         };
         let task = tokio::spawn(toy.live(hears));
         let child = Box::new(ToyLife { task, ended: None });
-        Ok(Running { child, stdin: Box::new(stdin), stdout: Box::new(stdout), stderr: Box::new(stderr) })
+        Ok(Running { child, stdin: Box::new(stdin), stdout: Box::new(stdout), stderr: Box::new(stderr), ring: None })
     }
 }
 

@@ -17,7 +17,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Of the system's memory.
@@ -150,6 +150,17 @@ impl Segment {
         unsafe { &*place.cast::<AtomicU32>() }
     }
 
+    /// A word of 64 bits in the segment.
+    ///
+    /// # Panics
+    /// If the offset is outside, or no multiple of eight.
+    #[must_use]
+    pub fn long(&self, offset: usize) -> &AtomicU64 {
+        let place = self.at(offset, size_of::<AtomicU64>(), align_of::<AtomicU64>());
+        // SAFETY: inside the mapping, aligned, and alive as long as `self`; every process uses it as an atomic.
+        unsafe { &*place.cast::<AtomicU64>() }
+    }
+
     /// Numbers in the segment, while the protocol says that nobody writes there (SHM-2).
     ///
     /// # Panics
@@ -233,6 +244,8 @@ mod tests {
         own.write(64, &[1.5_f32, -2.0]);
         post(own.word(0), 7);
         assert_eq!(other.word(0).load(Ordering::Acquire), 7);
+        own.long(8).store(1 << 40, Ordering::Release);
+        assert_eq!(other.long(8).load(Ordering::Acquire), 1 << 40);
         assert_eq!(other.numbers::<f32>(64, 2), [1.5, -2.0]);
         drop(own);
         assert_eq!(other.numbers::<f32>(64, 2), [1.5, -2.0], "it lives as long as anybody has it mapped");

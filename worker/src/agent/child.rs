@@ -3,6 +3,7 @@
 use super::Config;
 use super::launch::{Launch, Life, Running};
 use super::trainers::{TrainerId, Trainers};
+use crate::collective::Ring;
 use crate::pipe;
 use async_trait::async_trait;
 use std::io;
@@ -58,6 +59,8 @@ impl Launch for Spawner {
     }
 
     async fn launch(&self) -> io::Result<Running> {
+        let ring = Ring::create();
+        let ring = ring.inspect_err(|error| tracing::warn!(%error, "what a trainer waits for will not be known")).ok();
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
@@ -65,6 +68,9 @@ impl Launch for Spawner {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        if let Some(ring) = &ring {
+            command.args(["--ring".to_owned(), ring.address().to_string()]);
+        }
         // Idle threads of an operator sleep instead of spinning: the cores between operators belong to the other trainers and to the
         // collective. Read by the OpenMP runtime when it is loaded, so the trainer cannot set it itself.
         if std::env::var_os(WAIT_POLICY).is_none() {
@@ -82,6 +88,7 @@ impl Launch for Spawner {
                 stdin: Box::new(stdin),
                 stdout: Box::new(stdout),
                 stderr: Box::new(stderr),
+                ring,
             }),
             _ => Err(io::Error::other("it has no pipes")),
         }

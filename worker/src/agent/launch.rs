@@ -1,6 +1,7 @@
 //! What a trainer is to its agent: something with three pipes that lives, can be killed, and ends. A process; in a simulation,
 //! a task.
 
+use crate::collective::Ring;
 use async_trait::async_trait;
 use std::fmt;
 use std::io;
@@ -30,10 +31,12 @@ pub trait Life: Send {
     fn start_kill(&mut self) -> io::Result<()>;
 }
 
-/// A trainer and its pipes: frames in, frames out, lines of its log.
+/// A trainer and its pipes: frames in, frames out, lines of its log; and the memory it shares with its agent.
 pub struct Running {
     pub child: Box<dyn Life>,
     pub stdin: Box<dyn AsyncWrite + Send + Unpin>,
     pub stdout: Box<dyn AsyncRead + Send + Unpin>,
     pub stderr: Box<dyn AsyncRead + Send + Unpin>,
+    /// Where it records its operations over all ranks; it has been told.
+    pub ring: Option<Ring>,
 }

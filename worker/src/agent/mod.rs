@@ -13,6 +13,8 @@
 //! - `AGENT-5`: of several coordinators it looks for the one that leads: it goes where it is sent, and else asks in turn.
 //! - `AGENT-6`: a trainer that is ready and whose process does not run any more is reported and killed: it is pinged, and its answers do
 //!   not depend on how its training gets on.
+//! - `AGENT-7`: where a trainer stood in a generation is reported once, before the trainer hears that it is over: also of one that is stopped,
+//!   hangs, or is gone.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 

@@ -26,7 +26,7 @@ pub(super) enum Delivery {
 pub(super) fn delivery(report: &TrainerReport) -> Delivery {
     match &report.event {
         Some(Event::Progress(_) | Event::Pong(_)) | None => Delivery::BestEffort,
-        Some(Event::Log(_) | Event::Evaluation(_)) => Delivery::Once,
+        Some(Event::Log(_) | Event::Evaluation(_) | Event::Operations(_)) => Delivery::Once,
         Some(
             Event::Ready(_)
             | Event::Built(_)

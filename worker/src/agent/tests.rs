@@ -2,16 +2,18 @@
 //! [`fake_trainer`].
 
 use super::*;
+use crate::collective::{Record, Ring};
 use std::collections::VecDeque;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use thaw_proto::ids::Generation;
 use thaw_proto::pb::coordinator_message::Message as Down;
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::worker_message::Message as Up;
 use thaw_proto::pb::worker_service_server::{WorkerService, WorkerServiceServer};
 use thaw_proto::pb::{
-    self, Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer, StopTrainer,
-    SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
+    self, CollectiveKind, Commit, CoordinatorMessage, GangBuilt, Hello, Position, Progress, Propose, StartTrainer,
+    StopTrainer, SuspendTrainer, Suspended, TrainerFailed, TrainerReady, TrainerReport, Welcome, WorkerMessage,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -29,7 +31,8 @@ fn fake_trainer() {
     crate::pipe::die_with_parent().unwrap();
     let frames = std::fs::File::options().write(true).open("/proc/self/fd/3").unwrap();
     let (pipe, messages) = crate::pipe::TrainerPipe::start(std::io::stdin(), frames, || std::process::exit(0)).unwrap();
-    let mut hangs = false;
+    let ring = Arc::new(Ring::open(std::env::var("RING").unwrap().parse().unwrap()).unwrap());
+    let (mut hangs, mut hangs_now) = (false, false);
     for message in &messages {
         if let Some(Down::Start(start)) = &message.message {
             hangs = start.run == "hang";
@@ -46,6 +49,11 @@ fn fake_trainer() {
             Down::Start(_) => (Event::Ready(TrainerReady { address: "127.0.0.1:1".to_owned(), keeps_state: false }), 0),
             Down::Propose(propose) => {
                 eprintln!("building");
+                let record = Record::of(Some(Arc::clone(&ring)), Generation(propose.generation));
+                let gathered = record.begin(thaw_proto::worker::CollectiveKind::AllGather, 0, propose.generation);
+                record.end(gathered, true);
+                let _lasts = record.begin(thaw_proto::worker::CollectiveKind::ReduceF32, 1, 4);
+                hangs_now = hangs;
                 (Event::Built(GangBuilt {}), propose.generation)
             }
             Down::Commit(commit) => {
@@ -53,7 +61,7 @@ fn fake_trainer() {
                 (Event::Progress(Progress { position, ..Progress::default() }), commit.generation)
             }
             Down::Suspend(suspend) => (Event::Suspended(Suspended {}), suspend.generation),
-            Down::Ping(_) if !hangs => (Event::Pong(pb::Pong {}), 0),
+            Down::Ping(_) if !hangs_now => (Event::Pong(pb::Pong {}), 0),
             Down::Ping(_) | Down::Welcome(_) | Down::Stop(_) | Down::Committed(_) => continue,
         };
         let report = TrainerReport { generation, event: Some(event), ..TrainerReport::default() };
@@ -99,7 +107,8 @@ impl Bench {
         let program = folder.path().join("trainer");
         let this = std::env::current_exe().unwrap();
         let test = "agent::tests::fake_trainer --exact --ignored --nocapture";
-        let script = format!("#!/bin/sh\nexec '{}' {test} 3>&1 >/dev/null\n", this.display());
+        // The agent says `--ring ADDRESS`.
+        let script = format!("#!/bin/sh\nexport RING=\"$2\"\nexec '{}' {test} 3>&1 >/dev/null\n", this.display());
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         Self::with_program(folder, program).await
@@ -187,6 +196,15 @@ impl Peer {
         .await
     }
 
+    /// The next report of where a trainer was as its generation ended.
+    async fn recent(&mut self) -> (u64, pb::RecentOperations) {
+        self.report(|report| match &report.event {
+            Some(Event::Operations(recent)) => Some((report.generation, recent.clone())),
+            _ => None,
+        })
+        .await
+    }
+
     /// The process id of the trainer in a heartbeat that has exactly one, of this generation.
     async fn heartbeat(&mut self, generation: u64) -> u32 {
         loop {
@@ -208,8 +226,8 @@ fn start(run: &str, slot: u32, incarnation: &str) -> Down {
 }
 
 fn propose(run: &str, incarnation: &str, generation: u64, rank: u32) -> Down {
-    let (run, incarnation) = (run.to_owned(), incarnation.to_owned());
-    Down::Propose(Propose { run, incarnation, generation, rank, ..Propose::default() })
+    let (run, incarnation, addresses) = (run.to_owned(), incarnation.to_owned(), vec![String::new(); 4]);
+    Down::Propose(Propose { run, incarnation, generation, rank, addresses, ..Propose::default() })
 }
 
 fn is_running(pid: u32) -> bool {
@@ -288,9 +306,45 @@ async fn a_trainer_that_does_not_answer_is_reported_and_killed_and_one_that_does
     peer.ready().await;
     let answers = peer.heartbeat(0).await;
     peer.say(1, start("hang", 1, "b")).await;
-    assert!(peer.failed().await.message.contains("has not answered its agent"));
+    peer.ready().await;
+    let Down::Propose(proposed) = propose("hang", "b", 6, 2) else { unreachable!() };
+    peer.say(1, Down::Propose(Propose { slot: 1, ..proposed })).await;
+    let message = peer.failed().await.message;
+    assert!(message.contains("has not answered its agent"), "{message}");
+    assert!(
+        message.ends_with("its last operation was reduce_shards_f32 1 (4 bytes) of step 0 in stage 0"),
+        "{message}"
+    );
+    let (generation, recent) = peer.recent().await;
+    assert_eq!((generation, recent.rank, recent.operations.len()), (6, 2, 2), "AGENT-7");
     assert_eq!(peer.exited("b").await, (None, Some(9)));
     assert!(is_running(answers), "it was pinged for longer");
+    bench.stop().await;
+}
+
+/// AGENT-7
+#[tokio::test]
+async fn what_a_trainer_did_last_is_told_once_as_its_generation_ends() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("demo", 0, "a")).await;
+    peer.ready().await;
+    peer.say(1, propose("demo", "a", 4, 3)).await;
+    peer.heartbeat(4).await;
+    peer.say(1, propose("demo", "a", 5, 1)).await;
+    let (generation, recent) = peer.recent().await;
+    assert_eq!((generation, recent.rank, recent.world_size), (4, 3, 4));
+    let [gathered, reduces] = &recent.operations[..] else { panic!("{recent:?}") };
+    assert_eq!((gathered.kind(), gathered.sequence, gathered.bytes), (CollectiveKind::AllGather, 0, 4));
+    assert!(gathered.ended_us.is_some_and(|ended| ended >= gathered.began_us) && !gathered.failed, "{gathered:?}");
+    assert_eq!((reduces.kind(), reduces.sequence, reduces.ended_us), (CollectiveKind::ReduceF32, 1, None));
+    peer.heartbeat(5).await;
+    let stop = StopTrainer { run: "demo".to_owned(), slot: 0, incarnation: "a".to_owned(), generation: 5 };
+    peer.say(1, Down::Stop(stop)).await;
+    assert_eq!(peer.exited("a").await, (None, Some(9)));
+    let told = |report: &TrainerReport| matches!(report.event, Some(Event::Operations(_)));
+    let of_last = peer.seen.iter().filter(|report| told(report)).map(|report| report.generation).collect::<Vec<_>>();
+    assert_eq!(of_last, [5], "it ended after it was stopped, and is not told twice");
     bench.stop().await;
 }
 

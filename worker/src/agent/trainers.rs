@@ -4,16 +4,19 @@ use super::child;
 use super::launch::{Launch, Running};
 use super::outbox::{Delivery, Outbox, delivery};
 use super::{Config, KILL_LIMIT, POLICY};
+use crate::collective::Ring;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::{
     self, CoordinatorMessage, FailureClass, LogLine, RunReason, TrainerExited, TrainerFailed, TrainerReport,
     TrainerStatus,
 };
+use thaw_proto::worker::RecentOperations;
 use thaw_runtime::tasks::Tasks;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -55,7 +58,9 @@ struct Shared {
 struct Trainer {
     id: TrainerId,
     pid: u32,
-    rank: Option<u32>,
+    /// In the gang last proposed to it.
+    place: Option<Place>,
+    ring: Option<Ring>,
     generation: u64,
     position: Option<pb::Position>,
     /// Pings since its last answer (AGENT-6).
@@ -69,14 +74,24 @@ struct Trainer {
     ended: CancellationToken,
 }
 
+/// A trainer's place in a gang.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    generation: u64,
+    rank: u32,
+    world_size: u32,
+    /// Whether it is reported what the trainer did in it (AGENT-7).
+    told: bool,
+}
+
 impl Trainer {
     fn is_alive(&self) -> bool {
         !self.ended.is_cancelled()
     }
 
     fn source(&self) -> String {
-        match self.rank {
-            Some(rank) => format!("rank {rank}"),
+        match self.place {
+            Some(Place { rank, .. }) => format!("rank {rank}"),
             None => format!("slot {}", self.id.slot),
         }
     }
@@ -96,6 +111,26 @@ impl Trainer {
         self.ledger.push(report.clone());
     }
 
+    /// What it did last in its gang, which is over, and the generation; unless that is told (AGENT-7).
+    fn recent(&mut self) -> Option<(u64, RecentOperations)> {
+        let place = self.place.as_mut().filter(|place| !place.told)?;
+        let operations = self.ring.as_ref()?.read(Generation(place.generation));
+        place.told = true;
+        let (rank, world_size) = (Rank(place.rank), place.world_size);
+        Some((place.generation, RecentOperations { rank, world_size, operations }))
+    }
+
+    /// Takes its place in a gang; returns what it did in the one before.
+    fn propose(&mut self, propose: &pb::Propose) -> Option<(u64, RecentOperations)> {
+        if self.place.is_some_and(|place| place.generation >= propose.generation) {
+            return None;
+        }
+        let before = self.recent();
+        let world_size = u32::try_from(propose.addresses.len()).unwrap_or(u32::MAX);
+        self.place = Some(Place { generation: propose.generation, rank: propose.rank, world_size, told: false });
+        before
+    }
+
     fn observe(&mut self, report: &TrainerReport) {
         self.generation = self.generation.max(report.generation);
         let position = match &report.event {
@@ -110,6 +145,7 @@ impl Trainer {
                 | Event::Suspended(_)
                 | Event::Failed(_)
                 | Event::Interrupted(_)
+                | Event::Operations(_)
                 | Event::Pong(_)
                 | Event::Exited(_)
                 | Event::Log(_),
@@ -188,14 +224,15 @@ impl Trainers {
     }
 
     fn adopt(&self, id: TrainerId, running: Running, message: CoordinatorMessage) {
-        let Running { child, stdin, stdout, stderr } = running;
+        let Running { child, stdin, stdout, stderr, ring } = running;
         let (messages, waiting) = mpsc::channel(MAX_WAITING_MESSAGES);
         messages.try_send(message).expect("the queue is empty");
         let kill = CancellationToken::new();
         let trainer = Trainer {
             id: id.clone(),
             pid: child.id(),
-            rank: None,
+            place: None,
+            ring,
             generation: 0,
             position: None,
             unanswered: 0,
@@ -235,7 +272,7 @@ impl Trainers {
                 () = ended.cancelled() => return,
                 _ = pings.tick() => {}
             }
-            let (generation, stopped) = {
+            let (generation, stopped, recent) = {
                 let mut by_slot = self.by_slot();
                 let Some(trainer) = find(&mut by_slot, id) else { return };
                 let is_ready = |report: &TrainerReport| matches!(report.event, Some(Event::Ready(_)));
@@ -250,19 +287,23 @@ impl Trainers {
                     continue;
                 }
                 let stopped = child::is_stopped(trainer.pid);
+                let recent = trainer.recent();
                 trainer.kill.cancel();
-                (trainer.generation, stopped)
+                (trainer.generation, stopped, recent)
             };
             // Somebody has stopped it, or it hangs by itself: the second is held against its slot.
             let (reason, how) =
                 if stopped { (RunReason::TrainerLost, "is stopped") } else { (RunReason::TrainerHung, "hangs") };
             let limit = PING * MOST_UNANSWERED;
             tracing::warn!(run = id.run, slot = id.slot, ?limit, how, "a trainer does not answer; killing it");
+            let last = recent.as_ref().and_then(|(_, recent)| recent.operations.last());
+            let last = last.map_or_else(String::new, |last| format!("; its last operation was {last}"));
             let failed = TrainerFailed {
                 class: FailureClass::Retry.into(),
                 reason: reason.into(),
-                message: format!("the process has not answered its agent for {limit:?}; it {how}"),
+                message: format!("the process has not answered its agent for {limit:?}; it {how}{last}"),
             };
+            self.tell(id, recent);
             self.push_for(id, generation, Event::Failed(failed));
             return;
         }
@@ -283,17 +324,20 @@ impl Trainers {
         let delivered = {
             let mut by_slot = self.by_slot();
             find(&mut by_slot, id).filter(|trainer| trainer.is_alive()).map(|trainer| {
+                let mut before = None;
                 if let Some(pb::coordinator_message::Message::Propose(propose)) = &message.message {
-                    trainer.rank = Some(propose.rank);
+                    before = trainer.propose(propose);
                 }
                 if trainer.messages.try_send(message).is_err() {
                     tracing::warn!(slot = id.slot, "a trainer does not read its messages; killing it");
                     trainer.kill.cancel();
                 }
+                before
             })
         };
-        if delivered.is_none() {
-            self.say_ended(id, generation);
+        match delivered {
+            Some(before) => self.tell(id, before),
+            None => self.say_ended(id, generation),
         }
     }
 
@@ -301,10 +345,15 @@ impl Trainers {
     pub(super) fn stop(&self, id: &TrainerId, generation: u64) {
         let known = {
             let mut by_slot = self.by_slot();
-            find(&mut by_slot, id).filter(|trainer| trainer.is_alive()).map(|trainer| trainer.kill.cancel())
+            find(&mut by_slot, id).filter(|trainer| trainer.is_alive()).map(|trainer| {
+                let recent = trainer.recent();
+                trainer.kill.cancel();
+                recent
+            })
         };
-        if known.is_none() {
-            self.say_ended(id, generation);
+        match known {
+            Some(recent) => self.tell(id, recent),
+            None => self.say_ended(id, generation),
         }
     }
 
@@ -317,7 +366,7 @@ impl Trainers {
     pub(super) fn report(&self, id: &TrainerId, report: TrainerReport) {
         let (run, incarnation) = (id.run.clone(), id.incarnation.clone());
         let report = TrainerReport { run, slot: id.slot, incarnation, ..report };
-        {
+        let recent = {
             let mut by_slot = self.by_slot();
             let Some(trainer) = find(&mut by_slot, id) else {
                 return;
@@ -330,7 +379,12 @@ impl Trainers {
             if delivery(&report) == Delivery::AtLeastOnce {
                 trainer.keep(&report);
             }
-        }
+            let is_over = matches!(report.event, Some(Event::Interrupted(_) | Event::Failed(_) | Event::Exited(_)));
+            // A newer proposal may have come to it meanwhile.
+            let is_last = trainer.place.is_some_and(|place| place.generation == report.generation);
+            if is_over && is_last { trainer.recent() } else { None }
+        };
+        self.tell(id, recent);
         self.shared.outbox.push(report);
     }
 
@@ -393,6 +447,13 @@ impl Trainers {
         let failed = TrainerFailed { class: class.into(), reason: reason.into(), message };
         self.push_for(id, 0, Event::Failed(failed));
         self.push_for(id, 0, Event::Exited(TrainerExited { code: None, signal: None }));
+    }
+
+    /// Reports what a trainer did last in a generation.
+    fn tell(&self, id: &TrainerId, recent: Option<(u64, RecentOperations)>) {
+        if let Some((generation, recent)) = recent {
+            self.push_for(id, generation, Event::Operations((&recent).into()));
+        }
     }
 
     fn push_for(&self, id: &TrainerId, generation: u64, event: Event) {

@@ -8,6 +8,7 @@ use super::handshake::HostId;
 use super::hosts::Hosts;
 use super::local::{CONTROL_BYTES, Local};
 use super::peers::{Operation, Peers, Shared};
+use super::ring::Record;
 use super::tcp::Reducer;
 use super::tree::Values;
 use super::wire::{Buffer, Kind};
@@ -40,7 +41,8 @@ impl Tree {
     /// A gang of one, for a trainer that has no peers.
     #[must_use]
     pub fn alone(shards: u32) -> Self {
-        Self::start(0, shards, Duration::MAX, vec![None]).expect("no thread is started without peers")
+        Self::start(0, shards, Duration::MAX, vec![None], Record::default())
+            .expect("no thread is started without peers")
     }
 
     /// Takes over one checked connection per peer, in rank order.
@@ -49,8 +51,9 @@ impl Tree {
         shards: u32,
         deadline: Duration,
         streams: Vec<Option<TcpStream>>,
+        record: Record,
     ) -> io::Result<Self> {
-        let peers = Peers::start(rank, deadline, streams)?;
+        let peers = Peers::start(rank, deadline, streams, record)?;
         let hosts = Hosts::apart(peers.world_size(), shards);
         let mut tree = Self { peers, hosts, local: None, columns: Vec::new() };
         tree.columns = tree.reducers();
@@ -108,7 +111,8 @@ impl Tree {
     }
 
     fn reduce<E: Element>(&self, values: &mut Values<'_, E>) -> Result<(), Error> {
-        self.peers.operate(E::KIND, values.len(), |operation| {
+        let bytes = values.len() * size_of::<E>();
+        self.peers.operate(E::KIND, values.len(), bytes, |operation| {
             let (rank, mine) = (self.rank().0, self.hosts.nodes_of(self.rank().0));
             let lengths = values.lengths();
             if lengths.len() != mine.len() || lengths.iter().any(|length| *length != values.len()) {
@@ -223,7 +227,7 @@ impl Collective for Tree {
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        self.peers.operate(Kind::AllGather, 0, |operation| {
+        self.peers.operate(Kind::AllGather, 0, bytes.len(), |operation| {
             for rank in self.peers.others() {
                 self.peers.send(operation, 0, rank, &[bytes])?;
             }
@@ -239,7 +243,8 @@ impl Collective for Tree {
     }
 
     fn copy(&self, from: Rank, to: &[Rank], bytes: &[u8]) -> Result<Vec<u8>, Error> {
-        self.peers.operate(Kind::Copy, 0, |operation| {
+        let given = if from == self.rank() { bytes.len() } else { 0 };
+        self.peers.operate(Kind::Copy, 0, given, |operation| {
             if from == self.rank() {
                 let others = to.iter().filter(|rank| **rank != from);
                 others.into_iter().try_for_each(|rank| self.peers.send(operation, 0, rank.0, &[bytes]))?;
@@ -255,6 +260,10 @@ impl Collective for Tree {
 
     fn lost_peer(&self) -> Option<Rank> {
         self.peers.lost().map(Rank)
+    }
+
+    fn record(&self) -> &Record {
+        self.peers.record()
     }
 
     fn abort(&self) {

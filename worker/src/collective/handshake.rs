@@ -11,6 +11,7 @@
 use super::abort::Abort;
 use super::error::{Error, Refusal};
 use super::gang::Tree;
+use super::ring::{Record, Ring};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -83,6 +84,8 @@ impl HostId {
 #[derive(Debug)]
 pub struct Listener {
     socket: TcpListener,
+    /// Where what its gangs do is recorded.
+    ring: Option<Arc<Ring>>,
 }
 
 impl Listener {
@@ -96,7 +99,13 @@ impl Listener {
         socket.set_nonblocking(true).map_err(failed)?;
         let port = socket.local_addr().map_err(failed)?.port();
         let address = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-        Ok((Self { socket }, address))
+        Ok((Self { socket, ring: None }, address))
+    }
+
+    /// Has every gang that it connects record its operations there.
+    #[must_use]
+    pub fn recording(self, ring: Option<Arc<Ring>>) -> Self {
+        Self { ring, ..self }
     }
 
     /// Connects to every other rank of the generation. With one rank no socket is opened.
@@ -112,7 +121,8 @@ impl Listener {
             streams[rank as usize] = Some(forming.dial(rank, address)?);
         }
         forming.accept(&self.socket, &mut streams)?;
-        let tree = Tree::start(forming.rank, options.shards, options.operation_deadline, streams);
+        let record = Record::of(self.ring.clone(), membership.generation);
+        let tree = Tree::start(forming.rank, options.shards, options.operation_deadline, streams, record);
         let mut tree = tree.map_err(|source| Error::Listen {
             address: membership.addresses[forming.rank as usize].clone(),
             source: Arc::new(source),

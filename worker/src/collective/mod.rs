@@ -26,6 +26,7 @@ mod nccl;
 mod nccl_tests;
 mod peers;
 mod queue;
+mod ring;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use gpus::Gpus;
 pub use handshake::{HostId, Listener, Membership, Options};
 pub use nccl::{DeviceSums, DeviceTicket, Limits};
 pub use queue::{ReduceQueue, Ticket};
+pub use ring::{Entry, Record, Ring, RingAddress};
 
 use thaw_proto::ids::Rank;
 use thaw_shm::Lease;
@@ -103,6 +105,9 @@ pub trait Collective: Send + Sync {
 
     /// The first peer that is known to be gone, without any operation.
     fn lost_peer(&self) -> Option<Rank>;
+
+    /// What its operations are recorded in.
+    fn record(&self) -> &Record;
 
     /// Ends the operation in flight, here and by that on the peers, and every later one. Callable from any thread, at any
     /// time, more than once; never blocks on an operation.

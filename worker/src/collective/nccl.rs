@@ -14,12 +14,13 @@
 //! - `DEV-4`: NCCL does not say that a peer has died; the host's collective does, and what it lost ends sums here. An error here ends that
 //!   collective, so that all ranks abort together.
 
-use super::Collective;
 use super::error::Error;
+use super::{Collective, Entry};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use thaw_proto::worker::CollectiveKind;
 use thaw_torch::nccl::{self, Driver};
 
 pub(super) const JOIN: &str = "joining the GPUs' communicator";
@@ -217,6 +218,7 @@ struct InFlight<D: Driver> {
     mark: Option<D::Mark>,
     /// When it became the oldest, or was started.
     since: Instant,
+    entry: Entry,
 }
 
 /// What is known of peers that are gone.
@@ -249,6 +251,7 @@ impl<D: Driver> Owner<D> {
         let _poison = Poison(Arc::clone(&self.shared));
         let outcome = self.serve();
         let Self { driver, shared, host, in_flight, .. } = self;
+        in_flight.iter().for_each(|sum| host.record().end(sum.entry, false));
         // DEV-3, DEV-4
         if let Err(error) = outcome {
             tracing::warn!(error = thaw_runtime::chain(&error), in_flight = in_flight.len(), "sums over GPUs end");
@@ -306,7 +309,8 @@ impl<D: Driver> Owner<D> {
     }
 
     fn start(&mut self, ticket: u64, buffer: D::Buffer) -> Result<(), Error> {
-        self.in_flight.push_back(InFlight { ticket, buffer, mark: None, since: Instant::now() });
+        let entry = self.host.record().begin(CollectiveKind::GpuSum, ticket, D::bytes(&buffer));
+        self.in_flight.push_back(InFlight { ticket, buffer, mark: None, since: Instant::now(), entry });
         let started = self.in_flight.back().expect("it was pushed");
         self.driver.start(&started.buffer).map_err(device(SUM, ticket))?;
         self.settle(SUM, ticket, self.limits.operation)?;
@@ -352,7 +356,8 @@ impl<D: Driver> Owner<D> {
         if let Some(failed) = &state.failed {
             return Err(failed.clone());
         }
-        let InFlight { buffer, .. } = self.in_flight.pop_front().expect("it was looked at");
+        let InFlight { buffer, entry, .. } = self.in_flight.pop_front().expect("it was looked at");
+        self.host.record().end(entry, true);
         state.done.insert(ticket, buffer);
         drop(state);
         self.shared.changed.notify_all();

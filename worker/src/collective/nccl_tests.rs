@@ -135,6 +135,10 @@ impl Driver for Fake {
     type Buffer = Buffer;
     type Mark = u32;
 
+    fn bytes(_buffer: &Buffer) -> u64 {
+        4
+    }
+
     fn join(&mut self) -> Result<(), nccl::Error> {
         self.check_alive();
         self.stage.with(|world| world.events.push(Event::Join));

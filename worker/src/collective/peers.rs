@@ -4,6 +4,7 @@
 //! cannot block each other. The calling thread writes straight from the caller's buffers.
 
 use super::error::Error;
+use super::ring::Record;
 use super::wire::{self, Buffer, Header, Kind};
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -24,6 +25,8 @@ pub(super) struct Peers {
     deadline: Duration,
     /// Number of the next operation. Held during an operation: there is one at a time.
     sequence: Mutex<u64>,
+    /// Of what was entered and left.
+    record: Record,
     /// One for each connection.
     readers: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
@@ -84,7 +87,12 @@ impl Operation {
 
 impl Peers {
     /// Takes over one checked connection per peer, in rank order.
-    pub(super) fn start(rank: u32, deadline: Duration, streams: Vec<Option<TcpStream>>) -> io::Result<Self> {
+    pub(super) fn start(
+        rank: u32,
+        deadline: Duration,
+        streams: Vec<Option<TcpStream>>,
+        record: Record,
+    ) -> io::Result<Self> {
         let frames = streams.iter().map(|_| VecDeque::new()).collect();
         for stream in streams.iter().flatten() {
             stream.set_nonblocking(false)?;
@@ -93,7 +101,7 @@ impl Peers {
         }
         let inbox = Mutex::new(Inbox { frames, ..Inbox::default() });
         let shared = Arc::new(Shared { streams, inbox, ..Shared::default() });
-        let mut peers = Self { rank, deadline, sequence: Mutex::new(0), readers: Vec::new(), shared };
+        let mut peers = Self { rank, deadline, sequence: Mutex::new(0), record, readers: Vec::new(), shared };
         for (peer, stream) in (0..).zip(&peers.shared.streams) {
             let Some(stream) = stream else { continue };
             let (shared, incoming) = (Arc::clone(&peers.shared), stream.try_clone()?);
@@ -112,6 +120,10 @@ impl Peers {
         u32::try_from(self.shared.streams.len()).expect("ranks are u32")
     }
 
+    pub(super) fn record(&self) -> &Record {
+        &self.record
+    }
+
     /// What can end everything from outside, without keeping it.
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
@@ -123,11 +135,12 @@ impl Peers {
         (1..world_size).map(move |offset| (rank + offset) % world_size)
     }
 
-    /// Runs the next operation, and ends everything where it fails.
+    /// Runs the next operation, and ends everything where it fails. This rank gives so many bytes to it.
     pub(super) fn operate<R>(
         &self,
         kind: Kind,
         elements: usize,
+        bytes: usize,
         run: impl FnOnce(&Operation) -> Result<R, Error>,
     ) -> Result<R, Error> {
         let mut sequence = self.sequence.lock().expect("no code that holds the lock panics");
@@ -138,16 +151,19 @@ impl Peers {
         // A deadline beyond the clock's end is none; a year stands for it.
         let end = now.checked_add(self.deadline).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
         let operation = Operation { sequence: *sequence, kind, elements: elements as u64, end, limit: self.deadline };
+        let entry = self.record.begin(kind.recorded(), *sequence, bytes as u64);
         let result = run(&operation);
         *sequence += 1;
         if let Err(error) = &result {
             self.shared.fail(error.clone());
         }
         // An abort during the last copy also counts: nobody may take the result for finished (COLL-2).
-        match &self.shared.inbox().failed {
+        let result = match &self.shared.inbox().failed {
             Some(failed) => Err(failed.clone()),
             None => result,
-        }
+        };
+        self.record.end(entry, result.is_ok());
+        result
     }
 
     /// Sends one frame to a rank.

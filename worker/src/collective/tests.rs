@@ -3,10 +3,12 @@
 use super::*;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
+use thaw_core::culprit;
 use thaw_core::sampler::ranks_shards;
 use thaw_core::sampler::tree::{maximal_subtrees, reduce as fold};
-use thaw_proto::ids::Generation;
+use thaw_proto::ids::{Generation, StageIndex, Step};
 use thaw_proto::status::ErrorClass;
+use thaw_proto::worker::{CollectiveKind, OperationEnd};
 use thaw_torch::runtime::{tensor_in, with_slice_f32, with_slice_f32_mut};
 use thaw_torch::tch::{Kind, Tensor};
 
@@ -337,6 +339,41 @@ fn a_silent_peer_runs_into_the_deadline_over(placement: Placement) {
         let expected = |error: &Error| matches!(error, Error::Deadline { .. } | Error::PeerLost { .. });
         assert!(errors.iter().all(expected), "{errors:?}");
         assert!(begun.elapsed() < SOON);
+    }
+}
+
+/// What the ranks have recorded names the one that the others waited for, whatever memory they share.
+#[test]
+fn the_records_of_a_gang_name_the_rank_that_did_not_come() {
+    for placement in [Placement::Apart, Placement::Hosts("a"), Placement::Hosts("aab")] {
+        let (listeners, addresses) = listeners(3);
+        let rings: Vec<Arc<Ring>> = (0..3).map(|_| Arc::new(Ring::create().unwrap())).collect();
+        let recording = listeners.into_iter().zip(&rings).map(|(one, ring)| one.recording(Some(Arc::clone(ring))));
+        let listeners: Vec<Listener> = recording.collect();
+        let gang: Vec<Tree> = std::thread::scope(|scope| {
+            let joining: Vec<_> = (0..3_u32)
+                .zip(&listeners)
+                .map(|(rank, listener)| {
+                    let membership = membership(rank as usize, &addresses);
+                    let options = Options { host: placement.host(rank), ..options(Duration::from_secs(2)) };
+                    scope.spawn(move || connect(listener, &membership, options).unwrap())
+                })
+                .collect();
+            joining.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        gang.iter().for_each(|tree| tree.record().at(StageIndex(1), Step(40)));
+        let sums = on_all(&gang, |tree| reduce(tree, 10).is_ok());
+        assert_eq!(sums, [true; 3]);
+        on_all(&gang[..2], |tree| reduce(tree, 20).unwrap_err());
+        let read: Vec<_> = rings.iter().map(|ring| ring.read(Generation(3))).collect();
+        let records = (0..).map(Rank).zip(read.iter().map(Vec::as_slice)).collect();
+        let culprit::Finding::NeverCame { operation, ranks, waiting } = culprit::find(&records, 3) else {
+            panic!("{placement:?}: {records:?}")
+        };
+        assert_eq!((ranks, waiting), (vec![Rank(2)], 2), "{placement:?}");
+        assert_eq!((operation.kind, operation.bytes), (CollectiveKind::ReduceF32, 80));
+        assert_eq!((operation.stage, operation.step), (StageIndex(1), Step(40)));
+        assert!(matches!(operation.end, OperationEnd::Failed { .. }), "{operation:?}");
     }
 }
 

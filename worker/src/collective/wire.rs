@@ -5,6 +5,7 @@
 //! Numbers travel as the host holds them; only little-endian hosts are supported.
 
 use std::io::{self, Read};
+use thaw_proto::worker::CollectiveKind;
 
 const _: () = assert!(cfg!(target_endian = "little"), "gradients travel in host order, which must be little-endian");
 
@@ -24,11 +25,16 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(super) fn name(self) -> &'static str {
+        self.recorded().name()
+    }
+
+    /// As it is recorded and told.
+    pub(super) fn recorded(self) -> CollectiveKind {
         match self {
-            Self::ReduceF32 => "reduce_shards_f32",
-            Self::ReduceF64 => "reduce_shards_f64",
-            Self::AllGather => "all_gather",
-            Self::Copy => "copy",
+            Self::ReduceF32 => CollectiveKind::ReduceF32,
+            Self::ReduceF64 => CollectiveKind::ReduceF64,
+            Self::AllGather => CollectiveKind::AllGather,
+            Self::Copy => CollectiveKind::Copy,
         }
     }
 

@@ -35,7 +35,9 @@ pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
 use crate::checkpoint;
-use crate::collective::{self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options};
+use crate::collective::{
+    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Ring, RingAddress,
+};
 use crate::device::DeviceOptions;
 use crate::pipe::{TrainerPipe, die_with_parent};
 use job::Job;
@@ -91,9 +93,20 @@ enum Error {
     AgentGone,
 }
 
+/// What a trainer is told about its node.
+#[derive(Debug)]
+pub struct Node {
+    /// Host name or address under which the trainers of other nodes reach this one.
+    pub host: String,
+    pub cache: CacheFolders,
+    pub device: DeviceOptions,
+    /// Where its agent reads its operations over all ranks.
+    pub ring: Option<RingAddress>,
+}
+
 /// Runs the trainer of this process until its agent ends it.
 #[must_use]
-pub fn run(host: &str, cache: CacheFolders, device: DeviceOptions, hold: Option<Hold>) -> ExitCode {
+pub fn run(node: Node, hold: Option<Hold>) -> ExitCode {
     let _telemetry = thaw_runtime::telemetry::Options::from_env("info")
         .and_then(|options| thaw_runtime::telemetry::init("thaw-trainer", &options));
     // Without it the end of standard input still ends this process (TRN-2).
@@ -112,7 +125,7 @@ pub fn run(host: &str, cache: CacheFolders, device: DeviceOptions, hold: Option<
     let span = tracing::info_span!("trainer", run = start.run, slot = start.slot);
     thaw_runtime::telemetry::set_parent(&span, &start.traceparent);
     let _entered = span.entered();
-    let Err(error) = train(&start, (host, device), cache, messages, &outbox, hold) else { return ExitCode::SUCCESS };
+    let Err(error) = train(&start, node, messages, &outbox, hold) else { return ExitCode::SUCCESS };
     let (class, reason) = classify(&error);
     outbox.send(Outbox::failed(class, reason, thaw_runtime::chain(&error)));
     drop(outbox);
@@ -202,18 +215,17 @@ enum Order {
 
 fn train(
     start: &pb::StartTrainer,
-    (host, device): (&str, DeviceOptions),
-    cache: CacheFolders,
+    node: Node,
     messages: Receiver<pb::CoordinatorMessage>,
     outbox: &Arc<Outbox>,
     hold: Option<Hold>,
 ) -> Result<(), Error> {
     // Before anything else of libtorch, which looks for GPUs once.
-    let device = device.of_slot(start.slot)?;
+    let device = node.device.of_slot(start.slot)?;
     if !thaw_torch::runtime::keep_memory() {
         tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
     }
-    let job = Job::load(start, cache)?;
+    let job = Job::load(start, node.cache)?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
     let model = load_model(&job, device)?;
     let timeout = match start.collective_timeout_ms {
@@ -226,7 +238,8 @@ fn train(
         operation_deadline: timeout,
         host: HostId::of_this_machine(),
     };
-    let (listener, address) = Listener::bind(host)?;
+    let (listener, address) = Listener::bind(&node.host)?;
+    let listener = listener.recording(node.ring.and_then(open_ring));
     // NCCL's end on a loss is not trusted.
     let keeps_state = device == Device::Cpu;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address, keeps_state }));
@@ -256,6 +269,15 @@ fn train(
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Its agent's; without it all goes on, unrecorded.
+fn open_ring(address: RingAddress) -> Option<Arc<Ring>> {
+    let opened = Ring::open(address);
+    opened
+        .inspect_err(|error| tracing::warn!(%error, "what this trainer waits for will not be known"))
+        .ok()
+        .map(Arc::new)
 }
 
 /// Whether an error ends the generation alone (TRN-4). The state is as it was before what failed (TRAIN-5).

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use thaw_core::sampler::ranks_shards;
 use thaw_core::sampler::tree::maximal_subtrees;
 use thaw_proto::ids::Rank;
+use thaw_proto::run::Position;
 use thaw_torch::runtime::{tensor_in, with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};
 use thaw_torch::tch::{Kind, Tensor};
 
@@ -76,6 +77,11 @@ impl Exchange {
         let one_part = maximal_subtrees(ranks_shards(rank, world_size, shards), shards).len() == 1;
         let (queue, spare) = (ReduceQueue::new(Arc::clone(&host)), Vec::new());
         Self { gpus, queue, host, alone: world_size == 1, one_part, spare, summed_bytes: 0 }
+    }
+
+    /// Where training stands, for the record of what is exchanged from here on.
+    pub(crate) fn note(&self, position: Position) {
+        self.host.record().at(position.stage, position.step);
     }
 
     /// A copy of a gradient that later shards' are added to: where its sum with other ranks' is made in place, and no copy is made there.

@@ -149,6 +149,7 @@ pub(crate) struct Session<'a> {
 impl Session<'_> {
     /// Trains to the end of the run, or to a suspension.
     pub(crate) fn run(&mut self) -> Result<Ending, Error> {
+        self.replica.note(self.state.position);
         let Some(reason) = self.stages()? else { return Ok(Ending::Suspended) };
         self.finish(reason)
     }
@@ -234,6 +235,7 @@ impl Session<'_> {
             let counts = self.prefix.as_mut().map(Prefix::take_counts).unwrap_or_default();
             let data_wait = waited.elapsed().saturating_sub(counts.time).as_secs_f64();
             let at = self.state.position;
+            self.replica.note(at);
             let plan = StepPlan {
                 step: at.step,
                 samples: order.step_size(at.stage_step),

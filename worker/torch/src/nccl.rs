@@ -164,6 +164,9 @@ pub trait Driver: Send + 'static {
     /// A place behind the sums that were started so far.
     type Mark: Send;
 
+    /// How much is summed.
+    fn bytes(buffer: &Self::Buffer) -> u64;
+
     /// Begins to join the other ranks.
     ///
     /// # Errors
@@ -297,6 +300,11 @@ impl Communicator {
 impl Driver for Communicator {
     type Buffer = DeviceBuffer;
     type Mark = Mark;
+
+    fn bytes(buffer: &Self::Buffer) -> u64 {
+        let tensor = &buffer.tensor;
+        (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
+    }
 
     fn join(&mut self) -> Result<(), Error> {
         let library = Library::get()?;

@@ -4,6 +4,7 @@ use super::record::Broken;
 use super::turn::Turn;
 use super::verdicts::{Fault, fault_of};
 use super::{Effect, FailureClass, Member, Rejection, Trainer};
+use crate::culprit::Judgement;
 use crate::gang::FreeSlot;
 use std::collections::BTreeSet;
 use thaw_proto::ids::{Generation, Incarnation, Rank, Step};
@@ -232,6 +233,7 @@ impl Turn {
         match broken.reason {
             RunReason::CoordinatorRestarted => self.lose_taken_over(broken.message),
             reason => {
+                self.ask_for_culprit();
                 let slow = self.copiers();
                 self.observed.avoid.extend(slow.iter().map(Trainer::place));
                 self.lose_gang(&slow, broken.fault, reason, broken.message);
@@ -270,6 +272,20 @@ impl Turn {
     pub(super) fn settle(&mut self) {
         if !std::mem::take(&mut self.observed.copying).is_empty() {
             self.observed.joiners_lost = 0;
+        }
+    }
+
+    /// The present generation is about to be lost, and none of its trainers has ended.
+    pub(super) fn ask_for_culprit(&mut self) {
+        self.observed.unexplained = Some(self.record.generation);
+    }
+
+    /// Tells whom a lost generation waited for.
+    pub(super) fn culprit_found(&mut self, judgement: &Judgement) {
+        if self.observed.unexplained.take_if(|lost| *lost == judgement.generation).is_some()
+            && !self.record.state.has_ended()
+        {
+            self.event(judgement.to_string());
         }
     }
 

@@ -60,6 +60,8 @@ mod verdicts;
 mod yielding;
 
 #[cfg(test)]
+mod culprit_tests;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod sizes_tests;
@@ -73,6 +75,7 @@ mod verdicts_tests;
 pub use record::{Member, Observed, RunRecord, Trainer};
 pub use verdicts::Ending;
 
+use crate::culprit::Judgement;
 use crate::quarantine::Resting;
 use crate::scheduler::{Claim, Holder, Verdict, Waiting};
 use std::collections::BTreeMap;
@@ -221,6 +224,10 @@ pub enum Input {
     /// The scheduler wants all its slots.
     Yield {
         to: RunId,
+    },
+    /// Whom a generation waited for that was lost for no known reason ([`Observed::unexplained`]).
+    CulpritFound {
+        judgement: Box<Judgement>,
     },
     /// First input after a coordinator has taken the run over. Its gang trains on; who of it does not come back is lost.
     CoordinatorStarted,
@@ -476,6 +483,7 @@ pub fn step(
         Input::Scale { workers } => turn.scale(*workers)?,
         Input::Cede { workers, to } => turn.cede(*workers, to)?,
         Input::Yield { to } => turn.yield_to(to)?,
+        Input::CulpritFound { judgement } => turn.culprit_found(judgement),
         Input::CoordinatorStarted => turn.coordinator_started(),
     }
     Ok(turn.outcome())

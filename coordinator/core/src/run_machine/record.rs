@@ -225,6 +225,8 @@ pub struct Observed {
     pub(super) awaited: BTreeSet<Incarnation>,
     /// Until when they may come back.
     pub(super) reattach_deadline_ms: Option<u64>,
+    /// The last generation that was lost without any of its trainers having ended: whom it waited for is to be found out.
+    pub(super) unexplained: Option<Generation>,
     /// Places whose trainers did not come up in time; used again only where there is no other.
     pub(super) avoid: BTreeSet<FreeSlot>,
 }
@@ -244,5 +246,11 @@ impl Observed {
     #[must_use]
     pub fn deadline_ms(&self) -> Option<u64> {
         self.deadline_ms
+    }
+
+    /// The generation whose loss asks for a name ([`super::Input::CulpritFound`]).
+    #[must_use]
+    pub fn unexplained(&self) -> Option<Generation> {
+        self.unexplained
     }
 }

@@ -165,6 +165,7 @@ impl Turn {
         match self.record.state {
             RunState::Admitted | RunState::Forming | RunState::Running => {
                 // It is still alive, so where the others are not kept it stays a member until it has stopped.
+                self.ask_for_culprit();
                 self.lose_gang(std::slice::from_ref(trainer), fault, reason, message);
             }
             RunState::Suspending | RunState::Preempting => {

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use thaw_core::sampler;
 use thaw_data::batch::{ArrayData, Batch};
 use thaw_proto::ids::{Rank, Step};
+use thaw_proto::run::Position;
 use thaw_proto::spec;
 use thaw_torch::SegmentedModel;
 use thaw_torch::tch::{Kind, Tensor};
@@ -176,6 +177,11 @@ impl Replica {
                 lender.prepare_leases(lent);
             }
         }
+    }
+
+    /// Where training stands, for the record of what is exchanged from here on.
+    pub(crate) fn note(&self, position: Position) {
+        self.exchange.note(position);
     }
 
     pub(crate) fn rank(&self) -> u32 {
