@@ -176,12 +176,15 @@ impl Workers {
         held: &BTreeSet<FreeSlot>,
         runs_on: impl Fn(&WorkerName) -> Vec<String>,
     ) -> Vec<pb::Worker> {
-        let free = self.free(held);
+        let mut free: BTreeMap<WorkerName, u32> = BTreeMap::new();
+        for place in self.free(held) {
+            *free.entry(place.worker).or_default() += 1;
+        }
         let describe = |(worker, session): (&WorkerName, &Session)| pb::Worker {
             name: worker.to_string(),
             incarnation: session.hello.incarnation.to_string(),
             slots: session.hello.slots,
-            free_slots: u32::try_from(free.iter().filter(|place| place.worker == *worker).count()).unwrap_or(u32::MAX),
+            free_slots: free.get(worker).copied().unwrap_or(0),
             host: session.hello.host.clone(),
             heartbeat_age_ms: u64::try_from(session.id.silence().as_millis()).unwrap_or(u64::MAX),
             runs: runs_on(worker),

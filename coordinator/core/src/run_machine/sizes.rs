@@ -3,6 +3,7 @@
 use super::turn::Turn;
 use super::{Member, Rejection, Trainer};
 use crate::gang::{self, FreeSlot};
+use std::collections::BTreeSet;
 use thaw_proto::ids::Rank;
 use thaw_proto::run::{RunReason, RunState};
 
@@ -61,9 +62,9 @@ impl Turn {
         }
         let members = self.record.members.len();
         let keep = |member: &Member| self.observed.keepers.contains(&member.trainer.incarnation);
-        let can = self.observed.awaited.is_empty() && self.record.members.iter().all(keep);
+        let can = || self.observed.awaited.is_empty() && self.record.members.iter().all(keep);
         match self.record.state {
-            RunState::Running if can && members > wanted => {}
+            RunState::Running if members > wanted && can() => {}
             RunState::Running
             | RunState::Pending
             | RunState::Admitted
@@ -94,11 +95,11 @@ impl Turn {
         let (holding, others): (Vec<&Member>, Vec<&Member>) =
             self.record.members.iter().partition(|member| holds(member));
         let places = |members: &[&Member]| members.iter().map(|member| place(member)).collect::<Vec<FreeSlot>>();
-        let mut stay = gang::keep(&places(&holding), wanted);
+        let mut stay: BTreeSet<FreeSlot> = gang::keep(&places(&holding), wanted).into_iter().collect();
         stay.extend(gang::keep(&places(&others), wanted - stay.len()));
         let (members, leaving): (Vec<Member>, Vec<Member>) =
             std::mem::take(&mut self.record.members).into_iter().partition(|member| stay.contains(&place(member)));
-        self.record.members = members;
+        self.record.members = members.into();
         self.record.leaving.extend(leaving.into_iter().map(|member| member.trainer));
     }
 
@@ -114,8 +115,9 @@ impl Turn {
 
     /// Trainers that were about to leave are gone.
     pub(super) fn forget_leaving(&mut self, gone: impl Fn(&Trainer) -> bool) {
-        let before = self.record.leaving.len();
-        self.record.leaving.retain(|trainer| !gone(trainer));
-        self.changed |= self.record.leaving.len() != before;
+        if self.record.leaving.iter().any(&gone) {
+            self.record.leaving.retain(|trainer| !gone(trainer));
+            self.changed = true;
+        }
     }
 }
