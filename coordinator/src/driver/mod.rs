@@ -32,9 +32,9 @@ mod workers;
 pub use main_loop::{Ended, MainLoop};
 pub use mirror::{mirror, stored_revision};
 pub use queue::Tenants;
-pub use stored::stored_json;
 pub(crate) use rebuild::rebuild;
 pub use rebuild::{Error as RebuildError, Rebuilt};
+pub use stored::stored_json;
 pub use workers::{Outbox, SessionId};
 
 use crate::folder::RunFolder;

@@ -298,7 +298,8 @@ pub(super) mod tests {
             slot: Slot(0),
             incarnation: Uuid::from_u128(drawn ^ u128::from(at)).to_string().as_str().into(),
         };
-        record.members = (0..count).map(|at| Member { rank: Rank(at), trainer: trainer(at) }).collect::<Vec<_>>().into();
+        record.members =
+            (0..count).map(|at| Member { rank: Rank(at), trainer: trainer(at) }).collect::<Vec<_>>().into();
         StoredRun::new(record, None)
     }
 

@@ -88,7 +88,8 @@ pub(crate) fn processor_seconds(id: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{id}/stat")).with_context(|| format!("process {id} is gone"))?;
     // The name in parentheses may hold anything; user and system time are the 14th and 15th fields.
     let fields: Vec<&str> = text.rsplit_once(')').context("no stat")?.1.split_whitespace().collect();
-    let ticks = fields.get(11).context("no time")?.parse::<u64>()? + fields.get(12).context("no time")?.parse::<u64>()?;
+    let ticks =
+        fields.get(11).context("no time")?.parse::<u64>()? + fields.get(12).context("no time")?.parse::<u64>()?;
     Ok(ticks as f64 / 100.0)
 }
 

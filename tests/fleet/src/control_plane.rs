@@ -148,7 +148,9 @@ async fn form(cluster: &Cluster, fleet: &mut Fleet, spec: &pb::RunSpec) -> Resul
         }
     }
     let since = |from: Instant| last.saturating_duration_since(from).as_secs_f64();
-    Ok((created.name, Gang { whole: since(began), formed: since(first.unwrap_or(began)) }))
+    // The answer may take longer than the first start.
+    let first = first.unwrap_or(began);
+    Ok((created.name, Gang { whole: since(began.min(first)), formed: since(first) }))
 }
 
 async fn cancel(cluster: &Cluster, fleet: &mut Fleet, run: &str, size: u32) -> Result<()> {
@@ -255,7 +257,8 @@ impl Fleet {
 
     /// What is said next.
     async fn next(&mut self) -> Result<Word> {
-        let word = timeout_at(Instant::now() + DEADLINE, self.words.recv()).await.context("nothing is heard any more")?;
+        let word =
+            timeout_at(Instant::now() + DEADLINE, self.words.recv()).await.context("nothing is heard any more")?;
         let word = word.context("all workers have ended")?;
         self.note(&word);
         Ok(word)

@@ -6,8 +6,8 @@ use crate::gang::FreeSlot;
 use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
 use thaw_mutants::planted;
-use thaw_proto::peers::Peers;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
+use thaw_proto::peers::Peers;
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
