@@ -19,6 +19,8 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     let mut config = tonic_prost_build::Config::new();
     // `prost::Name`: the text reader finds a message's descriptor by its name.
     config.enable_type_names();
+    // Shared by all proposals of a gang.
+    config.extern_path(".thaw.v1.Peers", "crate::peers::Peers");
     tonic_prost_build::configure().compile_fds_with_config(descriptors, config)?;
     Ok(())
 }

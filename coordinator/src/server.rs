@@ -152,7 +152,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     // A coordinator that starts again at once gets its port back.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    socket.listen(1024)
+    // All workers come at once after a leader's end; the system may allow fewer.
+    socket.listen(4096)
 }
 
 impl Bound {

@@ -7,6 +7,7 @@
 
 pub mod convert;
 pub mod ids;
+pub mod peers;
 pub mod plan;
 pub mod run;
 pub mod spec;

@@ -1,6 +1,7 @@
 //! What agents and the coordinator say about trainers, as checked values.
 
 use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, StageIndex, Step, WorkerName};
+use crate::peers::Peers;
 use crate::run::{CheckpointRef, Position};
 use std::fmt;
 
@@ -45,10 +46,10 @@ pub struct TrainerStatus {
 pub struct Proposal {
     pub trainer: TrainerKey,
     pub generation: Generation,
-    /// Below the number of addresses.
+    /// Below the number of peers.
     pub rank: Rank,
-    /// host:port of each rank, in rank order; at least one.
-    pub addresses: Vec<String>,
+    /// At least one.
+    pub peers: Peers,
     /// Random bytes that the peers of this generation show each other.
     pub key: Vec<u8>,
     /// `None`: from the beginning.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos import elastic
+from chaos import control_plane, elastic
 
 ROOT = Path(__file__).resolve().parents[2]
 THAW = ROOT / "target/debug/thaw"
@@ -165,4 +165,5 @@ ROWS = (
         spec={"until": {"max_steps": 10_000_000}, "checkpoint": {}},
     ),
     Row("scheduler", "15,000 runs of 30 tenants in virtual time over the scheduler alone", beside=scheduler),
+    control_plane.ControlPlane(),
 )

@@ -14,6 +14,7 @@ pub mod run_machine;
 pub mod sampler;
 pub mod schedule;
 pub mod scheduler;
+pub mod shared;
 pub mod stage_end;
 pub mod step_time;
 pub mod writers;

@@ -1,4 +1,4 @@
-//! What both binaries share: named tasks with a policy, shutdown, telemetry, mutual TLS, waiting before a retry.
+//! What both binaries share: named tasks with a policy, shutdown, telemetry, mutual TLS, waiting before a retry, limits of the process.
 //!
 //! Law: this crate knows nothing of runs. It is the only place that spawns tasks, listens to signals, or reads the
 //! telemetry variables of the environment.
@@ -7,6 +7,7 @@
 
 pub mod backoff;
 pub mod dial;
+pub mod limits;
 pub mod shutdown;
 pub mod surroundings;
 pub mod tasks;

@@ -14,6 +14,7 @@ use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::server::{self, Bound, ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, StoreUrl};
 use thaw_proto::pb;
+use thaw_runtime::limits;
 use thaw_runtime::tls::Tls;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
@@ -169,6 +170,11 @@ fn tenants(quotas: &[(String, u32)], weights: &[(String, u32)]) -> Tenants {
 /// `thaw serve`: until a signal.
 pub(super) async fn serve(options: ServeOptions, tls: Option<Tls>) -> Result<ExitCode, Failure> {
     let interrupted = interruption()?;
+    // A connection for each worker.
+    match limits::raise_open_files() {
+        Ok(most) => tracing::debug!(most, "files and connections that may be open"),
+        Err(error) => tracing::warn!(%error, "as many connections as the system gives at first: raise `ulimit -n`"),
+    }
     let store = options.store.url()?;
     let etcd = options.store.access();
     let data_dir = std::path::absolute(&options.data_dir).map_err(|error| {

@@ -1,6 +1,7 @@
 //! The loop itself: receive, step, save, speak.
 
 use super::queue::Tenants;
+use super::roster::Roster;
 use super::save::{self, Save, save};
 use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
 use super::workers::Workers;
@@ -18,16 +19,17 @@ use std::time::Duration;
 use thaw_core::culprit::Inquest;
 use thaw_core::gang::FreeSlot;
 use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
-use thaw_core::scheduler::{Decided, Give, Reclaim};
+use thaw_core::scheduler::{Decided, Give, Reclaim, Verdict};
 use thaw_mutants::planted;
 use thaw_proto::convert::WireEnum;
-use thaw_proto::ids::{Generation, Incarnation, RunId, WorkerName};
+use thaw_proto::ids::{Generation, Incarnation, RunId};
 use thaw_proto::pb;
 use thaw_proto::run::RunState;
 use thaw_runtime::{surroundings, telemetry};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
+use uuid::Uuid;
 
 /// Between ticks of the machines.
 const TICK: Duration = Duration::from_millis(200);
@@ -43,6 +45,7 @@ pub struct MainLoop {
     policy: Policy,
     pub(super) tenants: Tenants,
     pub(super) runs: BTreeMap<RunId, Run>,
+    pub(super) roster: Roster,
     pub(super) workers: Workers,
 }
 
@@ -87,10 +90,11 @@ impl MainLoop {
             policy: Policy::default(),
             tenants,
             runs: BTreeMap::new(),
+            roster: Roster::default(),
             workers: Workers::default(),
         };
         for entry in listed.value {
-            let stored: StoredRun = serde_json::from_slice(&entry.value)
+            let stored = StoredRun::from_bytes(&entry.value)
                 .map_err(|source| Error::Stored { run: entry.key.clone(), source })?;
             this.take(stored, entry.mod_revision)?;
         }
@@ -182,6 +186,7 @@ impl MainLoop {
             .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
         self.views.publish(&id, stored.shown(revision));
         let (observed, inquest) = (Observed::default(), Inquest::default());
+        self.roster.follow(None, &stored.record);
         self.runs.insert(id, Run { stored, revision, observed, folder, inquest, span, generation_span: None });
         Ok(())
     }
@@ -264,11 +269,16 @@ impl MainLoop {
 
     /// One step of one run. The outer error ends the loop.
     pub(super) async fn feed(&mut self, id: &RunId, input: &Input) -> Result<Result<(), Rejection>, Error> {
-        let Some(run) = self.runs.get(id) else { return Ok(Ok(())) };
+        let Some(run) = self.runs.get_mut(id) else { return Ok(Ok(())) };
         let now = clock::now_ms().unsigned_abs();
-        let outcome = match run_machine::step(&self.policy, &run.stored.record, &run.observed, now, input) {
+        // Given away, and back with the outcome.
+        let observed = std::mem::take(&mut run.observed);
+        let outcome = match run_machine::take_step(&self.policy, &run.stored.record, observed, now, input) {
             Ok(outcome) => outcome,
-            Err(rejection) => return Ok(Err(rejection)),
+            Err(refused) => {
+                run.observed = refused.observed;
+                return Ok(Err(refused.rejection));
+            }
         };
         let span = run.span.clone();
         self.carry_out(id, outcome).instrument(span).await.map(Ok)
@@ -286,6 +296,7 @@ impl MainLoop {
             let next = run.stored.after(run.revision, outcome.record, &outcome.events);
             let write = Save { key: run_key(id), value: next.to_bytes(), expected: Some(run.revision), also: None };
             run.revision = save(&self.fenced, write).await?;
+            self.roster.follow(Some(&run.stored.record), &next.record);
             run.stored = next;
             for event in &outcome.events {
                 let message = stored::event_message(event);
@@ -339,7 +350,7 @@ impl MainLoop {
         let path = run.folder.path().join(report::PATH);
         let message = stored::message(&run.stored.record, run.revision.0);
         let folder = run.folder.clone();
-        let record = run.stored.to_bytes();
+        let record = run.stored.to_json();
         let written = surroundings::blocking(move || {
             if path.exists() {
                 return Ok(());
@@ -374,7 +385,8 @@ impl MainLoop {
         let ticked: Vec<RunId> =
             self.runs.iter().filter(|(_, run)| run.wants_ticks()).map(|(id, _)| id.clone()).collect();
         for id in ticked {
-            let input = Input::Tick { slots: verdicts.remove(&id), fresh: self.fresh(&id), resting };
+            let slots = verdicts.remove(&id);
+            let input = Input::Tick { fresh: fresh(slots.as_ref()), slots, resting };
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "a tick was turned away");
             }
@@ -414,15 +426,6 @@ impl MainLoop {
         Ok(())
     }
 
-    /// Incarnations for the trainers of a gang, where one may be started.
-    fn fresh(&self, id: &RunId) -> Vec<Incarnation> {
-        let may_start =
-            |run: &&Run| matches!(run.stored.record.state, RunState::Pending | RunState::Resizing | RunState::Running);
-        let starts = self.runs.get(id).filter(may_start);
-        let most = starts.map_or(0, |run| run.stored.record.spec.workers.max);
-        (0..most).map(|_| Incarnation(surroundings::uuid().to_string())).collect()
-    }
-
     pub(super) fn held(&self) -> BTreeSet<FreeSlot> {
         self.runs.values().flat_map(|run| run.stored.record.held_slots()).collect()
     }
@@ -452,10 +455,20 @@ impl Run {
             RunState::Suspended | RunState::Succeeded | RunState::Failed | RunState::Cancelled => false,
         }
     }
+}
 
-    pub(super) fn is_on(&self, worker: &WorkerName) -> bool {
-        self.stored.record.trainers().any(|trainer| trainer.worker == *worker)
+/// Incarnations for the trainers that may be started.
+fn fresh(slots: Option<&Verdict>) -> Vec<Incarnation> {
+    let granted = match slots {
+        Some(Verdict::Granted(places)) => places.len(),
+        Some(Verdict::Waits { .. }) | None => 0,
+    };
+    if granted == 0 {
+        return Vec::new();
     }
+    // Numbered from one that was drawn, so that what is stored of a large gang is short.
+    let drawn = surroundings::uuid().as_u128();
+    (0..granted).map(|at| Incarnation(Uuid::from_u128(drawn ^ at as u128).to_string())).collect()
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {

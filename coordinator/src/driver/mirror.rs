@@ -35,7 +35,7 @@ pub async fn stored_revision(store: &dyn Store, run: &RunId) -> Result<Option<u6
 }
 
 fn show(views: &Views, entry: &Entry) {
-    match serde_json::from_slice::<StoredRun>(&entry.value) {
+    match StoredRun::from_bytes(&entry.value) {
         Ok(stored) => views.publish(&stored.record.id.clone(), stored.shown(entry.mod_revision)),
         Err(error) => {
             tracing::error!(key = entry.key, %error, "a run of another version, or a damaged one, is not shown")

@@ -13,6 +13,7 @@
 //! DRIVE-4: worker liveness is by the monotonic clock, stamped where the message arrives, so that a slow store makes
 //!          nobody dead.
 //! DRIVE-5: a store that does not answer ends no process: reads are tried again until the term is over.
+//! DRIVE-6: what a heartbeat costs does not grow with the fleet or the gang: it is fed to the machine only where it is news.
 //!
 //! Never in here: a decision about a run. Those are the machine's.
 
@@ -22,6 +23,7 @@ mod mirror;
 mod outbound;
 mod queue;
 mod rebuild;
+mod roster;
 mod save;
 mod sessions;
 mod stored;
@@ -32,6 +34,7 @@ pub use mirror::{mirror, stored_revision};
 pub use queue::Tenants;
 pub(crate) use rebuild::rebuild;
 pub use rebuild::{Error as RebuildError, Rebuilt};
+pub use stored::stored_json;
 pub use workers::{Outbox, SessionId};
 
 use crate::folder::RunFolder;

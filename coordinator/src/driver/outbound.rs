@@ -52,8 +52,8 @@ fn start(trainer: &Trainer, record: &RunRecord, traceparent: Option<&str>) -> pb
         run: record.id.to_string(),
         slot: trainer.slot.0,
         incarnation: trainer.incarnation.to_string(),
-        spec: Some((&record.spec).into()),
-        plan: Some((&record.plan).into()),
+        spec: Some((&*record.spec).into()),
+        plan: Some((&*record.plan).into()),
         run_url: record.run_url.clone(),
         traceparent: traceparent.unwrap_or_default().to_owned(),
         // The trainer's default.
@@ -69,9 +69,9 @@ fn propose(proposal: &Proposal, run: String) -> pb::Propose {
         incarnation: trainer.incarnation.to_string(),
         generation: proposal.generation.0,
         rank: proposal.rank.0,
-        addresses: proposal.addresses.clone(),
         key: proposal.key.to_vec(),
         resume: proposal.resume.as_ref().map(Into::into),
+        peers: Some(proposal.addresses.clone()),
     }
 }
 

@@ -6,8 +6,8 @@ use super::workers::HEARTBEAT_INTERVAL;
 use super::{Error, Outbox, SessionId, outbound};
 use crate::folder::Lines;
 use crate::lines;
-use std::collections::{BTreeMap, BTreeSet};
-use thaw_core::run_machine::{Input, Trainer};
+use std::collections::BTreeMap;
+use thaw_core::run_machine::{self, Input, Trainer};
 use thaw_proto::ids::{RunId, Step, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
@@ -15,10 +15,7 @@ use thaw_proto::worker::{Hello, TrainerStatus};
 
 impl MainLoop {
     pub(super) fn list_workers(&self) -> Vec<pb::Worker> {
-        let runs_on = |worker: &WorkerName| {
-            let here = self.runs.values().filter(|run| run.is_on(worker));
-            here.map(|run| format!("runs/{}", run.stored.record.id)).collect()
-        };
+        let runs_on = |worker: &WorkerName| self.roster.runs_on(worker).map(|id| format!("runs/{id}")).collect();
         self.workers.list(&self.held(), &self.quarantined(), runs_on)
     }
 
@@ -53,16 +50,13 @@ impl MainLoop {
 
     async fn worker_lost(&mut self, worker: &WorkerName) -> Result<(), Error> {
         let input = Input::WorkerLost { worker: worker.clone() };
-        for id in self.runs_on(worker) {
+        let runs: Vec<RunId> = self.roster.runs_on(worker).cloned().collect();
+        for id in runs {
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "the loss of a worker was turned away");
             }
         }
         Ok(())
-    }
-
-    fn runs_on(&self, worker: &WorkerName) -> BTreeSet<RunId> {
-        self.runs.iter().filter(|(_, run)| run.is_on(worker)).map(|(id, _)| id.clone()).collect()
     }
 
     pub(super) async fn hear(
@@ -100,7 +94,7 @@ impl MainLoop {
     /// Shows every run the trainers that a worker says are alive; stops those of no run.
     async fn seen(&mut self, worker: &WorkerName, statuses: &[TrainerStatus]) -> Result<(), Error> {
         let mut by_run: BTreeMap<RunId, Vec<Trainer>> =
-            self.runs_on(worker).into_iter().map(|id| (id, Vec::new())).collect();
+            self.roster.runs_on(worker).map(|id| (id.clone(), Vec::new())).collect();
         for status in statuses {
             let trainer = outbound::trainer_on(worker, &status.trainer);
             if self.runs.contains_key(&status.trainer.run) {
@@ -111,6 +105,12 @@ impl MainLoop {
             }
         }
         for (id, trainers) in by_run {
+            let Some(run) = self.runs.get(&id) else { continue };
+            // DRIVE-6.
+            let expected = self.roster.has_just(worker, &id, &trainers);
+            if expected && run_machine::is_no_news(&run.stored.record, &run.observed, &trainers) {
+                continue;
+            }
             let input = Input::TrainersSeen { worker: worker.clone(), trainers };
             if let Err(rejection) = self.feed(&id, &input).await? {
                 tracing::error!(run = %id, %rejection, "what a worker holds was turned away");
@@ -126,8 +126,7 @@ impl MainLoop {
             return Ok(());
         };
         let record = &run.stored.record;
-        let is_member =
-            record.generation == generation && record.members.iter().any(|member| member.trainer == trainer);
+        let is_member = || record.generation == generation && record.member(&trainer).is_some();
         match report {
             Report::Input(input) => {
                 if let Input::TrainerExited { trainer, .. } = &input {
@@ -138,7 +137,7 @@ impl MainLoop {
                 }
             }
             // Measurements of a gang that is over would only confuse readers.
-            Report::Progress(progress) if is_member => {
+            Report::Progress(progress) if is_member() => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::progress(&progress));
                 let step = Step(progress.position.map_or(0, |position| position.step));
                 self.views.progress(&id, progress);
@@ -146,7 +145,7 @@ impl MainLoop {
                     tracing::error!(run = %id, %rejection, "a gang's progress was turned away");
                 }
             }
-            Report::Evaluation(evaluation) if is_member => {
+            Report::Evaluation(evaluation) if is_member() => {
                 self.journal.append(&id, &run.folder, Lines::Metrics, lines::evaluation(&evaluation, generation));
                 self.views.evaluation(&id, evaluation);
             }

@@ -4,8 +4,13 @@ use crate::clock::timestamp;
 use crate::lines::KeptLine;
 use crate::store::Revision;
 use crate::views::{KeptEvent, Shown};
+use flate2::Compression;
+use flate2::read::ZlibDecoder;
+use flate2::write::ZlibEncoder;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::io::{Read as _, Write as _};
 use thaw_core::run_machine::{Event, RunRecord};
 use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, RunId};
@@ -17,6 +22,10 @@ use url::Url;
 const EVENTS: usize = 200;
 /// Committed checkpoints remembered.
 const CHECKPOINTS: usize = 100;
+
+/// Bytes of JSON that are stored as they are. Of a gang of thousands nearly all is names and numbers in order, which deflate to a tenth: what
+/// a run holds in the store stays below 64 KiB.
+const PLAIN: usize = 48 << 10;
 
 /// The key of a run.
 pub(super) fn run_key(run: &RunId) -> String {
@@ -88,7 +97,12 @@ impl StoredRun {
 
     /// As it will be after a step of the machine, from the revision it has now.
     pub(super) fn after(&self, now: Revision, record: RunRecord, events: &[Event]) -> Self {
-        let mut next = Self { record, ..self.clone() };
+        let mut next = Self {
+            record,
+            events: self.events.clone(),
+            checkpoints: self.checkpoints.clone(),
+            traceparent: self.traceparent.clone(),
+        };
         next.push_events(now, events);
         if let Some(head) = next.record.head.as_ref().filter(|head| self.record.head.as_ref() != Some(head)) {
             next.checkpoints.push_back(head.clone());
@@ -136,9 +150,25 @@ impl StoredRun {
         }));
     }
 
+    /// As a file has it.
+    pub(super) fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("records have string keys and no failing serializer")
+    }
+
     /// The bytes to store.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("records have string keys and no failing serializer")
+        let json = self.to_json();
+        if json.len() <= PLAIN {
+            return json;
+        }
+        let mut deflated = ZlibEncoder::new(Vec::new(), Compression::fast());
+        let written = deflated.write_all(&json).and_then(|()| deflated.finish());
+        written.expect("a vector takes all that is written")
+    }
+
+    /// What was stored.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(&stored_json(bytes)?)
     }
 
     /// As readers see it, stored at a revision.
@@ -156,6 +186,19 @@ impl StoredRun {
     pub(super) fn kept_events(&self) -> Vec<KeptEvent> {
         self.events.iter().map(|event| KeptEvent { after: event.after, event: event.message() }).collect()
     }
+}
+
+/// The JSON of a stored run.
+///
+/// # Errors
+/// It is neither JSON nor deflated.
+pub fn stored_json(bytes: &[u8]) -> Result<Cow<'_, [u8]>, serde_json::Error> {
+    if bytes.first() == Some(&b'{') {
+        return Ok(Cow::Borrowed(bytes));
+    }
+    let mut json = Vec::new();
+    ZlibDecoder::new(bytes).read_to_end(&mut json).map_err(serde::de::Error::custom)?;
+    Ok(Cow::Owned(json))
 }
 
 impl StoredEvent {
@@ -197,8 +240,8 @@ pub(super) fn event_message(event: &Event) -> pb::Event {
 pub(super) fn message(record: &RunRecord, revision: u64) -> pb::Run {
     pb::Run {
         name: format!("runs/{}", record.id),
-        spec: Some((&record.spec).into()),
-        plan: Some((&record.plan).into()),
+        spec: Some((&*record.spec).into()),
+        plan: Some((&*record.plan).into()),
         state: record.state.number(),
         reason: record.reason.number(),
         message: record.message.clone(),
@@ -220,4 +263,56 @@ pub(super) fn message(record: &RunRecord, revision: u64) -> pb::Run {
 
 fn timestamp_of(ms: u64) -> prost_types::Timestamp {
     timestamp(i64::try_from(ms).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use thaw_core::run_machine::{Member, Trainer};
+    use thaw_proto::ids::{Rank, Slot};
+    use thaw_proto::plan::{DataSummary, Plan};
+    use thaw_proto::spec::RunSpec;
+    use uuid::Uuid;
+
+    pub(in super::super) fn gang_of(count: u32) -> StoredRun {
+        let raw = thaw_proto::text::parse_spec(
+            "{name: a, backbone: {graph: file:///g.pt2}, data: {train: {path: file:///t.csv, format: csv, text: text, label: label}}, \
+             strategy: full_fine_tuning, global_batch_size: 4096, workers: {min: 1, max: 4096}, until: {max_steps: 1}}",
+        );
+        let spec = RunSpec::try_from(&raw.unwrap()).unwrap();
+        let plan = Plan {
+            groups: Vec::new(),
+            stages: Vec::new(),
+            classes: Vec::new(),
+            data: DataSummary::default(),
+            logical_shards: 4096,
+            global_batch_size: 4096,
+            steps_per_epoch: 1,
+            notes: Vec::new(),
+            feature_size: 1,
+        };
+        let mut record = RunRecord::new("a-00000001".into(), spec, plan, "file:///runs/a-00000001/".to_owned(), 1);
+        let drawn = Uuid::new_v4().as_u128();
+        let trainer = |at: u32| Trainer {
+            worker: format!("worker-{at:05}").as_str().into(),
+            slot: Slot(0),
+            incarnation: Uuid::from_u128(drawn ^ u128::from(at)).to_string().as_str().into(),
+        };
+        record.members =
+            (0..count).map(|at| Member { rank: Rank(at), trainer: trainer(at) }).collect::<Vec<_>>().into();
+        StoredRun::new(record, None)
+    }
+
+    #[test]
+    fn the_largest_gang_is_stored_in_64_kib() {
+        for (count, is_plain) in [(8, true), (4096, false)] {
+            let stored = gang_of(count);
+            let bytes = stored.to_bytes();
+            assert!(bytes.len() <= 64 << 10, "{count} members take {} bytes", bytes.len());
+            assert_eq!(bytes.starts_with(b"{"), is_plain);
+            assert_eq!(StoredRun::from_bytes(&bytes).unwrap(), stored);
+        }
+        assert!(StoredRun::from_bytes(b"neither").is_err());
+        assert!(StoredRun::from_bytes(b"").is_err());
+    }
 }

@@ -179,8 +179,10 @@ impl Workers {
         quarantined: &BTreeMap<FreeSlot, Quarantine>,
         runs_on: impl Fn(&WorkerName) -> Vec<String>,
     ) -> Vec<pb::Worker> {
-        let mut free = self.free(held);
-        free.retain(|place| !quarantined.contains_key(place));
+        let mut free: BTreeMap<WorkerName, u32> = BTreeMap::new();
+        for place in self.free(held).into_iter().filter(|place| !quarantined.contains_key(place)) {
+            *free.entry(place.worker).or_default() += 1;
+        }
         let resting = |(place, quarantine): (&FreeSlot, &Quarantine)| pb::QuarantinedSlot {
             slot: place.slot.0,
             until: Some(timestamp(i64::try_from(quarantine.until_ms).unwrap_or(i64::MAX))),
@@ -190,7 +192,7 @@ impl Workers {
             name: worker.to_string(),
             incarnation: session.hello.incarnation.to_string(),
             slots: session.hello.slots,
-            free_slots: u32::try_from(free.iter().filter(|place| place.worker == *worker).count()).unwrap_or(u32::MAX),
+            free_slots: free.get(worker).copied().unwrap_or(0),
             host: session.hello.host.clone(),
             heartbeat_age_ms: u64::try_from(session.id.silence().as_millis()).unwrap_or(u64::MAX),
             runs: runs_on(worker),

@@ -92,20 +92,18 @@ impl TryFrom<&pb::Propose> for Proposal {
         if raw.generation == 0 {
             at.refuse("generation", "must be at least 1, not 0");
         }
-        if raw.addresses.is_empty() {
-            at.refuse("addresses", "is required: one per rank");
-        } else if raw.rank as usize >= raw.addresses.len() {
-            at.refuse(
-                "rank",
-                format!("must be below the number of addresses ({}), not {}", raw.addresses.len(), raw.rank),
-            );
+        let peers = raw.peers.clone().unwrap_or_default();
+        if peers.is_empty() {
+            at.refuse("peers.addresses", "is required: one per rank");
+        } else if raw.rank as usize >= peers.len() {
+            at.refuse("rank", format!("must be below the number of addresses ({}), not {}", peers.len(), raw.rank));
         }
         let resume = at.collect(optional("resume", raw.resume.as_ref()));
         at.finish(Self {
             trainer,
             generation: Generation(raw.generation),
             rank: Rank(raw.rank),
-            addresses: raw.addresses.clone(),
+            peers,
             key: raw.key.to_vec(),
             resume,
         })
@@ -120,9 +118,9 @@ impl From<&Proposal> for pb::Propose {
             incarnation: proposal.trainer.incarnation.0.clone(),
             generation: proposal.generation.0,
             rank: proposal.rank.0,
-            addresses: proposal.addresses.clone(),
             key: proposal.key.clone(),
             resume: proposal.resume.as_ref().map(Into::into),
+            peers: Some(proposal.peers.clone()),
         }
     }
 }
@@ -241,7 +239,7 @@ mod tests {
             incarnation: UUID.into(),
             generation: 2,
             rank: 1,
-            addresses: vec!["h:1".into(), "h:2".into()],
+            peers: Some(["h:1", "h:2"].iter().collect()),
             key: vec![7, 8],
             resume: None,
         };

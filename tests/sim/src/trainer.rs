@@ -14,6 +14,7 @@ use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::trainer_report::Event;
+use thaw_proto::peers::Peers;
 use thaw_proto::run::CheckpointRef;
 use thaw_worker::agent::launch::{Launch, Life, Running};
 use thaw_worker::checkpoint::{self, CheckpointStore};
@@ -318,7 +319,7 @@ impl Toy {
 
     /// One step of the gang: rank 0 gathers everybody's samples and tells the state that comes of them.
     async fn step(&mut self, gang: &mut Gang, step: u64, state: [u8; 32]) -> Result<[u8; 32], Over> {
-        let world = u32::try_from(gang.propose.addresses.len()).unwrap_or(1);
+        let world = u32::try_from(gang.propose.peers.as_ref().map_or(0, Peers::len)).unwrap_or(1);
         let shards = thaw_core::sampler::ranks_shards(gang.propose.rank, world, crate::world::SHARDS);
         let mut samples: Vec<u64> = shards.flat_map(|shard| samples_of(step, shard)).collect();
         let exchange = async {
@@ -445,9 +446,10 @@ impl Toy {
 
 /// Connects the ranks of a generation, each showing its key.
 async fn join(propose: pb::Propose, listener: &TcpListener) -> Result<Gang, Over> {
-    let world = propose.addresses.len();
+    let listed = propose.peers.clone().unwrap_or_default();
+    let world = listed.len();
     if propose.rank != 0 {
-        let mut rank_0 = connect(&propose.addresses[0]).await?;
+        let mut rank_0 = connect(listed.iter().next().unwrap_or_default()).await?;
         rank_0.write_all(&propose.key).await?;
         rank_0.write_u32(propose.rank).await?;
         rank_0.read_u8().await?;

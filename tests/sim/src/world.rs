@@ -12,11 +12,13 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
+use thaw_coordinator::driver;
 use thaw_coordinator::store::{Entry, Revision};
 use thaw_core::run_machine::{Member, Policy, RunRecord};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
+use thaw_proto::peers::Peers;
 use thaw_proto::run::{CheckpointRef, RunReason, RunState};
 
 /// Samples of a step.
@@ -252,7 +254,7 @@ impl Memory {
     fn proposed(&mut self, propose: &pb::Propose, broken: &mut Broken) {
         let generation = propose.generation;
         let gang = (propose.run.clone(), generation);
-        self.worlds.insert(gang.clone(), propose.addresses.len());
+        self.worlds.insert(gang.clone(), propose.peers.as_ref().map_or(0, Peers::len));
         let holder = self.keys.entry(propose.key.clone()).or_insert_with(|| gang.clone());
         if *holder != gang {
             broken.push(("ONCE-1", format!("{holder:?} and {gang:?} have one key")));
@@ -355,7 +357,8 @@ impl Witness for World {
 impl World {
     fn run_changed(&self, by: &str, revision: Revision, entry: &Entry) {
         let now = self.now_ms();
-        let record: RunRecord = match serde_json::from_slice::<serde_json::Value>(&entry.value)
+        let record: RunRecord = match driver::stored_json(&entry.value)
+            .and_then(|json| serde_json::from_slice::<serde_json::Value>(&json))
             .and_then(|mut value| serde_json::from_value(value["record"].take()))
         {
             Ok(record) => record,

@@ -226,8 +226,8 @@ fn start(run: &str, slot: u32, incarnation: &str) -> Down {
 }
 
 fn propose(run: &str, incarnation: &str, generation: u64, rank: u32) -> Down {
-    let (run, incarnation, addresses) = (run.to_owned(), incarnation.to_owned(), vec![String::new(); 4]);
-    Down::Propose(Propose { run, incarnation, generation, rank, addresses, ..Propose::default() })
+    let (run, incarnation, peers) = (run.to_owned(), incarnation.to_owned(), Some([""; 4].iter().collect()));
+    Down::Propose(Propose { run, incarnation, generation, rank, peers, ..Propose::default() })
 }
 
 fn is_running(pid: u32) -> bool {

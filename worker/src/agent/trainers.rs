@@ -16,6 +16,7 @@ use thaw_proto::pb::{
     self, CoordinatorMessage, FailureClass, LogLine, RunReason, TrainerExited, TrainerFailed, TrainerReport,
     TrainerStatus,
 };
+use thaw_proto::peers::Peers;
 use thaw_proto::worker::RecentOperations;
 use thaw_runtime::tasks::Tasks;
 use tokio::sync::mpsc;
@@ -126,7 +127,8 @@ impl Trainer {
             return None;
         }
         let before = self.recent();
-        let world_size = u32::try_from(propose.addresses.len()).unwrap_or(u32::MAX);
+        let world_size = propose.peers.as_ref().map_or(0, Peers::len);
+        let world_size = u32::try_from(world_size).unwrap_or(u32::MAX);
         self.place = Some(Place { generation: propose.generation, rank: propose.rank, world_size, told: false });
         before
     }

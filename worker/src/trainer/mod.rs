@@ -52,6 +52,7 @@ use std::time::Duration;
 use thaw_proto::ids::{Generation, Rank, Step};
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::{self, FailureClass};
+use thaw_proto::peers::Peers;
 use thaw_proto::run::{CheckpointRef, RunReason};
 use thaw_proto::spec::BatchNormPolicy;
 use thaw_proto::status::ErrorClass;
@@ -365,7 +366,7 @@ fn form(
                     run: run.to_owned(),
                     generation: Generation(proposal.generation),
                     rank: Rank(proposal.rank),
-                    addresses: proposal.addresses.clone(),
+                    addresses: proposal.peers.iter().flat_map(Peers::iter).map(str::to_owned).collect(),
                     key: proposal.key.clone(),
                 };
                 let abort = latest.abort_of(proposal.generation);

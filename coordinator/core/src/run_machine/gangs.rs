@@ -9,6 +9,7 @@ use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
 use thaw_mutants::planted;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, WorkerName};
+use thaw_proto::peers::Peers;
 use thaw_proto::run::{RunReason, RunState};
 
 impl Turn {
@@ -217,13 +218,12 @@ impl Turn {
 
     /// Proposes the present generation's gang, once all its members listen. `why`: what has led to it, or nothing.
     pub(super) fn propose_if_ready(&mut self, reason: RunReason, why: &str) -> bool {
-        let addresses: Option<Vec<String>> = self
-            .record
-            .members
-            .iter()
-            .map(|member| self.observed.addresses.get(&member.trainer.incarnation).cloned())
-            .collect();
-        let Some(addresses) = addresses else {
+        // Of a large gang it is asked each time that one more listens.
+        if self.observed.addresses.len() < self.record.members.len() {
+            return false;
+        }
+        let address = |member: &Member| self.observed.addresses.get(&member.trainer.incarnation);
+        let Some(addresses) = self.record.members.iter().map(address).collect::<Option<Peers>>() else {
             return false;
         };
         let key = gang_key(&self.record);
@@ -261,8 +261,10 @@ impl Turn {
             | RunState::Cancelled => return Err(self.not_legal("commit a gang")),
         }
         self.observed.built.insert(trainer.incarnation.clone());
-        let all = !planted("commit-before-all-built");
-        if all && !self.record.members.iter().all(|member| self.observed.built.contains(&member.trainer.incarnation)) {
+        let has_built = |member: &Member| self.observed.built.contains(&member.trainer.incarnation);
+        let count = self.observed.built.len();
+        let all = count >= self.record.members.len() && self.record.members.iter().all(has_built);
+        if !all && !planted("commit-before-all-built") {
             return Ok(());
         }
         for member in self.record.members.clone() {
@@ -312,8 +314,7 @@ impl Turn {
             })
             .map(|member| member.trainer.place())
             .collect();
-        let names: Vec<String> = late.iter().map(|place| format!("{} slot {}", place.worker, place.slot)).collect();
-        let message = format!("trainer(s) on {} {what} in time", names.join(", "));
+        let message = format!("trainer(s) on {} {what} in time", some_of(late.iter()));
         let members = self.record.members.iter().map(|member| member.trainer.clone());
         let gone: Vec<Trainer> = members.filter(|trainer| late.contains(&trainer.place())).collect();
         self.observed.avoid.extend(late);
@@ -420,4 +421,13 @@ impl Turn {
             | RunState::Cancelled => self.observed.addresses.contains_key(&trainer.incarnation),
         }
     }
+}
+
+/// Places for people: the first few, and how many more.
+pub(super) fn some_of<'a>(places: impl ExactSizeIterator<Item = &'a FreeSlot>) -> String {
+    const MOST: usize = 8;
+    let more = places.len().saturating_sub(MOST);
+    let names: Vec<String> = places.take(MOST).map(|place| format!("{} slot {}", place.worker, place.slot)).collect();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", names.join(", "))
 }

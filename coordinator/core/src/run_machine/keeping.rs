@@ -214,7 +214,12 @@ impl Turn {
     }
 
     fn all_listen(&self) -> bool {
-        self.record.members.iter().all(|member| self.observed.addresses.contains_key(&member.trainer.incarnation))
+        self.observed.addresses.len() >= self.record.members.len()
+            && self
+                .record
+                .members
+                .iter()
+                .all(|member| self.observed.addresses.contains_key(&member.trainer.incarnation))
     }
 
     /// Goes on with what [`Turn::waits_for_word`] has put off, where nothing is missing any more.

@@ -80,6 +80,7 @@ use crate::quarantine::Resting;
 use crate::scheduler::{Claim, Holder, Verdict, Waiting};
 use std::collections::BTreeMap;
 use thaw_proto::ids::{Generation, Incarnation, Rank, RunId, StageIndex, Step, WorkerName};
+use thaw_proto::peers::Peers;
 use thaw_proto::run::{CheckpointRef, Position, RunReason, RunResult, RunState, StageResult};
 use thaw_proto::status::ErrorClass;
 use turn::Turn;
@@ -139,8 +140,8 @@ impl Default for Policy {
 /// What the machine is told.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least `workers.max`;
-    /// `resting`: slots that it was not given since they are quarantined.
+    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least one for each slot
+    /// granted; `resting`: slots that it was not given since they are quarantined.
     Tick {
         slots: Option<Verdict>,
         fresh: Vec<Incarnation>,
@@ -278,7 +279,7 @@ pub struct Proposal {
     pub generation: Generation,
     pub rank: Rank,
     /// Of each rank, in rank order.
-    pub addresses: Vec<String>,
+    pub addresses: Peers,
     /// What the peers of this generation show each other.
     pub key: [u8; 32],
     /// `None`: from the beginning.
@@ -377,8 +378,10 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
                 0 => (Claim::Growth, wanted.saturating_sub(members)),
                 lost => (Claim::Repair, lost),
             };
-            let survive = record.members.iter().all(|member| observed.keepers.contains(&member.trainer.incarnation));
-            if missing == 0 || !survive || !record.joining.is_empty() || now_ms < observed.join_ms {
+            if missing == 0 || !record.joining.is_empty() || now_ms < observed.join_ms {
+                return None;
+            }
+            if !record.members.iter().all(|member| observed.keepers.contains(&member.trainer.incarnation)) {
                 return None;
             }
             // It trains, so it can wait: nothing is kept free for it.
@@ -443,6 +446,21 @@ pub fn gives_up(record: &RunRecord) -> u32 {
     u32::try_from(slots).unwrap_or(u32::MAX)
 }
 
+/// Whether [`Input::TrainersSeen`] changes nothing where `alive` are all trainers that the record has on their worker, so that it need not be
+/// fed: of every heartbeat of a fleet hardly one is news.
+#[must_use]
+pub fn is_no_news(record: &RunRecord, observed: &Observed, alive: &[Trainer]) -> bool {
+    let stopping = record.state == RunState::Resizing && !observed.kept;
+    !stopping && !alive.iter().any(|trainer| observed.awaited.contains(&trainer.incarnation))
+}
+
+/// An input that was turned away, and what was observed before it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refused {
+    pub rejection: Rejection,
+    pub observed: Observed,
+}
+
 /// Takes one step. `now_ms`: Unix milliseconds.
 ///
 /// # Errors
@@ -454,7 +472,31 @@ pub fn step(
     now_ms: u64,
     input: &Input,
 ) -> Result<Outcome, Rejection> {
+    take_step(policy, record, observed.clone(), now_ms, input).map_err(|refused| {
+        debug_assert_eq!(refused.observed, *observed, "a rejection changes nothing");
+        refused.rejection
+    })
+}
+
+/// [`step`] for whoever owns what was observed: nothing of the size of a gang is copied.
+///
+/// # Errors
+/// As [`step`].
+pub fn take_step(
+    policy: &Policy,
+    record: &RunRecord,
+    observed: Observed,
+    now_ms: u64,
+    input: &Input,
+) -> Result<Outcome, Box<Refused>> {
     let mut turn = Turn::new(*policy, record, observed, now_ms);
+    match apply(&mut turn, input) {
+        Ok(()) => Ok(turn.outcome()),
+        Err(rejection) => Err(Box::new(Refused { rejection, observed: turn.observed })),
+    }
+}
+
+fn apply(turn: &mut Turn, input: &Input) -> Result<(), Rejection> {
     match input {
         Input::Tick { slots, fresh, resting } => turn.tick(slots.as_ref(), fresh, *resting)?,
         Input::TrainersSeen { worker, trainers } => turn.trainers_seen(worker, trainers),
@@ -486,7 +528,7 @@ pub fn step(
         Input::CulpritFound { judgement } => turn.culprit_found(judgement),
         Input::CoordinatorStarted => turn.coordinator_started(),
     }
-    Ok(turn.outcome())
+    Ok(())
 }
 
 /// The key that peers of a generation show each other: it follows from their incarnations, which nobody else is told.

@@ -4,6 +4,7 @@ use super::Addresses;
 use super::verdicts::Fault;
 use crate::gang::FreeSlot;
 use crate::quarantine::Blame;
+use crate::shared::Shared;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use thaw_proto::ids::{Attempt, Generation, Incarnation, Rank, RunId, Slot, Step, WorkerName};
@@ -16,8 +17,8 @@ use thaw_proto::spec::RunSpec;
 #[serde(deny_unknown_fields)]
 pub struct RunRecord {
     pub id: RunId,
-    pub spec: RunSpec,
-    pub plan: Plan,
+    pub spec: Shared<RunSpec>,
+    pub plan: Shared<Plan>,
     /// URL of `runs/<run>`.
     pub run_url: String,
     pub state: RunState,
@@ -28,8 +29,8 @@ pub struct RunRecord {
     pub attempt: Attempt,
     /// 0 before the first gang.
     pub generation: Generation,
-    /// Trainers of `generation` that may be alive, in rank order. While RESIZING: those that have yet to stop, or are kept for the next one.
-    pub members: Vec<Member>,
+    /// Trainers of `generation` that may be alive, in rank order, which is that of their places. While RESIZING: those that have yet to stop, or are kept for the next one.
+    pub members: Shared<Vec<Member>>,
     pub head: Option<CheckpointRef>,
     /// Of `head`.
     pub position: Position,
@@ -57,8 +58,8 @@ pub struct RunRecord {
     #[serde(default)]
     pub queued_ms: u64,
     /// Trainers that are starting and will be in the next generation, beside `members`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub joining: Vec<Trainer>,
+    #[serde(default, skip_serializing_if = "nobody")]
+    pub joining: Shared<Vec<Trainer>>,
     /// Whether members of the present gang were in one before, and hold what that has trained.
     #[serde(default)]
     pub carries: bool,
@@ -66,8 +67,8 @@ pub struct RunRecord {
     #[serde(default)]
     pub suspends_next: bool,
     /// Members of the generation before that the one being formed does without. They stop when it is committed.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub leaving: Vec<Trainer>,
+    #[serde(default, skip_serializing_if = "nobody")]
+    pub leaving: Shared<Vec<Trainer>>,
     /// Trainers that a user has asked for. `None`: as many as the spec allows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<u32>,
@@ -88,15 +89,15 @@ impl RunRecord {
     pub fn new(id: RunId, spec: RunSpec, plan: Plan, run_url: String, now_ms: u64) -> Self {
         Self {
             id,
-            spec,
-            plan,
+            spec: spec.into(),
+            plan: plan.into(),
             run_url,
             state: RunState::Pending,
             reason: RunReason::WaitingForWorkers,
             message: String::new(),
             attempt: Attempt(0),
             generation: Generation(0),
-            members: Vec::new(),
+            members: Shared::default(),
             head: None,
             position: Position::default(),
             world_sizes: Vec::new(),
@@ -110,10 +111,10 @@ impl RunRecord {
             lost_at: Step(0),
             blames: Vec::new(),
             queued_ms: now_ms,
-            joining: Vec::new(),
+            joining: Shared::default(),
             carries: false,
             suspends_next: false,
-            leaving: Vec::new(),
+            leaving: Shared::default(),
             scale: None,
             ceded: None,
             placed_ms: 0,
@@ -148,6 +149,23 @@ impl RunRecord {
         self.members.iter().map(|member| &member.trainer).chain(&self.joining).chain(&self.leaving)
     }
 
+    /// The member that a trainer is.
+    #[must_use]
+    pub fn member(&self, trainer: &Trainer) -> Option<&Member> {
+        let by_place = self.members.binary_search_by(|member| member.trainer.cmp(trainer));
+        // Survivors that have taken others back are out of order until they are ranked.
+        let at = by_place.ok().or_else(|| self.members.iter().position(|member| member.trainer == *trainer));
+        at.map(|at| &self.members[at])
+    }
+
+    /// Whether both have the same trainers, as members, joining and leaving.
+    #[must_use]
+    pub fn has_trainers_of(&self, other: &Self) -> bool {
+        (self.members.is_same(&other.members) || self.members == other.members)
+            && (self.joining.is_same(&other.joining) || self.joining == other.joining)
+            && (self.leaving.is_same(&other.leaving) || self.leaving == other.leaving)
+    }
+
     /// How many trainers the run is to have now (RUN-11).
     #[must_use]
     pub fn wanted_size(&self) -> u32 {
@@ -158,6 +176,10 @@ impl RunRecord {
         let most = self.ceded.unwrap_or(workers.max).min(of_stage);
         self.scale.unwrap_or(workers.max).min(most).clamp(workers.min, workers.max)
     }
+}
+
+fn nobody(trainers: &Shared<Vec<Trainer>>) -> bool {
+    trainers.is_empty()
 }
 
 /// One trainer process, in one of its lives.

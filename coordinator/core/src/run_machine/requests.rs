@@ -1,8 +1,10 @@
 //! What users and a new leader ask for.
 
+use super::gangs::some_of;
 use super::turn::Turn;
 use super::verdicts::Fault;
-use super::{Effect, Rejection, Trainer};
+use super::{Effect, Member, Rejection};
+use crate::gang::FreeSlot;
 use thaw_mutants::planted;
 use thaw_proto::run::{RunReason, RunState};
 
@@ -149,17 +151,12 @@ impl Turn {
             return false;
         }
         let awaited = std::mem::take(&mut self.observed.awaited);
-        let late: Vec<Trainer> = self
-            .record
-            .members
-            .iter()
-            .map(|member| member.trainer.clone())
-            .filter(|trainer| awaited.contains(&trainer.incarnation))
-            .collect();
-        let names: Vec<String> =
-            late.iter().map(|trainer| format!("{} slot {}", trainer.worker, trainer.slot)).collect();
-        let message = format!("trainer(s) on {} did not come back to the new coordinator in time", names.join(", "));
-        self.record.members.retain(|member| !late.contains(&member.trainer));
+        let is_late = |member: &Member| awaited.contains(&member.trainer.incarnation);
+        let late: Vec<FreeSlot> =
+            self.record.members.iter().filter(|member| is_late(member)).map(|member| member.trainer.place()).collect();
+        let message =
+            format!("trainer(s) on {} did not come back to the new coordinator in time", some_of(late.iter()));
+        self.record.members.retain(|member| !is_late(member));
         self.lose_taken_over(message);
         true
     }

@@ -9,7 +9,7 @@ use crate::gang::FreeSlot;
 use crate::scheduler;
 use crate::test_support::{plan_of, spec};
 use serde_json::json;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use thaw_proto::ids::Slot;
 
 const SEEDS: u64 = 400;
@@ -139,6 +139,7 @@ impl World {
         ));
         let Ok(outcome) = outcome else { return };
         assert_eq!(outcome.changed, outcome.record != before);
+        self.check_no_news(input, &outcome);
         check(&before, &outcome.record, input, &outcome.effects, self.last_step);
         let is_committed = outcome.record.world_sizes.len() > before.world_sizes.len();
         self.shrunk += u32::from(is_committed && !before.leaving.is_empty());
@@ -155,6 +156,16 @@ impl World {
             if self.workers[worker].connected {
                 self.workers[worker].inbox.push_back(effect);
             }
+        }
+    }
+
+    /// What a driver need not feed changes nothing.
+    fn check_no_news(&self, input: &Input, outcome: &Outcome) {
+        let Input::TrainersSeen { worker, trainers } = input else { return };
+        let here: BTreeSet<&Trainer> = self.record.trainers().filter(|trainer| trainer.worker == *worker).collect();
+        if here == trainers.iter().collect() && is_no_news(&self.record, &self.observed, trainers) {
+            assert!(!outcome.changed && outcome.effects.is_empty() && outcome.events.is_empty());
+            assert_eq!(outcome.observed, self.observed);
         }
     }
 

@@ -3,6 +3,7 @@
 use super::turn::Turn;
 use super::{Member, Rejection, Trainer};
 use crate::gang::{self, FreeSlot};
+use std::collections::BTreeSet;
 use thaw_proto::ids::Rank;
 use thaw_proto::run::RunReason;
 
@@ -53,8 +54,8 @@ impl Turn {
         }
         let members = self.record.members.len();
         let keep = |member: &Member| self.observed.keepers.contains(&member.trainer.incarnation);
-        let can = self.observed.awaited.is_empty() && self.record.members.iter().all(keep);
-        if !self.record.state.is_training() || !can || members <= wanted {
+        let can = || self.observed.awaited.is_empty() && self.record.members.iter().all(keep);
+        if !self.record.state.is_training() || members <= wanted || !can() {
             return false;
         }
         self.record.carries = true;
@@ -75,11 +76,11 @@ impl Turn {
         let (holding, others): (Vec<&Member>, Vec<&Member>) =
             self.record.members.iter().partition(|member| holds(member));
         let places = |members: &[&Member]| members.iter().map(|member| place(member)).collect::<Vec<FreeSlot>>();
-        let mut stay = gang::keep(&places(&holding), wanted);
+        let mut stay: BTreeSet<FreeSlot> = gang::keep(&places(&holding), wanted).into_iter().collect();
         stay.extend(gang::keep(&places(&others), wanted - stay.len()));
         let (members, leaving): (Vec<Member>, Vec<Member>) =
             std::mem::take(&mut self.record.members).into_iter().partition(|member| stay.contains(&place(member)));
-        self.record.members = members;
+        self.record.members = members.into();
         self.record.leaving.extend(leaving.into_iter().map(|member| member.trainer));
     }
 
@@ -95,8 +96,9 @@ impl Turn {
 
     /// Trainers that were about to leave are gone.
     pub(super) fn forget_leaving(&mut self, gone: impl Fn(&Trainer) -> bool) {
-        let before = self.record.leaving.len();
-        self.record.leaving.retain(|trainer| !gone(trainer));
-        self.changed |= self.record.leaving.len() != before;
+        if self.record.leaving.iter().any(&gone) {
+            self.record.leaving.retain(|trainer| !gone(trainer));
+            self.changed = true;
+        }
     }
 }

@@ -18,13 +18,13 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(policy: Policy, record: &RunRecord, observed: &Observed, now_ms: u64) -> Self {
+    pub(super) fn new(policy: Policy, record: &RunRecord, observed: Observed, now_ms: u64) -> Self {
         Self {
             policy,
             now_ms,
             record: record.clone(),
             changed: false,
-            observed: observed.clone(),
+            observed,
             effects: Vec::new(),
             events: Vec::new(),
         }
@@ -147,11 +147,10 @@ impl Turn {
 
     /// Trainers are gone at once. What that means depends on what the run was doing.
     pub(super) fn lose_trainers(&mut self, lost: &[Trainer], fault: Fault, reason: RunReason, message: String) {
-        let before = self.record.members.len();
-        self.record.members.retain(|member| !lost.contains(&member.trainer));
-        if self.record.members.len() == before {
+        if !lost.iter().any(|trainer| self.record.member(trainer).is_some()) {
             return;
         }
+        self.record.members.retain(|member| !lost.contains(&member.trainer));
         self.changed = true;
         self.observed.awaited.retain(|awaited| lost.iter().all(|trainer| trainer.incarnation != *awaited));
         match self.record.state {
@@ -204,8 +203,7 @@ impl Turn {
         if planted("lower-generation-accepted") {
             return Ok(Rank(0));
         }
-        let member = self.record.members.iter().find(|member| member.trainer == *trainer);
-        member.map(|member| member.rank).ok_or_else(|| Rejection::UnknownTrainer {
+        self.record.member(trainer).map(|member| member.rank).ok_or_else(|| Rejection::UnknownTrainer {
             incarnation: trainer.incarnation.clone(),
             generation: self.record.generation,
         })
