@@ -91,7 +91,7 @@ impl MainLoop {
             tenants,
             runs: BTreeMap::new(),
             roster: Roster::default(),
-            workers: Workers::default(),
+            workers: Workers::new(),
         };
         for entry in listed.value {
             let stored = StoredRun::from_bytes(&entry.value)

@@ -201,9 +201,11 @@ impl Driver {
     /// Passes on what a worker says. Waits while the loop is behind, so that the worker's stream does.
     pub async fn from_worker(&self, session: &SessionId, message: pb::worker_message::Message) {
         // DRIVE-4.
-        session.stamp();
+        session.hold();
         let command = Command::FromWorker { session: session.clone(), message: Box::new(message) };
-        if self.commands.send(command).await.is_err() {
+        let sent = self.commands.send(command).await;
+        session.stamp();
+        if sent.is_err() {
             tracing::debug!(worker = %session.worker, "the driver has stopped; a message is lost");
         }
     }

@@ -3,6 +3,8 @@
 //!
 //! WORKER-1: a name has one session at a time, and a live one is not taken over.
 //! WORKER-2: a session whose outbox is full, or that was silent for [`HEARTBEAT_DEADLINE`], is over.
+//! WORKER-3: silence is the worker's, not ours: there is none while a message of it waits for the loop, nor in the first [`TAKEOVER`] of a
+//!           term, when all workers come at once and what they say may lie unread.
 
 use crate::clock::timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +23,9 @@ use tonic::Status;
 pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(400);
 /// Silence after which a worker is lost.
 pub(super) const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// From the start of a term until silence counts.
+const TAKEOVER: Duration = Duration::from_secs(8);
 
 /// Where commands to one worker go. Dropping it ends the worker's stream.
 #[derive(Debug)]
@@ -41,25 +46,34 @@ impl Outbox {
 pub struct SessionId {
     pub worker: WorkerName,
     number: u64,
-    seen: Arc<Mutex<Instant>>,
+    /// When it last spoke; `None` while what it said waits for the loop.
+    seen: Arc<Mutex<Option<Instant>>>,
 }
 
 impl SessionId {
-    /// The worker has spoken now.
+    /// The worker has spoken, and what it said waits until [`SessionId::stamp`].
+    pub(super) fn hold(&self) {
+        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+
+    /// What the worker said is taken now.
     pub(super) fn stamp(&self) {
-        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
     }
 
     fn silence(&self) -> Duration {
-        self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).elapsed()
+        let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        seen.map_or(Duration::ZERO, |seen| seen.elapsed())
     }
 }
 
 /// All sessions, by worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Workers {
     sessions: BTreeMap<WorkerName, Session>,
     next: u64,
+    /// Since when silence counts (WORKER-3).
+    attentive_from: Instant,
 }
 
 #[derive(Debug)]
@@ -69,6 +83,9 @@ struct Session {
     outbox: Outbox,
     /// Alive by the last message that told.
     trainers: Vec<TrainerStatus>,
+    /// Whether it did not take its commands.
+    is_given_up: bool,
+    attentive_from: Instant,
 }
 
 /// Why a worker was not taken in.
@@ -76,6 +93,11 @@ struct Session {
 pub(super) struct NameTaken;
 
 impl Workers {
+    /// Of a term that starts now.
+    pub(super) fn new() -> Self {
+        Self { sessions: BTreeMap::new(), next: 0, attentive_from: Instant::now() + TAKEOVER }
+    }
+
     pub(super) fn open(&mut self, hello: Hello, outbox: Outbox) -> Result<SessionId, NameTaken> {
         // WORKER-1: its own older stream may not have ended here yet.
         let held = self.sessions.get(&hello.worker);
@@ -83,9 +105,10 @@ impl Workers {
             return Err(NameTaken);
         }
         self.next += 1;
-        let id =
-            SessionId { worker: hello.worker.clone(), number: self.next, seen: Arc::new(Mutex::new(Instant::now())) };
-        let session = Session { id: id.clone(), trainers: hello.trainers.clone(), hello, outbox };
+        let seen = Arc::new(Mutex::new(Some(Instant::now())));
+        let id = SessionId { worker: hello.worker.clone(), number: self.next, seen };
+        let (trainers, attentive_from) = (hello.trainers.clone(), self.attentive_from);
+        let session = Session { id: id.clone(), trainers, hello, outbox, is_given_up: false, attentive_from };
         self.sessions.insert(id.worker.clone(), session);
         Ok(id)
     }
@@ -126,7 +149,7 @@ impl Workers {
     /// Queues a command. A worker that is away, or too slow, gets nothing: it will be lost, and that is what the
     /// machine hears.
     pub(super) fn send(&mut self, worker: &WorkerName, message: pb::CoordinatorMessage) {
-        let Some(session) = self.sessions.get(worker) else {
+        let Some(session) = self.sessions.get_mut(worker) else {
             tracing::debug!(%worker, "a command for a worker without a session is left out");
             return;
         };
@@ -134,10 +157,7 @@ impl Workers {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
                 tracing::warn!(%worker, "the worker does not read its commands; it is given up");
-                // In the past for long, so that the next tick finds it over.
-                if let Some(past) = Instant::now().checked_sub(2 * HEARTBEAT_DEADLINE) {
-                    *session.id.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = past;
-                }
+                session.is_given_up = true;
             }
             Err(mpsc::error::TrySendError::Closed(_)) => tracing::debug!(%worker, "the worker's stream has ended"),
         }
@@ -204,7 +224,8 @@ impl Workers {
 
 impl Session {
     fn is_over(&self) -> bool {
-        self.id.silence() > HEARTBEAT_DEADLINE || self.outbox.commands.is_closed()
+        let is_silent = || self.id.silence() > HEARTBEAT_DEADLINE && Instant::now() >= self.attentive_from;
+        self.is_given_up || self.outbox.commands.is_closed() || is_silent()
     }
 }
 
@@ -225,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_live_name_is_not_taken_over() {
-        let mut workers = Workers::default();
+        let mut workers = Workers::new();
         let (sender, commands) = mpsc::channel(1);
         let first = workers.open(hello("a", '1'), Outbox::new(sender)).unwrap();
         let (other, _kept) = mpsc::channel(1);
@@ -240,8 +261,26 @@ mod tests {
     }
 
     #[test]
+    fn worker_3_silence_is_the_workers_own() {
+        let long = 2 * HEARTBEAT_DEADLINE;
+        let past = Instant::now().checked_sub(long).unwrap();
+        let (sender, _commands) = mpsc::channel(1);
+        for (attentive_from, is_over) in [(Instant::now() + TAKEOVER, false), (past, true)] {
+            let mut workers = Workers { attentive_from, ..Workers::new() };
+            let session = workers.open(hello("a", '1'), Outbox::new(sender.clone())).unwrap();
+            assert_eq!(workers.over(), vec![]);
+            *session.seen.lock().unwrap() = Some(past);
+            assert_eq!(!workers.over().is_empty(), is_over, "it may have spoken to a coordinator that is late itself");
+            session.hold();
+            assert_eq!(workers.over(), vec![], "it has spoken");
+            session.stamp();
+            assert_eq!(workers.over(), vec![]);
+        }
+    }
+
+    #[test]
     fn a_worker_that_does_not_read_is_over() {
-        let mut workers = Workers::default();
+        let mut workers = Workers::new();
         let (sender, _commands) = mpsc::channel(1);
         workers.open(hello("a", '1'), Outbox::new(sender)).unwrap();
         workers.send(&"a".into(), pb::CoordinatorMessage::default());
