@@ -107,6 +107,8 @@ pub struct Open {
     base: u64,
     planner: Arc<dyn SpecPlanner>,
     timing: Timing,
+    /// Whether other coordinators are reached over the system's network.
+    networked: bool,
 }
 
 impl Server {
@@ -135,7 +137,10 @@ impl Server {
             StoreUrl::Embedded(_) => Timing::alone(),
             StoreUrl::Etcd { .. } => Timing::default(),
         };
-        Ok(Bound { listener, open: Open { config, address, store, base, planner: Arc::new(FilesPlanner), timing } })
+        Ok(Bound {
+            listener,
+            open: Open { config, address, store, base, planner: Arc::new(FilesPlanner), timing, networked: true },
+        })
     }
 
     /// Over a store that is open, with times for several coordinators. `config.store` and `config.etcd` are not read; the data
@@ -143,7 +148,7 @@ impl Server {
     #[must_use]
     pub fn over(config: ServeConfig, store: Arc<dyn Store>) -> Open {
         let (address, planner, timing) = (config.listen, Arc::new(FilesPlanner), Timing::default());
-        Open { config, address, store, base: 0, planner, timing }
+        Open { config, address, store, base: 0, planner, timing, networked: false }
     }
 }
 
@@ -202,7 +207,7 @@ impl Open {
     {
         let stop = shutdown.child_token();
         let tasks = Tasks::new(stop.clone());
-        let (state, services) = State::new(&self.store, &tasks, &stop);
+        let (state, services) = State::new(&self.store, &tasks, &stop, self.networked);
         let tls = self.config.tls.as_ref().map(Tls::server);
         let (router, health) = grpc::router(services, tls).await.map_err(Error::Serve)?;
         let until = stop.clone();
@@ -253,7 +258,7 @@ struct State {
 }
 
 impl State {
-    fn new(store: &Arc<dyn Store>, tasks: &Tasks, stop: &CancellationToken) -> (Self, Services) {
+    fn new(store: &Arc<dyn Store>, tasks: &Tasks, stop: &CancellationToken, tries_others: bool) -> (Self, Services) {
         let (leading, leading_seen) = watch::channel(None);
         let (other_leader, other_leader_seen) = watch::channel(None);
         let (synced, synced_seen) = watch::channel(false);
@@ -261,6 +266,7 @@ impl State {
         let services = Services {
             leading: leading_seen,
             other_leader: other_leader_seen,
+            tries_others,
             synced: synced_seen,
             views: views.clone(),
             store: Arc::clone(store),

@@ -10,7 +10,7 @@ use common::proxy::{Fault, Proxy};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thaw_coordinator::leader::{self, Identity, Timing};
 use thaw_coordinator::store::{self, Op};
 use thaw_proto::ids::Incarnation;
@@ -160,6 +160,34 @@ async fn workers_are_back(leader: &Coordinator, count: usize) {
         }
     };
     tokio::time::timeout(WAIT, back).await.expect("the workers come back");
+}
+
+/// GRPC-1: a caller waits where it would only be sent to the dead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_takes_no_connection_is_not_named_at_once() {
+    let Some(etcd) = common::EtcdProcess::start() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut all = coordinators(&etcd, folder.path(), 2).await;
+    let mut cluster = ClusterServiceClient::new(channel(all[1].address).await);
+    // It knows who leads.
+    let refused = cluster.list_workers(pb::ListWorkersRequest {}).await.unwrap_err();
+    assert_eq!(status::metadata(&refused, "leader"), Some(all[0].address.to_string()));
+    let dead = all[0].address;
+    all.remove(0).kill();
+    // Its threads do not all end at one instant.
+    let gone = async { while tokio::net::TcpStream::connect(dead).await.is_ok() {} };
+    tokio::time::timeout(WAIT, gone).await.expect("it takes no connection");
+    let (began, mut refusals) = (Instant::now(), 0_u32);
+    let led = async {
+        while cluster.list_workers(pb::ListWorkersRequest {}).await.is_err() {
+            refusals += 1;
+        }
+    };
+    tokio::time::timeout(WAIT, led).await.expect("it leads");
+    // Each has waited for a leader as long as calls do.
+    let waited = Duration::from_secs(3) * refusals;
+    assert!(began.elapsed() >= waited, "{refusals} refusals in {:?}", began.elapsed());
+    all.remove(0).stop().await.unwrap();
 }
 
 /// One reader, moved from coordinator to coordinator by what it saw last, while leaders die and etcd forgets its history:

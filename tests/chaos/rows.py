@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from chaos import control_plane, elastic
@@ -25,6 +26,10 @@ class Broken(Exception):
     """Something that must not happen; missing a goal is none."""
 
 
+class Refused(Broken):
+    """What was asked for cannot begin."""
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -33,27 +38,41 @@ class Row:
     faults: str = ""
     count: int = 0
     every: float = 0.0
-    # Updates a second of schedule, where `every` is long.
-    steps: int = 0
+    # Updates for each of the faults.
+    steps: int = STEPS_A_FAULT
+    # An option that says how many seconds a fault lasts, and updates for each of them.
+    lasts: tuple[str, int, int] | None = None
     more: tuple[str, ...] = ()
     # Lines that belong to the row.
     lines: tuple[str, ...] = ()
-    spec: dict = field(default_factory=dict)
+    # What is said beside the usual, for so many updates.
+    spec: Callable[[int], dict] = lambda _steps: {}
     # Of something else, measured after it.
     beside: Callable[[int], Iterator[str]] | None = None
+    # Printed where this machine does not allow it.
+    needs: str = ""
 
     def measure(self, folder: Path, fixtures: Path, quick: bool) -> Iterator[str]:
         if not self.lines:
             assert self.beside
             yield from self.beside(0)
             return
-        count = max(self.count // 10, 1) if quick and self.count else self.count
-        path = folder / "spec.json"
-        path.write_text(json.dumps(text_spec(fixtures, count * (self.steps or STEPS_A_FAULT)) | self.spec))
-        command = [THAW, "chaos", path, "--workers", TRAINERS, "--count", count, "--every", self.every]
+        tenth = lambda number: max(number // 10, 1) if quick and number else number
+        count, steps = tenth(self.count), tenth(self.count) * self.steps
+        command = [THAW, "chaos", folder / "spec.json", "--workers", TRAINERS, "--count", count, "--every", self.every]
+        if self.lasts:
+            option, seconds, pace = self.lasts
+            steps = tenth(seconds) * pace
+            command += [option, tenth(seconds)]
         if self.faults:
             command += ["--faults", self.faults]
-        yield from self.chosen(stream([*command, *self.more]))
+        (folder / "spec.json").write_text(json.dumps(text_spec(fixtures, steps) | self.spec(steps)))
+        try:
+            yield from self.chosen(stream([*command, *self.more]))
+        except Refused:
+            if not self.needs:
+                raise
+            print(f"chaos: {self.name}: skipped: {self.needs}", file=sys.stderr, flush=True)
         if self.beside:
             yield from self.beside(count)
 
@@ -65,13 +84,18 @@ class Row:
 
 def stream(command: list) -> Iterator[str]:
     """stdout, line by line, of a program that must end well."""
-    with subprocess.Popen(
-        [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        assert process.stdout
-        yield from (line.strip() for line in process.stdout if line.strip())
+    words = [str(word) for word in command]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout
+            yield from (line.strip() for line in process.stdout if line.strip())
+        except BaseException:
+            # It ends what it has started.
+            process.terminate()
+            raise
     if process.returncode != 0:
-        raise Broken(f"{Path(command[0]).name} ended with {process.returncode}")
+        problem = Refused if process.returncode == 2 else Broken
+        raise problem(f"{Path(command[0]).name} ended with {process.returncode}")
 
 
 def text_spec(fixtures: Path, steps: int) -> dict:
@@ -95,26 +119,21 @@ def text_spec(fixtures: Path, steps: int) -> dict:
     }
 
 
-def staged(steps: int) -> dict:
-    """Stages of equal length over the same groups."""
-    one = {"thaw": ["head", "/.*/"], "until": {"max_steps": steps // STAGES}}
-    stages = [{"name": f"stage{index}"} | one for index in range(STAGES)]
+def staged(steps: int, each: int = 0, thaws: tuple = (["head", "/.*/"],)) -> dict:
+    """Stages of equal length, of about `each` updates or a few, which thaw more and more."""
+    number = max(STAGES, steps // each if each else 0)
+    thawed = lambda index: {"thaw": thaws[index * len(thaws) // number], "until": {"max_steps": steps // number}}
+    stages = [{"name": f"stage{index}"} | thawed(index) for index in range(number)]
     return {"strategy": "custom", "stages": stages, "stop_when_no_gain": False}
 
 
-def outage(seconds: int) -> Row:
-    steps = seconds * 75
-    return Row(
-        "outage",
-        f"all coordinators and etcd stopped for {seconds} s",
-        "outage",
-        1,
-        1.0,
-        steps,
-        ("--outage", str(seconds)),
-        ("outage",),
-        staged(steps),
-    )
+def deeper(steps: int) -> dict:
+    """Many short stages."""
+    return staged(steps, 50, (["head"], ["head", "/2$/"], ["head", "/.*/"]))
+
+
+def without_end(_steps: int) -> dict:
+    return {"until": {"max_steps": 10_000_000}, "checkpoint": {}}
 
 
 def scheduler(_count: int) -> Iterator[str]:
@@ -126,13 +145,13 @@ ALL_FAULTS = "kill-trainer,stop-trainer,kill-agent,stop-agent,kill-leader,hand-o
 ROWS = (
     Row(
         "kill",
-        "SIGKILL of one of 8 trainers to the next step; beside it torchrun and Gloo",
+        "SIGKILL of one of 8 trainers to the next step; beside it torchrun, and torchft, over Gloo",
         "kill-trainer",
         100,
         0.5,
         lines=("kill_trainer",),
         more=("--no-reference",),
-        beside=lambda count: elastic.measure(max(count // 10, 2)),
+        beside=lambda count: elastic.peers(max(count // 10, 2)),
     ),
     Row(
         "stop",
@@ -145,16 +164,57 @@ ROWS = (
         more=("--no-reference",),
     ),
     Row(
-        "leader",
-        "SIGKILL of the leading coordinator until the next serves",
-        "kill-leader",
-        30,
+        "partition",
+        "an agent and its trainer cut off from all others until they are declared lost",
+        "partition",
+        20,
         0.5,
         300,
-        lines=("kill_leader",),
+        lines=("partition",),
+        more=("--no-reference",),
+        needs="no network namespaces can be made here",
+    ),
+    Row(
+        "false_verdict",
+        "trainers declared lost in 20 minutes with all cores busy, of 8 that are not",
+        "load",
+        1,
+        1.0,
+        lasts=("--load", 1200, 30),
+        lines=("false_verdict",),
+        more=("--no-reference",),
+    ),
+    Row(
+        "leader",
+        "SIGKILL of the leading coordinator until the next serves; what trainers and clients notice",
+        "kill-leader",
+        30,
+        3.0,
+        500,
+        lines=("kill_leader", "ledger", "weights"),
     ),
     Row("hand_over", "SIGTERM to the leading coordinator until the next serves", "hand-over", 30, 0.5, 200, lines=("hand_over",)),
-    outage(300),
+    Row(
+        "outage",
+        "all coordinators and etcd stopped for 300 s",
+        "outage",
+        1,
+        1.0,
+        lasts=("--outage", 300, 75),
+        lines=("outage", "ledger", "weights"),
+        spec=staged,
+    ),
+    Row(
+        "stage_change",
+        "from a stage to the next: pause and process ids; weights and samples after a kill during it",
+        "kill-trainer",
+        20,
+        0.0,
+        125,
+        lines=("stage_change", "ledger", "weights"),
+        more=("--at", "stage-change"),
+        spec=deeper,
+    ),
     Row("faults", "weights and samples after 200 faults of all kinds", ALL_FAULTS, 200, 0.5, 300, lines=("weights", "ledger")),
     Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 1500, lines=("goodput", "weights")),
     Row(
@@ -162,7 +222,17 @@ ROWS = (
         "submission, cancellation, and what a run costs etcd",
         more=("--requests",),
         lines=("create_run", "cancel", "etcd"),
-        spec={"until": {"max_steps": 10_000_000}, "checkpoint": {}},
+        spec=without_end,
+    ),
+    Row(
+        "watch",
+        "events missed or repeated by 8 clients that go on by revision, across new leaders and compactions of etcd",
+        "kill-leader,hand-over,kill-trainer",
+        30,
+        0.5,
+        200,
+        lines=("watch",),
+        more=("--no-reference", "--watchers", "8"),
     ),
     Row("scheduler", "15,000 runs of 30 tenants in virtual time over the scheduler alone", beside=scheduler),
     control_plane.ControlPlane(),

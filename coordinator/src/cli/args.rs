@@ -1,7 +1,7 @@
 //! What can be typed.
 
 use super::Failure;
-use super::chaos::Fault;
+use super::chaos::{Fault, Moment};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -280,9 +280,19 @@ pub(crate) struct ChaosOptions {
     /// With --attach: the folder that holds the folder runs.
     #[arg(long, env = "THAW_DATA_DIR", default_value = ".thaw")]
     pub(crate) data_dir: PathBuf,
+    /// When faults that are due are inflicted.
+    #[arg(long, value_enum, default_value_t = Moment::Any)]
+    pub(crate) at: Moment,
     /// Seconds that an outage lasts.
     #[arg(long, default_value_t = 300.0, value_parser = seconds)]
     pub(crate) outage: f64,
+    /// Seconds that a load lasts.
+    #[arg(long, default_value_t = 300.0, value_parser = seconds)]
+    pub(crate) load: f64,
+    /// Clients that watch the run under faults, each leaving again and again to go on elsewhere from the revision it has seen, while etcd
+    /// forgets its history: all of them must see each event once.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) watchers: usize,
     /// Leave the undisturbed run out: weights and goodput are not compared.
     #[arg(long)]
     pub(crate) no_reference: bool,
@@ -298,6 +308,9 @@ pub(crate) struct ChaosOptions {
     /// Passed on to every trainer: point@step=path, see `thaw-worker trainer --help`. For tests.
     #[arg(long, hide = true)]
     pub(crate) hold: Option<String>,
+    /// Said to itself, where it has made namespaces.
+    #[arg(long, hide = true)]
+    pub(crate) in_namespaces: bool,
     /// Plain lines, or everything as JSON.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,

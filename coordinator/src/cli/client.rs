@@ -41,6 +41,8 @@ pub(super) struct Coordinators {
     next: String,
     channel: Option<Channel>,
     tls: Option<Tls>,
+    /// Calls made again after a pause.
+    retries: u32,
 }
 
 /// Reads the files of TLS.
@@ -56,7 +58,7 @@ impl Coordinators {
             endpoint(address, tls.as_ref())?;
         }
         let next = addresses.first().cloned().unwrap_or_default();
-        Ok(Self { addresses, next, channel: None, tls })
+        Ok(Self { addresses, next, channel: None, tls, retries: 0 })
     }
 
     /// Makes a call, wherever it is answered.
@@ -96,8 +98,14 @@ impl Coordinators {
                 return Err(failure);
             }
             redirections = 0;
+            self.retries += 1;
             tokio::time::sleep(backoff.next_wait().unwrap_or(RETRY_CAP)).await;
         }
+    }
+
+    /// How often calls were made again so far, but for those sent on to the leader at once.
+    pub(super) fn retries(&self) -> u32 {
+        self.retries
     }
 
     /// What a refusal means, and whom to ask next.

@@ -3,7 +3,8 @@
 //! Every error has `ErrorInfo`; all mappings are in [`errors`].
 //!
 //! GRPC-1: what only the leader can do, another coordinator refuses with the leader's address; where nobody is known to
-//!         lead, the call waits for that, at most [`LEADER_WAIT`].
+//!         lead, the call waits for that, at most [`LEADER_WAIT`]. So it does where the one who is known takes no connection:
+//!         a leader that died is known until its lease ends, and a caller sent to it would only come back.
 //! GRPC-2: an answer about one run is at least as new as every change acknowledged or shown before the call, by whomever:
 //!         the store is asked how far the run is, and the view is waited for. By the leader too: a change whose outcome it
 //!         has not heard may be shown by a follower already.
@@ -44,6 +45,8 @@ const CALL_DEADLINE: Duration = Duration::from_secs(300);
 const LEADER_WAIT: Duration = Duration::from_secs(3);
 /// How long a read waits until this coordinator has seen what the store has.
 const CATCH_UP: Duration = Duration::from_secs(5);
+/// How long another coordinator may take to take a connection.
+const REACH: Duration = Duration::from_millis(500);
 
 /// What the services need while this coordinator leads.
 #[derive(Debug, Clone)]
@@ -62,6 +65,8 @@ pub(crate) struct Services {
     pub(crate) leading: watch::Receiver<Option<Leading>>,
     /// Another that leads, as far as is known.
     pub(crate) other_leader: watch::Receiver<Option<Identity>>,
+    /// Whether others are reached over the system's network, so that one can be tried.
+    pub(crate) tries_others: bool,
     /// Whether the views have been read from the store once.
     pub(crate) synced: watch::Receiver<bool>,
     pub(crate) views: Views,
@@ -81,17 +86,26 @@ impl Services {
             if let Some(leading) = leading.borrow_and_update().clone() {
                 return Ok(leading);
             }
-            if let Some(leader) = other.borrow_and_update().as_ref() {
-                return Err(errors::not_leading(Some(leader)));
+            let known = other.borrow_and_update().clone();
+            if let Some(leader) = &known
+                && self.reaches(leader).await
+            {
+                return Err(errors::not_leading(known.as_ref()));
             }
             tokio::select! {
                 biased;
                 Ok(()) = leading.changed() => {}
                 Ok(()) = other.changed() => {}
-                () = &mut wait => return Err(errors::no_leader()),
+                () = &mut wait => return Err(known.map_or_else(errors::no_leader, |known| errors::not_leading(Some(&known)))),
                 () = self.shutdown.cancelled() => return Err(errors::not_leading(None)),
             }
         }
+    }
+
+    /// Whether another coordinator takes connections. Where it cannot be tried, it is believed to.
+    async fn reaches(&self, other: &Identity) -> bool {
+        let connected = tokio::time::timeout(REACH, tokio::net::TcpStream::connect(&other.address));
+        !self.tries_others || connected.await.is_ok_and(|connected| connected.is_ok())
     }
 
     /// Returns once the views show something.

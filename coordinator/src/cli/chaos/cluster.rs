@@ -7,6 +7,7 @@ use super::super::args::ChaosOptions;
 use super::super::client::Coordinators;
 use super::super::embedded::worker_program;
 use super::faults::Fault;
+use super::network::{self, Network};
 use super::processes::{self, POLL, Process};
 use futures::FutureExt as _;
 use nix::sys::signal::Signal;
@@ -77,6 +78,8 @@ pub(super) struct Cluster {
     agents: Vec<Agent>,
     worker_program: PathBuf,
     hold: Option<String>,
+    /// Where links can be cut.
+    network: Option<Network>,
 }
 
 impl Cluster {
@@ -93,11 +96,15 @@ impl Cluster {
             agents: Vec::new(),
             worker_program: worker_program(options.worker_program.as_deref())?,
             hold: options.hold.clone(),
+            network: None,
         };
+        if options.in_namespaces {
+            cluster.network = Some(Network::make(folder, options.workers as usize).await?);
+        }
         cluster.start_etcd().await?;
         for index in 0..options.coordinators {
             cluster.members.push(Member {
-                address: "127.0.0.1:0".to_owned(),
+                address: format!("{}:0", if cluster.network.is_some() { network::HUB } else { "127.0.0.1" }),
                 name: format!("c{index}"),
                 process: None,
             });
@@ -113,9 +120,10 @@ impl Cluster {
 
     /// One that runs already, with coordinators at `servers`.
     pub(super) async fn attach(options: &ChaosOptions, servers: &str) -> Result<Self, Failure> {
-        if options.requests || options.faults.contains(&Fault::Outage) {
+        let own = [Fault::Outage, Fault::Partition];
+        if options.requests || options.watchers > 0 || options.faults.iter().any(|fault| own.contains(fault)) {
             return Err(Failure::invalid(
-                "--requests and the fault outage need a cluster of their own: leave --attach out",
+                "--requests, --watchers and the faults outage and partition need a cluster of their own: leave --attach out",
             ));
         }
         let address = |server: &str| match server.trim().strip_prefix("http://") {
@@ -135,6 +143,7 @@ impl Cluster {
             agents: Vec::new(),
             worker_program: PathBuf::new(),
             hold: None,
+            network: None,
         };
         let (_, workers) = leading(&voices(&cluster.addresses())?)
             .await
@@ -168,7 +177,8 @@ impl Cluster {
         let program = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own path: {error}")))?;
         let member = &self.members[index];
-        let mut command = own(&program);
+        let mut command = Command::new(&program);
+        without_foreign(&mut command);
         command.args(["serve", "--store", &format!("etcd://{}/thaw", self.etcd_address), "--data-dir"]);
         command.arg(self.data_dir()).args(["--listen", &member.address, "--name", &member.name]);
         let mut process = Process::start(command, &self.folder.join(format!("{}.log", member.name)))?;
@@ -181,10 +191,17 @@ impl Cluster {
     fn start_agent(&mut self, index: usize) -> Result<(), Failure> {
         let name = self.agents[index].name.clone();
         let addresses: Vec<String> = self.members.iter().map(|member| format!("http://{}", member.address)).collect();
-        let mut command = own(&self.worker_program);
+        let mut command = match &self.network {
+            Some(network) => network.command(index, &self.worker_program),
+            None => Command::new(&self.worker_program),
+        };
+        without_foreign(&mut command);
         command.args(["agent", "--coordinator", &addresses.join(","), "--name", &name, "--exit-with-stdin"]);
         command.arg("--prefix-cache-memory").arg(&self.memory);
         command.arg("--prefix-cache-disk").arg(self.folder.join("prefix-cache"));
+        if self.network.is_some() {
+            command.args(["--host", &network::host(index)]);
+        }
         if let Some(hold) = &self.hold {
             command.args(["--hold", hold]);
         }
@@ -194,6 +211,11 @@ impl Cluster {
 
     pub(super) fn data_dir(&self) -> PathBuf {
         self.attached.clone().unwrap_or_else(|| self.folder.join("data"))
+    }
+
+    /// Where links can be cut.
+    pub(super) fn network(&self) -> Result<&Network, Failure> {
+        self.network.as_ref().ok_or_else(|| Failure::invalid("this cluster has no links to cut"))
     }
 
     pub(super) fn etcd_address(&self) -> &str {
@@ -379,19 +401,20 @@ impl Cluster {
             problems.push(format!("the trainer {id} outlived its agent"));
             processes::send(id, Signal::SIGKILL);
         }
+        if let Some(network) = self.network.take() {
+            problems.extend(network.remove().await);
+        }
         // It is there only if prefixes were kept.
         let _ = std::fs::remove_dir_all(&self.memory);
         problems
     }
 }
 
-/// A program of this cluster, without what the environment says of others.
-fn own(program: &Path) -> Command {
-    let mut command = Command::new(program);
+/// Takes off what the environment says of other clusters.
+fn without_foreign(command: &mut Command) {
     for variable in FOREIGN {
         command.env_remove(variable);
     }
-    command
 }
 
 /// A client of each coordinator alone, to ask whether it leads.

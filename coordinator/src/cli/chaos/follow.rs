@@ -87,11 +87,25 @@ impl Steps {
     }
 }
 
+/// How far the trace is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Reached {
+    /// The step that comes next.
+    next: u64,
+    /// The stage of the last.
+    stage: u32,
+}
+
+/// What is known of a run now. A cheap clone.
+#[derive(Debug, Clone)]
+pub(super) struct Sight {
+    run: watch::Receiver<pb::Run>,
+    reached: watch::Receiver<Reached>,
+}
+
 /// A run that is followed to its end.
 pub(super) struct Followed {
-    run: watch::Receiver<pb::Run>,
-    /// The step that comes next.
-    next: watch::Receiver<u64>,
+    pub(super) sight: Sight,
     watching: JoinHandle<Result<pb::Run, Failure>>,
     stepping: JoinHandle<Steps>,
     done: watch::Sender<bool>,
@@ -101,60 +115,29 @@ impl Followed {
     /// Follows `run`, whose folder is `folder`.
     pub(super) fn start(coordinators: Coordinators, run: &pb::Run, folder: &Path) -> Self {
         let (seen, latest) = watch::channel(run.clone());
-        let (said, next) = watch::channel(0);
+        let (said, reached) = watch::channel(Reached::default());
         let (done, is_done) = watch::channel(false);
         let (runtime, name) = (tokio::runtime::Handle::current(), run.name.clone());
         // On a thread of its own: calls to whichever coordinator answers cannot move between threads.
         let watching = tokio::task::spawn_blocking(move || runtime.block_on(watch_run(coordinators, name, seen)));
         let stepping = tokio::spawn(read_steps(folder.join("trace/steps.jsonl"), said, is_done));
-        Self { run: latest, next, watching, stepping, done }
-    }
-
-    pub(super) fn run(&self) -> pb::Run {
-        self.run.borrow().clone()
-    }
-
-    pub(super) fn next(&self) -> u64 {
-        *self.next.borrow()
-    }
-
-    /// When the run was first seen as `wanted`, or had ended. `None` after `limit`.
-    pub(super) async fn until_run(&self, limit: Duration, wanted: impl Fn(&pb::Run) -> bool) -> Option<Instant> {
-        let mut run = self.run.clone();
-        let seen = tokio::time::timeout(limit, run.wait_for(|run| wanted(run) || has_ended(run))).await;
-        seen.is_ok_and(|seen| seen.is_ok()).then(Instant::now)
-    }
-
-    /// When the update after `step` others was seen. `None` after `limit`, and where the run ends before.
-    pub(super) async fn until_step(&self, limit: Duration, step: u64) -> Option<Instant> {
-        let (mut next, mut run) = (self.next.clone(), self.run.clone());
-        let reached = async {
-            tokio::select! {
-                reached = next.wait_for(|next| *next > step) => reached.is_ok(),
-                _ = run.wait_for(has_ended) => false,
-            }
-        };
-        tokio::time::timeout(limit, reached).await.unwrap_or(false).then(Instant::now)
-    }
-
-    pub(super) fn has_ended(&self) -> bool {
-        has_ended(&self.run.borrow())
+        Self { sight: Sight { run: latest, reached }, watching, stepping, done }
     }
 
     /// The run once it has ended, and its steps. Gives up after `limit` without an update.
     pub(super) async fn end(self, limit: Duration) -> Result<(pb::Run, Steps), Failure> {
-        let mut last = (self.next(), Instant::now());
+        let mut last = (self.sight.next(), Instant::now());
         let mut watching = self.watching;
         let run = loop {
             match tokio::time::timeout(Duration::from_millis(200), &mut watching).await {
                 Ok(ended) => break ended.map_err(|error| Failure::from_error(&error))??,
                 Err(_elapsed) => {
-                    let next = *self.next.borrow();
+                    let next = self.sight.next();
                     if next != last.0 {
                         last = (next, Instant::now());
                     } else if last.1.elapsed() > limit {
                         self.stepping.abort();
-                        let run = self.run.borrow();
+                        let run = self.sight.run();
                         return Err(Failure::failed(format!(
                             "{} stands at step {next} for {} s; it is {} ({})",
                             run.name,
@@ -169,6 +152,61 @@ impl Followed {
         self.done.send_replace(true);
         let steps = self.stepping.await.map_err(|error| Failure::from_error(&error))?;
         Ok((run, steps))
+    }
+}
+
+impl Sight {
+    pub(super) fn run(&self) -> pb::Run {
+        self.run.borrow().clone()
+    }
+
+    pub(super) fn next(&self) -> u64 {
+        self.reached.borrow().next
+    }
+
+    /// When the run was first seen as `wanted`, or had ended. `None` after `limit`.
+    pub(super) async fn until_run(&self, limit: Duration, wanted: impl Fn(&pb::Run) -> bool) -> Option<Instant> {
+        let mut run = self.run.clone();
+        let seen = tokio::time::timeout(limit, run.wait_for(|run| wanted(run) || has_ended(run))).await;
+        seen.is_ok_and(|seen| seen.is_ok()).then(Instant::now)
+    }
+
+    /// When the update after `step` others was seen. `None` after `limit`, and where the run ends before.
+    pub(super) async fn until_step(&self, limit: Duration, step: u64) -> Option<Instant> {
+        self.until_reached(limit, |reached| reached.next > step).await.then(Instant::now)
+    }
+
+    /// Until an update of this stage, or of a later one, was seen. `false` as for [`Self::until_step`].
+    pub(super) async fn until_stage(&self, limit: Duration, stage: u32) -> bool {
+        self.until_reached(limit, |reached| reached.stage >= stage).await
+    }
+
+    /// Until the last update of the present stage was seen, or a later one where the stage ends before its plan does. `false` as for
+    /// [`Self::until_step`], and in the last stage.
+    pub(super) async fn until_stage_ends(&self, limit: Duration) -> bool {
+        let now = *self.reached.borrow();
+        let stages = self.run().plan.map(|plan| plan.stages).unwrap_or_default();
+        let ends = stages.iter().scan(0, |sum, stage| {
+            *sum += u64::from(stage.max_steps);
+            Some(*sum)
+        });
+        let Some(end) = ends.take(stages.len().saturating_sub(1)).find(|end| *end > now.next) else { return false };
+        self.until_reached(limit, |reached| reached.next >= end || reached.stage > now.stage).await
+    }
+
+    async fn until_reached(&self, limit: Duration, wanted: impl Fn(&Reached) -> bool) -> bool {
+        let (mut reached, mut run) = (self.reached.clone(), self.run.clone());
+        let came = async {
+            tokio::select! {
+                came = reached.wait_for(wanted) => came.is_ok(),
+                _ = run.wait_for(has_ended) => false,
+            }
+        };
+        tokio::time::timeout(limit, came).await.unwrap_or(false)
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        has_ended(&self.run.borrow())
     }
 }
 
@@ -220,7 +258,7 @@ async fn watch_run(
 }
 
 /// Reads the trace as it grows, until told that no more comes.
-async fn read_steps(path: PathBuf, said: watch::Sender<u64>, is_done: watch::Receiver<bool>) -> Steps {
+async fn read_steps(path: PathBuf, said: watch::Sender<Reached>, is_done: watch::Receiver<bool>) -> Steps {
     let (mut file, mut rest) = (None, Vec::new());
     let mut steps = Steps::default();
     loop {
@@ -240,7 +278,8 @@ async fn read_steps(path: PathBuf, said: watch::Sender<u64>, is_done: watch::Rec
             lines.for_each(|line| steps.take(at, line));
             rest.drain(..whole);
             if steps.all.len() > before {
-                said.send_replace(steps.next());
+                let stage = steps.all.last().map_or(0, |last| last.stage);
+                said.send_replace(Reached { next: steps.next(), stage });
             }
         }
         if last {

@@ -3,9 +3,10 @@
 use super::super::Failure;
 use super::super::client::{self, Again};
 use super::cluster::{Cluster, DEADLINE, leading, voices};
+use super::outcome::Report;
 use super::processes::POLL;
 use super::rows::{Goal, Row};
-use super::{Report, count, say};
+use super::{count, say};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use thaw_proto::pb::{self, RunState};
@@ -165,7 +166,7 @@ async fn metric(cluster: &Cluster, names: &[&str]) -> Result<f64, Failure> {
 }
 
 /// Forgets the history of etcd up to now.
-async fn compact(address: &str) -> Result<(), etcd_client::Error> {
+pub(super) async fn compact(address: &str) -> Result<(), etcd_client::Error> {
     let mut client = etcd_client::Client::connect([address], None).await?;
     let revision = client.get("none", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
     client.compact(revision, None).await.map(drop)
