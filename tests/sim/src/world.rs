@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
+use thaw_coordinator::driver;
 use thaw_coordinator::store::{Entry, Revision};
 use thaw_core::run_machine::{Member, Policy, RunRecord};
 use thaw_proto::ids::{Generation, Rank};
@@ -355,9 +356,7 @@ impl Witness for World {
 impl World {
     fn run_changed(&self, by: &str, revision: Revision, entry: &Entry) {
         let now = self.now_ms();
-        let record: RunRecord = match serde_json::from_slice::<serde_json::Value>(&entry.value)
-            .and_then(|mut value| serde_json::from_value(value["record"].take()))
-        {
+        let record: RunRecord = match driver::stored_run(&entry.value) {
             Ok(record) => record,
             Err(error) => return self.violated("DRIVE-3", format!("{} cannot be read: {error}", entry.key)),
         };

@@ -1,7 +1,7 @@
 //! How gangs come and go: slots, starting, forming, loss.
 
 use super::turn::Turn;
-use super::{Effect, Member, Proposal, Rejection, Trainer, gang_key};
+use super::{Effect, Member, Proposal, Rejection, RunRecord, Trainer, gang_key};
 use crate::gang::FreeSlot;
 use crate::scheduler::{Reason, Verdict};
 use std::collections::BTreeSet;
@@ -104,24 +104,7 @@ impl Turn {
 
     /// Records why, and nothing that changes while the reason does not: a long queue must not fill the store.
     fn wait_for_slots(&mut self, reason: &Reason) {
-        let (reason, message) = match reason {
-            Reason::TooFewSlots { needed, .. } => {
-                (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s)"))
-            }
-            Reason::Preempts { needed, .. } => {
-                let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
-                (RunReason::WaitingForWorkers, message)
-            }
-            Reason::QuotaExhausted { quota, needed, .. } => {
-                let tenant = &self.record.spec.scheduling.tenant;
-                let never = if needed > quota { "; it can never start: lower workers.min" } else { "" };
-                let message = format!("needs {needed} slot(s) of tenant {tenant}'s quota of {quota}{never}");
-                (RunReason::WaitingForQuota, message)
-            }
-            Reason::Reserved { run } => {
-                (RunReason::WaitingInQueue, format!("free slots are kept for {run}, which has waited longer"))
-            }
-        };
+        let (reason, message) = waits_for(&self.record, reason);
         if self.record.reason != reason || self.record.message != message {
             self.changed = true;
             self.record.reason = reason;
@@ -402,6 +385,26 @@ impl Turn {
             | RunState::Succeeded
             | RunState::Failed
             | RunState::Cancelled => self.observed.addresses.contains_key(&trainer.incarnation),
+        }
+    }
+}
+
+/// Why a run waits, as its record says it. Not for whom slots are kept: that changes too often to be stored.
+pub(super) fn waits_for(record: &RunRecord, reason: &Reason) -> (RunReason, String) {
+    match reason {
+        Reason::TooFewSlots { needed, .. } => (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s)")),
+        Reason::Preempts { needed, .. } => {
+            let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
+            (RunReason::WaitingForWorkers, message)
+        }
+        Reason::QuotaExhausted { quota, needed, .. } => {
+            let tenant = &record.spec.scheduling.tenant;
+            let never = if needed > quota { "; it can never start: lower workers.min" } else { "" };
+            let message = format!("needs {needed} slot(s) of tenant {tenant}'s quota of {quota}{never}");
+            (RunReason::WaitingForQuota, message)
+        }
+        Reason::Reserved { .. } => {
+            (RunReason::WaitingInQueue, "free slots are kept for a run that has waited longer".to_owned())
         }
     }
 }

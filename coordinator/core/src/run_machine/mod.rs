@@ -116,7 +116,8 @@ impl Default for Policy {
 /// What the machine is told.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, at least `workers.max`.
+    /// Time has passed. `slots`: what the scheduler says to a run that [`wants_slots`]; `fresh`: new incarnations, one for each
+    /// slot that it grants.
     Tick {
         slots: Option<Verdict>,
         fresh: Vec<Incarnation>,
@@ -373,6 +374,17 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
         claim,
         avoid: observed.avoid.clone(),
     })
+}
+
+/// Whether the run waits, and for what its record says already: then a tick with this verdict changes nothing.
+#[must_use]
+pub fn waits_as_before(record: &RunRecord, observed: &Observed, verdict: &Verdict) -> bool {
+    let Verdict::Waits { reason, .. } = verdict else { return false };
+    let is_at_rest = record.state == RunState::Pending
+        && observed.gathering_since_ms.is_none()
+        && observed.awaited.is_empty()
+        && observed.broken.is_none();
+    is_at_rest && gangs::waits_for(record, reason) == (record.reason, record.message.clone())
 }
 
 /// The run as one whose slots another may take; `None` where it does not train, or is about to give some up.
