@@ -1,24 +1,26 @@
 //! The loop itself: receive, step, save, speak.
 
 use super::queue::Tenants;
+use super::requests::Requests;
 use super::roster::Roster;
 use super::save::{self, Save, save};
-use super::stored::{self, REQUESTS, RUNS, StoredRequest, StoredRun, request_key, run_key};
+use super::stored::{self, RUNS, StoredRun, run_key};
 use super::workers::Workers;
 use super::{Command, Error, NewRun, Reply, UserAction, outbound, rebuild};
 use crate::folder::{Lines, RunFolder};
 use crate::journal::Journal;
 use crate::leader::Fenced;
-use crate::store::{Compare, Op, Revision};
+use crate::store::Revision;
 use crate::views::Views;
 use crate::{clock, lines, report};
+use futures::{StreamExt as _, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_core::culprit::Inquest;
 use thaw_core::gang::FreeSlot;
-use thaw_core::run_machine::{self, Effect, Input, Observed, Outcome, Policy, Rejection};
+use thaw_core::run_machine::{self, Effect, Event, Input, Observed, Outcome, Policy, Rejection};
 use thaw_core::scheduler::{Decided, Give, Reclaim, Verdict};
 use thaw_mutants::planted;
 use thaw_proto::convert::WireEnum;
@@ -33,6 +35,8 @@ use uuid::Uuid;
 
 /// Between ticks of the machines.
 const TICK: Duration = Duration::from_millis(200);
+/// Runs of one tick whose changes are on their way to the store at once (DRIVE-7).
+const SAVES_AT_ONCE: usize = 32;
 
 /// Owns every run while this coordinator leads.
 #[derive(Debug)]
@@ -47,6 +51,18 @@ pub struct MainLoop {
     pub(super) runs: BTreeMap<RunId, Run>,
     pub(super) roster: Roster,
     pub(super) workers: Workers,
+    requests: Requests,
+}
+
+/// A step of a run's machine whose change the store has yet to take.
+struct Step {
+    id: RunId,
+    /// What to store, and the revision of what it replaces; once it is stored, its own. `None`: nothing changed.
+    next: Option<(StoredRun, Revision)>,
+    observed: Observed,
+    effects: Vec<Effect>,
+    events: Vec<Event>,
+    span: Span,
 }
 
 #[derive(Debug)]
@@ -92,6 +108,7 @@ impl MainLoop {
             runs: BTreeMap::new(),
             roster: Roster::default(),
             workers: Workers::new(),
+            requests: Requests::default(),
         };
         for entry in listed.value {
             let stored = StoredRun::from_bytes(&entry.value)
@@ -109,7 +126,7 @@ impl MainLoop {
         for id in ended {
             this.write_report(&id).await;
         }
-        this.forget_old_requests().await;
+        this.requests = Requests::load(&this.fenced).await;
         Ok(this)
     }
 
@@ -120,11 +137,12 @@ impl MainLoop {
         let fenced = self.fenced.clone();
         loop {
             let done = tokio::select! {
-                // First the end: what is queued then may come of it, as sessions that break, and is for the next leader.
+                // First the end: what is queued then may come of it, as sessions that break, and is for the next
+                // leader.
                 biased;
                 () = stop.cancelled() => return Ended::Stopped,
                 () = fenced.over() => return Ended::LeadershipLost,
-                _ = ticks.tick() => self.tick().await,
+                _ = ticks.tick() => self.tick().await.map(drop),
                 command = self.queue.recv() => match command {
                     Some(command) => self.handle(command).await,
                     None => return Ended::Stopped,
@@ -145,7 +163,7 @@ impl MainLoop {
                 answer(reply, Ok(created));
             }
             Command::Requested { request_id, reply } => {
-                let known = self.known_request(&request_id).await?;
+                let known = Requests::find(&self.fenced, &request_id).await?;
                 let run = known.and_then(|(request, _)| self.views.get(&request.run));
                 answer(reply, Ok(run));
             }
@@ -183,7 +201,7 @@ impl MainLoop {
             telemetry::set_parent(&span, parent);
         }
         let folder = RunFolder::of(&id, stored.record.spec.checkpoint.url.as_ref(), &self.data_dir)
-            .map_err(|error| Error::Stored { run: id.to_string(), source: serde::de::Error::custom(error) })?;
+            .map_err(|source| Error::Folder { run: id.clone(), source })?;
         self.views.publish(&id, stored.shown(revision));
         let (observed, inquest) = (Observed::default(), Inquest::default());
         self.roster.follow(None, &stored.record);
@@ -193,23 +211,25 @@ impl MainLoop {
 
     async fn create(&mut self, new: NewRun) -> Result<Arc<pb::Run>, Error> {
         let now = clock::now_ms();
-        let mut also = None;
-        if let Some(request_id) = new.request_id.as_ref().filter(|_| !planted("request-forgotten")) {
-            let key = request_key(request_id);
-            let compare = match self.known_request(request_id).await? {
-                Some((request, revision)) => match self.views.get(&request.run).filter(|_| request.is_fresh(now)) {
-                    Some(run) => return Ok(run),
-                    None => Compare::modified_at(&key, revision),
-                },
-                None => Compare::absent(&key),
-            };
-            let value = serde_json::to_vec(&StoredRequest { run: new.id.clone(), at_ms: now }).expect("plain fields");
-            also = Some((compare, Op::put(key, value)));
+        let request_id = new.request_id.clone().filter(|_| !planted("request-forgotten"));
+        let (mut also, mut before_ms) = (None, None);
+        if let Some(request_id) = &request_id {
+            let known = Requests::find(&self.fenced, request_id).await?;
+            if let Some((request, _)) = known.as_ref().filter(|(request, _)| request.is_fresh(now))
+                && let Some(run) = self.views.get(&request.run)
+            {
+                return Ok(run);
+            }
+            before_ms = known.as_ref().map(|(request, _)| request.at_ms);
+            also = Some(Requests::write(request_id, &new.id, now, known.map(|(_, revision)| revision)));
         }
         let root = tracing::info_span!("run", run = %new.id);
         let stored = StoredRun::new(new.record(now), root.in_scope(telemetry::traceparent));
         let write = Save { key: run_key(&new.id), value: stored.to_bytes(), expected: None, also };
         let revision = save(&self.fenced, write).await?;
+        if let Some(request_id) = &request_id {
+            self.requests.written(request_id, now, revision, before_ms);
+        }
         tracing::info!(parent: &root, run = %new.id, "submitted");
         let events: Vec<pb::Event> = stored.kept_events().into_iter().map(|kept| kept.event).collect();
         self.take(stored, revision)?;
@@ -217,34 +237,6 @@ impl MainLoop {
             self.journal.append(&new.id, &new.folder, Lines::Events, lines::event(&event));
         }
         self.views.get(&new.id).ok_or(Error::NotFound(new.id))
-    }
-
-    async fn known_request(&self, request_id: &str) -> Result<Option<(StoredRequest, Revision)>, Error> {
-        let key = request_key(request_id);
-        let entry = save::read(&self.fenced, || self.fenced.reader().get(&key)).await?.value;
-        let known = entry.and_then(|entry| Some((serde_json::from_slice(&entry.value).ok()?, entry.mod_revision)));
-        Ok(known)
-    }
-
-    /// Best effort: what is left is found again at the next start.
-    async fn forget_old_requests(&self) {
-        let Ok(listed) = self.fenced.reader().list(REQUESTS).await else { return };
-        let now = clock::now_ms();
-        let is_old =
-            |value: &[u8]| serde_json::from_slice::<StoredRequest>(value).is_ok_and(|request| !request.is_fresh(now));
-        // etcd takes at most 128 operations at once.
-        let old: Vec<Op> = listed
-            .value
-            .into_iter()
-            .filter(|entry| is_old(&entry.value))
-            .take(100)
-            .map(|entry| Op::delete(entry.key))
-            .collect();
-        if !old.is_empty()
-            && let Err(error) = self.fenced.txn(Vec::new(), old).await
-        {
-            tracing::debug!(error = &error as &dyn std::error::Error, "old request ids are kept until the next start");
-        }
     }
 
     async fn act(&mut self, id: &RunId, action: UserAction) -> Result<Result<Arc<pb::Run>, Error>, Error> {
@@ -269,7 +261,40 @@ impl MainLoop {
 
     /// One step of one run. The outer error ends the loop.
     pub(super) async fn feed(&mut self, id: &RunId, input: &Input) -> Result<Result<(), Rejection>, Error> {
-        let Some(run) = self.runs.get_mut(id) else { return Ok(Ok(())) };
+        match self.step(id, input) {
+            Ok(Some(step)) => {
+                let step = keep(&self.fenced, step).await?;
+                let span = step.span.clone();
+                self.conclude(step).instrument(span).await;
+                Ok(Ok(()))
+            }
+            Ok(None) => Ok(Ok(())),
+            Err(rejection) => Ok(Err(rejection)),
+        }
+    }
+
+    /// One step each of several runs, none of them there twice (DRIVE-7). What is turned away is said with `why`.
+    async fn feed_all(&mut self, inputs: Vec<(RunId, Input)>, why: &str) -> Result<(), Error> {
+        let mut steps = Vec::new();
+        for (id, input) in inputs {
+            match self.step(&id, &input) {
+                Ok(step) => steps.extend(step),
+                Err(rejection) => tracing::error!(run = %id, %rejection, "{why}"),
+            }
+        }
+        let fenced = self.fenced.clone();
+        let mut kept = stream::iter(steps).map(|step| keep(&fenced, step)).buffered(SAVES_AT_ONCE);
+        while let Some(done) = kept.next().await {
+            let step = done?;
+            let span = step.span.clone();
+            self.conclude(step).instrument(span).await;
+        }
+        Ok(())
+    }
+
+    /// What an input makes of a run. `None`: there is no such run.
+    fn step(&mut self, id: &RunId, input: &Input) -> Result<Option<Step>, Rejection> {
+        let Some(run) = self.runs.get_mut(id) else { return Ok(None) };
         let now = clock::now_ms().unsigned_abs();
         // Given away, and back with the outcome.
         let observed = std::mem::take(&mut run.observed);
@@ -277,53 +302,54 @@ impl MainLoop {
             Ok(outcome) => outcome,
             Err(refused) => {
                 run.observed = refused.observed;
-                return Ok(Err(refused.rejection));
+                return Err(refused.rejection);
             }
         };
+        let Outcome { record, changed, observed, effects, events } = outcome;
+        let is_changed = changed || !events.is_empty();
+        let next = is_changed.then(|| (run.stored.after(run.revision, record, &events), run.revision));
         let span = run.span.clone();
-        self.carry_out(id, outcome).instrument(span).await.map(Ok)
-    }
-
-    /// Saves, shows, then speaks (DRIVE-1).
-    async fn carry_out(&mut self, id: &RunId, outcome: Outcome) -> Result<(), Error> {
         if planted("speak-before-save") {
-            for effect in &outcome.effects {
+            for effect in &effects {
                 self.perform(id, effect);
             }
         }
-        let run = self.runs.get_mut(id).expect("the caller has found it");
-        if outcome.changed || !outcome.events.is_empty() {
-            let next = run.stored.after(run.revision, outcome.record, &outcome.events);
-            let write = Save { key: run_key(id), value: next.to_bytes(), expected: Some(run.revision), also: None };
-            run.revision = save(&self.fenced, write).await?;
-            self.roster.follow(Some(&run.stored.record), &next.record);
-            run.stored = next;
-            for event in &outcome.events {
+        Ok(Some(Step { id: id.clone(), next, observed, effects, events, span }))
+    }
+
+    /// Shows what the store has taken, then speaks (DRIVE-1).
+    async fn conclude(&mut self, step: Step) {
+        let Step { id, next, observed, effects, events, span: _ } = step;
+        let run = self.runs.get_mut(&id).expect("runs are never removed");
+        if let Some((stored, revision)) = next {
+            self.roster.follow(Some(&run.stored.record), &stored.record);
+            run.stored = stored;
+            run.revision = revision;
+            for event in &events {
                 let message = stored::event_message(event);
                 tracing::info!(run = %id, generation = %event.generation, state = ?event.state, reason = ?event.reason, "{}", event.message);
-                self.journal.append(id, &run.folder, Lines::Events, lines::event(&message));
-                self.journal.append(id, &run.folder, Lines::Logs, lines::log_of_event(&message));
+                self.journal.append(&id, &run.folder, Lines::Events, lines::event(&message));
+                self.journal.append(&id, &run.folder, Lines::Logs, lines::log_of_event(&message));
             }
             // The report first: whoever sees the end finds the report.
             if run.has_ended() {
-                self.write_report(id).await;
+                self.write_report(&id).await;
             }
-            let run = self.runs.get_mut(id).expect("runs are never removed");
-            self.views.publish(id, run.stored.shown(run.revision));
+            let run = self.runs.get_mut(&id).expect("runs are never removed");
+            self.views.publish(&id, run.stored.shown(run.revision));
         }
-        let run = self.runs.get_mut(id).expect("runs are never removed");
-        run.observed = outcome.observed;
-        for effect in &outcome.effects {
-            self.perform(id, effect);
+        let run = self.runs.get_mut(&id).expect("runs are never removed");
+        run.observed = observed;
+        for effect in &effects {
+            self.perform(&id, effect);
         }
-        let run = self.runs.get_mut(id).expect("runs are never removed");
+        let run = self.runs.get_mut(&id).expect("runs are never removed");
         if run.has_ended() {
             run.generation_span = None;
             run.inquest = Inquest::default();
             run.span = Span::none();
-            self.journal.close(id);
+            self.journal.close(&id);
         }
-        Ok(())
     }
 
     fn perform(&mut self, id: &RunId, effect: &Effect) {
@@ -371,28 +397,53 @@ impl MainLoop {
         }
     }
 
-    async fn tick(&mut self) -> Result<(), Error> {
+    /// Handles what has been said so far, for callers that keep the time themselves. [`MainLoop::run`] is for all
+    /// others.
+    ///
+    /// # Errors
+    /// The term is over, or the store refuses what trying again cannot mend.
+    pub async fn handle_queued(&mut self) -> Result<(), Error> {
+        while let Ok(command) = self.queue.try_recv() {
+            self.handle(command).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives every run its turn; says for whom others are asked to give slots up. For callers that keep the time
+    /// themselves.
+    ///
+    /// # Errors
+    /// As [`MainLoop::handle_queued`].
+    pub async fn tick(&mut self) -> Result<Option<Reclaim>, Error> {
         for worker in self.workers.over() {
             tracing::warn!(%worker, "the worker is silent, or does not listen; it is lost");
             self.lose_worker(&worker).await?;
         }
+        self.requests.forget_old(&self.fenced, clock::now_ms()).await;
         // One decision for all, so that no slot is given twice.
         let Decided { mut verdicts, reclaim } = self.schedule();
         let resting = self.resting();
-        if let Some(reclaim) = reclaim {
-            self.reclaim(reclaim).await?;
+        if let Some(reclaim) = &reclaim {
+            self.feed_all(asked(reclaim), "a run gives up nothing").await?;
         }
-        let ticked: Vec<RunId> =
-            self.runs.iter().filter(|(_, run)| run.wants_ticks()).map(|(id, _)| id.clone()).collect();
-        for id in ticked {
-            let slots = verdicts.remove(&id);
-            let input = Input::Tick { fresh: fresh(slots.as_ref()), slots, resting };
-            if let Err(rejection) = self.feed(&id, &input).await? {
-                tracing::error!(run = %id, %rejection, "a tick was turned away");
+        let mut inputs = Vec::new();
+        for (id, run) in self.runs.iter().filter(|(_, run)| run.wants_ticks()) {
+            let slots = verdicts.remove(id);
+            let waits_on =
+                |verdict| run_machine::waits_as_before(&run.stored.record, &run.observed, verdict, resting);
+            if slots.as_ref().is_some_and(waits_on) {
+                continue;
             }
+            inputs.push((id.clone(), Input::Tick { fresh: fresh(slots.as_ref()), slots, resting }));
+        }
+        self.feed_all(inputs, "a tick was turned away").await?;
+        let is_unexplained = |run: &Run| run.observed.unexplained().is_some();
+        let lost: Vec<RunId> =
+            self.runs.iter().filter(|(_, run)| is_unexplained(run)).map(|(id, _)| id.clone()).collect();
+        for id in lost {
             self.judge(&id).await?;
         }
-        Ok(())
+        Ok(reclaim.filter(|reclaim| !reclaim.from.is_empty()))
     }
 
     /// Tells whom a run's last gang waited for, where that is asked for and known by now: an event, and a line for each rank.
@@ -407,21 +458,6 @@ impl MainLoop {
         let input = Input::CulpritFound { judgement: Box::new(judgement) };
         if let Err(rejection) = self.feed(id, &input).await? {
             tracing::info!(run = %id, %rejection, "nobody is named");
-        }
-        Ok(())
-    }
-
-    /// Asks runs for slots that another is to have.
-    async fn reclaim(&mut self, reclaim: Reclaim) -> Result<(), Error> {
-        let to = reclaim.by;
-        for (id, give) in reclaim.from {
-            let input = match give {
-                Give::Shrink { to: workers } => Input::Cede { workers, to: to.clone() },
-                Give::Yield => Input::Yield { to: to.clone() },
-            };
-            if let Err(rejection) = self.feed(&id, &input).await? {
-                tracing::error!(run = %id, %rejection, "a run gives up nothing");
-            }
         }
         Ok(())
     }
@@ -469,6 +505,25 @@ fn fresh(slots: Option<&Verdict>) -> Vec<Incarnation> {
     // Numbered from one that was drawn, so that what is stored of a large gang is short.
     let drawn = surroundings::uuid().as_u128();
     (0..granted).map(|at| Incarnation(Uuid::from_u128(drawn ^ at as u128).to_string())).collect()
+}
+
+/// Hands a step on with the revision that its change has in the store.
+async fn keep(fenced: &Fenced, mut step: Step) -> Result<Step, Error> {
+    if let Some((stored, revision)) = &mut step.next {
+        let write = Save { key: run_key(&step.id), value: stored.to_bytes(), expected: Some(*revision), also: None };
+        *revision = save(fenced, write).instrument(step.span.clone()).await?;
+    }
+    Ok(step)
+}
+
+/// What runs are asked for slots that another is to have.
+fn asked(reclaim: &Reclaim) -> Vec<(RunId, Input)> {
+    let to = &reclaim.by;
+    let input = |give: Give| match give {
+        Give::Shrink { to: workers } => Input::Cede { workers, to: to.clone() },
+        Give::Yield => Input::Yield { to: to.clone() },
+    };
+    reclaim.from.iter().map(|(id, give)| (id.clone(), input(*give))).collect()
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {

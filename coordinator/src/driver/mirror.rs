@@ -1,10 +1,11 @@
 //! The runs as the store has them, shown to readers of a coordinator that does not lead.
 
-use super::stored::{RUNS, StoredRun, run_key};
+use super::stored::{RUNS, StoredRun, Unreadable, run_key};
 use crate::store::{self, Entry, Followed, Store};
 use crate::views::Views;
 use futures::StreamExt;
 use std::sync::Arc;
+use thaw_core::run_machine::RunRecord;
 use thaw_proto::ids::RunId;
 use tokio::sync::watch;
 
@@ -34,11 +35,20 @@ pub async fn stored_revision(store: &dyn Store, run: &RunId) -> Result<Option<u6
     Ok(store.get(&run_key(run)).await?.value.map(|entry| entry.mod_revision.0))
 }
 
+/// The run that a value of the store holds.
+///
+/// # Errors
+/// The value is damaged, or another version's.
+pub fn stored_run(value: &[u8]) -> Result<RunRecord, Unreadable> {
+    StoredRun::from_bytes(value).map(|stored| stored.record)
+}
+
 fn show(views: &Views, entry: &Entry) {
     match StoredRun::from_bytes(&entry.value) {
         Ok(stored) => views.publish(&stored.record.id.clone(), stored.shown(entry.mod_revision)),
         Err(error) => {
-            tracing::error!(key = entry.key, %error, "a run of another version, or a damaged one, is not shown")
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(key = entry.key, error, "a run of another version, or a damaged one, is not shown")
         }
     }
 }

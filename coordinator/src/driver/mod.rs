@@ -8,12 +8,14 @@
 //! ```
 //!
 //! DRIVE-1: save, then speak: no effect, answer or view of a change before the store has it.
-//! DRIVE-2: after a write of unknown outcome nothing is done until a read has told what became of it.
+//! DRIVE-2: after a write of unknown outcome nothing is done with its run until a read has told what became of it.
 //! DRIVE-3: a run is stored under the compare that nobody else has changed it, and under the leader's fence.
 //! DRIVE-4: worker liveness is by the monotonic clock, stamped where the message arrives, so that a slow store makes
 //!          nobody dead.
 //! DRIVE-5: a store that does not answer ends no process: reads are tried again until the term is over.
 //! DRIVE-6: what a heartbeat costs does not grow with the fleet or the gang: it is fed to the machine only where it is news.
+//! DRIVE-7: changes of several runs that one tick decides are saved side by side; of one run there is never more than
+//!          one on its way, and its effects follow its own save.
 //!
 //! Never in here: a decision about a run. Those are the machine's.
 
@@ -23,21 +25,21 @@ mod mirror;
 mod outbound;
 mod queue;
 mod rebuild;
-mod roster;
+mod requests;
 mod save;
 mod sessions;
 mod stored;
 mod workers;
 
 pub use main_loop::{Ended, MainLoop};
-pub use mirror::{mirror, stored_revision};
+pub use mirror::{mirror, stored_revision, stored_run};
 pub use queue::Tenants;
 pub(crate) use rebuild::rebuild;
 pub use rebuild::{Error as RebuildError, Rebuilt};
-pub use stored::stored_json;
+pub use stored::Unreadable;
 pub use workers::{Outbox, SessionId};
 
-use crate::folder::RunFolder;
+use crate::folder::{self, RunFolder};
 use crate::leader::{self, Fenced};
 use crate::{clock, journal, views};
 use std::path::PathBuf;
@@ -78,7 +80,13 @@ pub enum Error {
     Stored {
         run: String,
         #[source]
-        source: serde_json::Error,
+        source: Unreadable,
+    },
+    #[error("run {run} in the store names a folder that this coordinator cannot use")]
+    Folder {
+        run: RunId,
+        #[source]
+        source: folder::Error,
     },
 }
 
@@ -88,7 +96,7 @@ impl Error {
     pub fn is_definite(&self) -> bool {
         match self {
             Self::NotFound(_) | Self::Rejected { .. } | Self::Hello(_) | Self::NameTaken(_) => true,
-            Self::Stopped | Self::Leader(_) | Self::Stored { .. } => false,
+            Self::Stopped | Self::Leader(_) | Self::Stored { .. } | Self::Folder { .. } => false,
         }
     }
 }

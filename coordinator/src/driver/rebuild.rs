@@ -63,7 +63,7 @@ pub(crate) fn rebuild(path: &Path, base: u64) -> Result<Rebuilt, Error> {
     let record = path.join(RECORD);
     if let Ok(bytes) = fs::read(&record) {
         let stored = StoredRun::from_bytes(&bytes)
-            .map_err(|error| Error::Invalid { path: record, what: format!("is no run of this version: {error}") })?;
+            .map_err(|error| Error::Invalid { path: record, what: thaw_runtime::chain(&error) })?;
         let (state, step) = (stored.record.state, stored.record.position.step.0);
         return Ok(Rebuilt { id, state, step, lost: Vec::new(), stored: stored.rebased(base) });
     }

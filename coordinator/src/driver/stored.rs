@@ -1,4 +1,7 @@
 //! A run as the store holds it, and as a message shows it.
+//!
+//! A value is JSON, packed by zlib behind the byte [`PACKED`]. Values of the first version are the JSON alone, which
+//! begins with a brace; they are read too, and packed with the run's next change.
 
 use crate::clock::timestamp;
 use crate::lines::KeptLine;
@@ -8,9 +11,8 @@ use flate2::Compression;
 use flate2::read::ZlibDecoder;
 use flate2::write::ZlibEncoder;
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
-use std::collections::VecDeque;
-use std::io::{Read as _, Write as _};
+use std::collections::{BTreeSet, VecDeque};
+use std::io::{self, Read as _, Write as _};
 use thaw_core::run_machine::{Event, RunRecord};
 use thaw_proto::convert::WireEnum;
 use thaw_proto::ids::{Generation, RunId};
@@ -22,10 +24,12 @@ use url::Url;
 const EVENTS: usize = 200;
 /// Committed checkpoints remembered.
 const CHECKPOINTS: usize = 100;
-
-/// Bytes of JSON that are stored as they are. Of a gang of thousands nearly all is names and numbers in order, which deflate to a tenth: what
-/// a run holds in the store stays below 64 KiB.
-const PLAIN: usize = 48 << 10;
+/// Those of a run that has ended, where its trainers kept fewer on the disk.
+const CHECKPOINTS_OF_ENDED: usize = 20;
+/// First byte of a packed value.
+const PACKED: u8 = 2;
+/// No run is larger unpacked; a value that is not ours must not fill the memory.
+const MOST_BYTES: u64 = 64 << 20;
 
 /// The key of a run.
 pub(super) fn run_key(run: &RunId) -> String {
@@ -42,6 +46,19 @@ pub(super) fn request_key(request_id: &str) -> String {
 
 /// Below it are all submissions' ids.
 pub(super) const REQUESTS: &str = "requests/";
+
+/// Why a value is no run.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    #[error("format {0} is unknown here: another version wrote it")]
+    Format(u8),
+    #[error("it is empty")]
+    Empty,
+    #[error("it cannot be unpacked")]
+    Packed(#[source] io::Error),
+    #[error("it is no run of this version")]
+    Json(#[source] serde_json::Error),
+}
 
 /// The value under a run's key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,8 +93,13 @@ pub(super) struct StoredRequest {
 impl StoredRequest {
     /// Whether it still answers for the same submission.
     pub(super) fn is_fresh(&self, now_ms: i64) -> bool {
+        Self::is_fresh_at(self.at_ms, now_ms)
+    }
+
+    /// Of one that came at `at_ms`.
+    pub(super) fn is_fresh_at(at_ms: i64, now_ms: i64) -> bool {
         const DAY_MS: i64 = 24 * 60 * 60 * 1000;
-        now_ms - self.at_ms < DAY_MS
+        now_ms - at_ms < DAY_MS
     }
 }
 
@@ -97,15 +119,15 @@ impl StoredRun {
 
     /// As it will be after a step of the machine, from the revision it has now.
     pub(super) fn after(&self, now: Revision, record: RunRecord, events: &[Event]) -> Self {
-        let mut next = Self {
-            record,
-            events: self.events.clone(),
-            checkpoints: self.checkpoints.clone(),
-            traceparent: self.traceparent.clone(),
-        };
+        let (events_before, checkpoints) = (self.events.clone(), self.checkpoints.clone());
+        let mut next = Self { record, events: events_before, checkpoints, traceparent: self.traceparent.clone() };
         next.push_events(now, events);
         if let Some(head) = next.record.head.as_ref().filter(|head| self.record.head.as_ref() != Some(head)) {
             next.checkpoints.push_back(head.clone());
+        }
+        if next.record.state.has_ended() {
+            // Its spans are over.
+            next.traceparent = None;
         }
         next.trim();
         next
@@ -134,9 +156,23 @@ impl StoredRun {
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
-        while self.checkpoints.len() > CHECKPOINTS {
-            self.checkpoints.pop_front();
-        }
+        let ended = self.record.state.has_ended();
+        // Trainers leave one more than the spec says, and those at the ends of stages.
+        let on_disk = (self.record.spec.checkpoint.save_total_limit as usize).saturating_add(1);
+        let most = if ended { on_disk.clamp(CHECKPOINTS_OF_ENDED, CHECKPOINTS) } else { CHECKPOINTS };
+        let surplus = self.checkpoints.len().saturating_sub(most);
+        let results = self.record.stage_results.iter();
+        let stage_ends: BTreeSet<u64> = results
+            .scan(0, |step, result| {
+                *step += u64::from(result.steps);
+                Some(*step)
+            })
+            .collect();
+        let mut place = 0..;
+        self.checkpoints.retain(|checkpoint| {
+            let is_new = place.next().is_some_and(|place| place >= surplus);
+            is_new || (ended && stage_ends.contains(&checkpoint.position.step.0))
+        });
     }
 
     fn push_events(&mut self, now: Revision, events: &[Event]) {
@@ -157,18 +193,22 @@ impl StoredRun {
 
     /// The bytes to store.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let json = self.to_json();
-        if json.len() <= PLAIN {
-            return json;
-        }
-        let mut deflated = ZlibEncoder::new(Vec::new(), Compression::fast());
-        let written = deflated.write_all(&json).and_then(|()| deflated.finish());
-        written.expect("a vector takes all that is written")
+        let mut packed = ZlibEncoder::new(vec![PACKED], Compression::default());
+        packed.write_all(&self.to_json()).and_then(|()| packed.finish()).expect("a vector takes every byte")
     }
 
-    /// What was stored.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(&stored_json(bytes)?)
+    /// What [`StoredRun::to_bytes`] has made, or the first version.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, Unreadable> {
+        match bytes.split_first() {
+            Some((&PACKED, packed)) => {
+                let mut json = Vec::new();
+                ZlibDecoder::new(packed).take(MOST_BYTES).read_to_end(&mut json).map_err(Unreadable::Packed)?;
+                serde_json::from_slice(&json).map_err(Unreadable::Json)
+            }
+            Some((b'{', _)) => serde_json::from_slice(bytes).map_err(Unreadable::Json),
+            Some((format, _)) => Err(Unreadable::Format(*format)),
+            None => Err(Unreadable::Empty),
+        }
     }
 
     /// As readers see it, stored at a revision.
@@ -186,19 +226,6 @@ impl StoredRun {
     pub(super) fn kept_events(&self) -> Vec<KeptEvent> {
         self.events.iter().map(|event| KeptEvent { after: event.after, event: event.message() }).collect()
     }
-}
-
-/// The JSON of a stored run.
-///
-/// # Errors
-/// It is neither JSON nor deflated.
-pub fn stored_json(bytes: &[u8]) -> Result<Cow<'_, [u8]>, serde_json::Error> {
-    if bytes.first() == Some(&b'{') {
-        return Ok(Cow::Borrowed(bytes));
-    }
-    let mut json = Vec::new();
-    ZlibDecoder::new(bytes).read_to_end(&mut json).map_err(serde::de::Error::custom)?;
-    Ok(Cow::Owned(json))
 }
 
 impl StoredEvent {
@@ -269,8 +296,9 @@ fn timestamp_of(ms: u64) -> prost_types::Timestamp {
 pub(super) mod tests {
     use super::*;
     use thaw_core::run_machine::{Member, Trainer};
-    use thaw_proto::ids::{Rank, Slot};
+    use thaw_proto::ids::{Rank, Slot, StageIndex, Step};
     use thaw_proto::plan::{DataSummary, Plan};
+    use thaw_proto::run::{Evaluation, Position, StageEnd, StageResult};
     use thaw_proto::spec::RunSpec;
     use uuid::Uuid;
 
@@ -305,14 +333,118 @@ pub(super) mod tests {
 
     #[test]
     fn the_largest_gang_is_stored_in_64_kib() {
-        for (count, is_plain) in [(8, true), (4096, false)] {
-            let stored = gang_of(count);
-            let bytes = stored.to_bytes();
-            assert!(bytes.len() <= 64 << 10, "{count} members take {} bytes", bytes.len());
-            assert_eq!(bytes.starts_with(b"{"), is_plain);
-            assert_eq!(StoredRun::from_bytes(&bytes).unwrap(), stored);
+        let stored = gang_of(4096);
+        let bytes = stored.to_bytes();
+        assert!(bytes.len() <= 64 << 10, "{} bytes", bytes.len());
+        assert_eq!(StoredRun::from_bytes(&bytes).unwrap(), stored);
+    }
+
+    /// As the first version stored it, before anything was packed and before records had the newer fields.
+    const FIRST: &str = include_str!("../../tests/fixtures/run_of_the_first_version.json");
+
+    fn first() -> StoredRun {
+        StoredRun::from_bytes(FIRST.as_bytes()).unwrap()
+    }
+
+    fn checkpoint(step: u64) -> CheckpointRef {
+        CheckpointRef {
+            position: Position { step: Step(step), ..Position::default() },
+            generation: Generation(1),
+            manifest: format!("manifests/00000001-{step:010}.json"),
+            manifest_blake3: blake3::hash(&step.to_le_bytes()).to_hex().to_string(),
         }
-        assert!(StoredRun::from_bytes(b"neither").is_err());
-        assert!(StoredRun::from_bytes(b"").is_err());
+    }
+
+    #[test]
+    fn runs_of_the_first_version_are_read_and_packed_with_their_next_change() {
+        let stored = first();
+        assert_eq!((stored.record.state, stored.record.position.step), (RunState::Running, Step(40)));
+        assert_eq!((stored.events.len(), stored.checkpoints.len()), (3, 1));
+        // What it had no field for has its default.
+        assert_eq!((stored.record.queued_ms, stored.record.joining.len(), stored.record.scale), (0, 0, None));
+        let bytes = stored.after(Revision(9), stored.record.clone(), &[]).to_bytes();
+        assert_eq!(bytes[0], PACKED);
+        assert_eq!(StoredRun::from_bytes(&bytes).unwrap(), stored);
+        assert!(bytes.len() * 2 < stored.to_json().len(), "{} of {} B", bytes.len(), stored.to_json().len());
+        // Equal runs are equal bytes, which is how a leader finds its own write again.
+        assert_eq!(bytes, stored.to_bytes());
+        assert_eq!(StoredRun::from_bytes(&stored.to_json()).unwrap(), stored);
+    }
+
+    #[test]
+    fn what_is_no_run_says_why() {
+        let whole = first().to_bytes();
+        let mut turned = whole.clone();
+        *turned.last_mut().unwrap() ^= 1;
+        assert!(matches!(StoredRun::from_bytes(&[]), Err(Unreadable::Empty)));
+        assert!(matches!(StoredRun::from_bytes(&[7, 1, 2]), Err(Unreadable::Format(7))));
+        assert!(matches!(StoredRun::from_bytes(&whole[..whole.len() / 2]), Err(Unreadable::Packed(_))));
+        assert!(matches!(StoredRun::from_bytes(&turned), Err(Unreadable::Packed(_))), "its checksum is compared");
+        assert!(matches!(StoredRun::from_bytes(b"{}"), Err(Unreadable::Json(_))));
+    }
+
+    #[test]
+    fn an_ended_run_keeps_the_checkpoints_that_its_trainers_left_and_every_event() {
+        let mut stored = StoredRun { traceparent: Some("00-aa-bb-01".to_owned()), ..first() };
+        let said: Vec<Event> = (0..150).map(|index| event(index, RunState::Running)).collect();
+        stored.push_events(Revision(9), &said);
+        stored.checkpoints = (0..100).map(checkpoint).collect();
+        let events = stored.events.len();
+        let next = stored.after(Revision(9), stored.record.clone(), &[]);
+        assert_eq!((next.checkpoints.len(), next.events.len()), (100, events));
+        assert!(next.traceparent.is_some());
+        let ended = RunRecord { state: RunState::Succeeded, stage_results: Vec::new(), ..stored.record.clone() };
+        let limited = |limit: u32| {
+            let mut record = ended.clone();
+            record.spec.checkpoint.save_total_limit = limit;
+            stored.after(Revision(9), record, &[event(150, RunState::Succeeded)])
+        };
+        assert_eq!(limited(3).checkpoints.len(), CHECKPOINTS_OF_ENDED);
+        assert_eq!(limited(40).checkpoints.len(), 41);
+        assert_eq!(limited(1000).checkpoints.len(), 100);
+        let last = limited(3);
+        assert_eq!((last.events.len(), &last.traceparent), (events + 1, &None));
+        assert_eq!(last.checkpoints.back(), stored.checkpoints.back(), "the newest stay");
+        // Those at the ends of stages stay on the disk, however many follow.
+        let mut staged = ended.clone();
+        staged.stage_results = [40, 30].map(stage_result).to_vec();
+        let steps = |run: StoredRun| run.checkpoints.iter().map(|one| one.position.step.0).collect::<Vec<_>>();
+        let left = steps(stored.after(Revision(9), staged, &[]));
+        assert_eq!((&left[..3], left.len()), (&[40, 70, 80][..], CHECKPOINTS_OF_ENDED + 2));
+    }
+
+    fn stage_result(steps: u32) -> StageResult {
+        let eval = Evaluation {
+            position: Position::default(),
+            loss: 0.5,
+            accuracy: 0.5,
+            macro_f1: 0.5,
+            samples: 4,
+            confusion: vec![1; 4],
+        };
+        StageResult {
+            stage: StageIndex(0),
+            steps,
+            epochs: 1.0,
+            seconds: 1.0,
+            end: StageEnd::MaxSteps,
+            eval: eval.clone(),
+            deciding_eval: eval,
+            replica_digest: String::new(),
+            peak_memory_bytes: 0,
+            saves: 0,
+            test: None,
+        }
+    }
+
+    fn event(index: u64, state: RunState) -> Event {
+        let message = format!("rank {index} ended: signal 9");
+        Event {
+            at_ms: 1_700_000_000_000 + 731 * index,
+            generation: Generation(1),
+            state,
+            reason: RunReason::Training,
+            message,
+        }
     }
 }

@@ -41,6 +41,9 @@ pub(super) fn driver(error: driver::Error) -> Status {
         driver::Error::Stored { run, .. } => {
             status::error(ErrorClass::Fatal, "STORED_RUN_UNREADABLE", text, &[("run", run)])
         }
+        driver::Error::Folder { run, .. } => {
+            status::error(ErrorClass::Fatal, "STORED_RUN_UNREADABLE", text, &[("run", run.as_str())])
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The store: the one place where run state is durable.
 //!
 //! A flat map of keys to bytes with etcd's revision rules, behind one trait with two implementations (`embedded`,
-//! `etcd`) and one conformance suite over both (`tests/store.rs`).
+//! `etcd`) and one conformance suite over both (`tests/store/`).
 //!
 //! STORE-1: the store has one revision; every transaction that changes something raises it by one, and all changes of a
 //!          transaction carry that revision.

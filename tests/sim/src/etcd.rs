@@ -1,5 +1,5 @@
 //! A model of etcd, as far as the store uses it: one state that several clients share, each over a link that can be cut, lose
-//! replies, and deliver late. Held against the real one by the stores' conformance suite (`coordinator/tests/store.rs`).
+//! replies, and deliver late. Held against the real one by the stores' conformance suite (`coordinator/tests/store/`).
 //!
 //! Time is given by whoever makes it, so that leases end by the same clock for all clients.
 

@@ -357,10 +357,7 @@ impl Witness for World {
 impl World {
     fn run_changed(&self, by: &str, revision: Revision, entry: &Entry) {
         let now = self.now_ms();
-        let record: RunRecord = match driver::stored_json(&entry.value)
-            .and_then(|json| serde_json::from_slice::<serde_json::Value>(&json))
-            .and_then(|mut value| serde_json::from_value(value["record"].take()))
-        {
+        let record: RunRecord = match driver::stored_run(&entry.value) {
             Ok(record) => record,
             Err(error) => return self.violated("DRIVE-3", format!("{} cannot be read: {error}", entry.key)),
         };

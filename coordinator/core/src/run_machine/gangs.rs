@@ -2,7 +2,7 @@
 
 use super::turn::Turn;
 use super::verdicts::{Ending, Fault};
-use super::{Effect, Member, Proposal, Rejection, Trainer, gang_key};
+use super::{Effect, Member, Proposal, Rejection, RunRecord, Trainer, gang_key};
 use crate::gang::FreeSlot;
 use crate::quarantine::Resting;
 use crate::scheduler::{Reason, Verdict};
@@ -117,25 +117,7 @@ impl Turn {
 
     /// Records why, and nothing that changes while the reason does not: a long queue must not fill the store.
     fn wait_for_slots(&mut self, reason: &Reason, resting: Option<Resting>) {
-        let (reason, message) = match reason {
-            Reason::TooFewSlots { needed, .. } => {
-                let resting = resting.map_or_else(String::new, |resting| format!("; {resting}"));
-                (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s){resting}"))
-            }
-            Reason::Preempts { needed, .. } => {
-                let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
-                (RunReason::WaitingForWorkers, message)
-            }
-            Reason::QuotaExhausted { quota, needed, .. } => {
-                let tenant = &self.record.spec.scheduling.tenant;
-                let never = if needed > quota { "; it can never start: lower workers.min" } else { "" };
-                let message = format!("needs {needed} slot(s) of tenant {tenant}'s quota of {quota}{never}");
-                (RunReason::WaitingForQuota, message)
-            }
-            Reason::Reserved { run } => {
-                (RunReason::WaitingInQueue, format!("free slots are kept for {run}, which has waited longer"))
-            }
-        };
+        let (reason, message) = waits_for(&self.record, reason, resting);
         if self.record.reason != reason || self.record.message != message {
             self.changed = true;
             self.record.reason = reason;
@@ -430,4 +412,27 @@ pub(super) fn some_of<'a>(places: impl ExactSizeIterator<Item = &'a FreeSlot>) -
     let names: Vec<String> = places.take(MOST).map(|place| format!("{} slot {}", place.worker, place.slot)).collect();
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     format!("{}{more}", names.join(", "))
+}
+
+/// Why a run waits, as its record says it. Not for whom slots are kept: that changes too often to be stored.
+pub(super) fn waits_for(record: &RunRecord, reason: &Reason, resting: Option<Resting>) -> (RunReason, String) {
+    match reason {
+        Reason::TooFewSlots { needed, .. } => {
+            let resting = resting.map_or_else(String::new, |resting| format!("; {resting}"));
+            (RunReason::WaitingForWorkers, format!("needs {needed} free slot(s){resting}"))
+        }
+        Reason::Preempts { needed, .. } => {
+            let message = format!("needs {needed} free slot(s), which runs of lower priority give up");
+            (RunReason::WaitingForWorkers, message)
+        }
+        Reason::QuotaExhausted { quota, needed, .. } => {
+            let tenant = &record.spec.scheduling.tenant;
+            let never = if needed > quota { "; it can never start: lower workers.min" } else { "" };
+            let message = format!("needs {needed} slot(s) of tenant {tenant}'s quota of {quota}{never}");
+            (RunReason::WaitingForQuota, message)
+        }
+        Reason::Reserved { .. } => {
+            (RunReason::WaitingInQueue, "free slots are kept for a run that has waited longer".to_owned())
+        }
+    }
 }

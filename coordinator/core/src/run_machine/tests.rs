@@ -781,3 +781,34 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
     assert_eq!(kinds(&script.effects(Input::Cancel)), ["stop", "stop"]);
     assert_eq!(script.record.held_slots().count(), 0);
 }
+
+/// A run that waits on is not written again: a queue costs the store what changes in it.
+#[test]
+fn a_run_that_waits_as_before_need_not_be_ticked() {
+    use scheduler::Reason;
+    let reasons = [
+        Reason::TooFewSlots { free: 0, needed: 1 },
+        Reason::Preempts { free: 0, needed: 1 },
+        Reason::QuotaExhausted { quota: 2, held: 2, needed: 1 },
+        Reason::Reserved { run: "other-00000002".into() },
+    ];
+    let mut script = Script::new();
+    for reason in reasons {
+        let verdict = Verdict::Waits { reason, place: 1 };
+        let tick = || Input::Tick { slots: Some(verdict.clone()), fresh: Vec::new(), resting: None };
+        assert!(!waits_as_before(&script.record, &script.observed, &verdict, None), "{verdict:?}");
+        assert_eq!(script.send(tick()).unwrap().1.len(), 1, "{verdict:?}");
+        assert!(waits_as_before(&script.record, &script.observed, &verdict, None), "{verdict:?}");
+        let before = (script.record.clone(), script.observed.clone());
+        assert_eq!(script.send(tick()).unwrap(), (vec![], vec![]), "{verdict:?}");
+        assert_eq!((script.record.clone(), script.observed.clone()), before, "{verdict:?}");
+    }
+    // For whom slots are kept changes from tick to tick.
+    let other = Verdict::Waits { reason: Reason::Reserved { run: "third-00000003".into() }, place: 2 };
+    assert!(waits_as_before(&script.record, &script.observed, &other, None));
+    let granted = script.granted(&["a", "b"]).unwrap();
+    assert!(!waits_as_before(&script.record, &script.observed, &granted, None));
+    // A gang that trains has its turn whatever the scheduler says.
+    let running = Script::running();
+    assert!(!waits_as_before(&running.record, &running.observed, &other, None));
+}

@@ -1,4 +1,5 @@
-//! What clients wait for without any fault, and what a run costs etcd.
+//! What clients wait for without any fault, and what a run costs etcd, by etcd's own word: keys put, and bytes in use
+//! once the history is gone.
 
 use super::super::Failure;
 use super::super::client::{self, Again};
@@ -19,16 +20,30 @@ const SENT: usize = 100;
 const WAITING: usize = 30;
 /// Of a run that trains.
 const STEADY: Duration = Duration::from_secs(10);
+/// Short runs that train to their end while their bytes are counted.
+const FINISHED: usize = 96;
+const STEPS: u32 = 30;
+/// So many as these are then put beside them.
+const COPIES: usize = 10_000;
+/// What etcd may hold of them.
+const COPIES_BYTES: f64 = 100.0 * KIB * KIB;
+/// Runs copied in one transaction, of which etcd takes 128 operations.
+const COPIED_AT_ONCE: usize = 50;
 /// Runs that are cancelled while they train.
 const CANCELLED: usize = 5;
 const KIB: f64 = 1024.0;
 
 pub(super) async fn measure(cluster: &Cluster, spec: &pb::RunSpec, report: &mut Report) -> Result<(), Failure> {
     say("requests");
+    let before = live_bytes(cluster).await?;
     let first = create(cluster, spec, report).await?;
-    until(cluster, &first, RunState::Running).await?;
+    let workers = until_whole(cluster, &first).await?;
     let steady = writes(cluster).await?;
-    report.row(Row::new("etcd_writes", vec![steady], Goal::AtMost(1.0)).with("unit", "writes/s/run"));
+    let row = Row::new("etcd_writes", vec![steady], Goal::AtMost(1.0)).with("unit", "writes/s/run");
+    report.row(row.with("workers", workers).with("seconds", STEADY.as_secs()));
+    let live = live_bytes(cluster).await? - before;
+    let row = Row::new("etcd_bytes.live_run", vec![live], Goal::AtMost(64.0 * KIB)).with("unit", "B");
+    report.row(row.with("workers", workers));
     bytes(cluster, spec, report).await?;
     let (mut told, mut freed) = (Vec::new(), Vec::new());
     let mut run = first;
@@ -45,7 +60,7 @@ pub(super) async fn measure(cluster: &Cluster, spec: &pb::RunSpec, report: &mut 
     }
     report.row(Row::new("cancel", told, Goal::P99(0.1)).with("unit", "s"));
     report.row(Row::new("cancel.slots_free", freed, Goal::P99(5.0)).with("unit", "s"));
-    Ok(())
+    finished(cluster, spec, report).await
 }
 
 /// The same submission many times.
@@ -86,6 +101,25 @@ async fn until(cluster: &Cluster, run: &pb::Run, state: RunState) -> Result<(), 
     }
 }
 
+/// Waits until a run trains with as many trainers as it wants; how many those are.
+async fn until_whole(cluster: &Cluster, run: &pb::Run) -> Result<u32, Failure> {
+    let mut coordinators = cluster.client()?;
+    let request = pb::GetRunRequest { name: run.name.clone() };
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let seen = coordinators.call(Again::Yes, async |mut runs| runs.get_run(request.clone()).await).await?;
+        let wanted = seen.wanted_world_size.min(u32::try_from(cluster.workers()).unwrap_or(u32::MAX));
+        if seen.state() == RunState::Running && seen.world_size == wanted {
+            return Ok(wanted);
+        }
+        if super::follow::has_ended(&seen) || Instant::now() > end {
+            let (name, size) = (&run.name, seen.world_size);
+            return Err(Failure::failed(format!("{name} trains with {size} instead of {wanted}: {}", seen.message)));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 async fn cancel(cluster: &Cluster, run: &pb::Run) -> Result<(), Failure> {
     let request = pb::CancelRunRequest { name: run.name.clone() };
     let call = async |mut runs: client::Runs| runs.cancel_run(request.clone()).await;
@@ -117,7 +151,7 @@ async fn writes(cluster: &Cluster) -> Result<f64, Failure> {
     Ok((read().await? - before) / began.elapsed().as_secs_f64())
 }
 
-/// What runs that wait, and runs that have ended, hold in etcd, once it has forgotten their history.
+/// What runs that wait, and those that are cancelled then, hold in etcd.
 async fn bytes(cluster: &Cluster, spec: &pb::RunSpec, report: &mut Report) -> Result<(), Failure> {
     let before = live_bytes(cluster).await?;
     let mut coordinators = cluster.client()?;
@@ -133,11 +167,73 @@ async fn bytes(cluster: &Cluster, spec: &pb::RunSpec, report: &mut Report) -> Re
         told.push(began.elapsed().as_secs_f64());
     }
     let ended = (live_bytes(cluster).await? - before) / count(WAITING);
-    report.row(Row::new("etcd_bytes.live_run", vec![live], Goal::AtMost(64.0 * KIB)).with("unit", "B"));
-    let goal = Goal::AtMost(100.0 * KIB * KIB / 10_000.0);
-    report.row(Row::new("etcd_bytes.ended_run", vec![ended], goal).with("unit", "B"));
+    let rows = [("etcd_bytes.waiting_run", live, 64.0 * KIB), ("etcd_bytes.cancelled_run", ended, of_one())];
+    for (name, bytes, most) in rows {
+        report.row(Row::new(name, vec![bytes], Goal::AtMost(most)).with("runs", WAITING).with("unit", "B"));
+    }
     report.row(Row::new("cancel.waiting", told, Goal::P99(0.1)).with("unit", "s"));
     Ok(())
+}
+
+fn of_one() -> f64 {
+    COPIES_BYTES / count(COPIES)
+}
+
+/// What short runs of one trainer hold in etcd once they have succeeded, with their results, checkpoints, events and
+/// request ids; and what [`COPIES`] such runs hold: the values of these under other keys, where no coordinator sees
+/// them.
+async fn finished(cluster: &Cluster, spec: &pb::RunSpec, report: &mut Report) -> Result<(), Failure> {
+    let mut short = spec.clone();
+    short.until = Some(pb::Until { max_steps: Some(STEPS), ..Default::default() });
+    short.workers = Some(pb::Workers { min: Some(1), max: Some(1), ..short.workers.unwrap_or_default() });
+    short.checkpoint.get_or_insert_default().save_steps = Some(STEPS / 3);
+    let before = live_bytes(cluster).await?;
+    let mut coordinators = cluster.client()?;
+    let mut runs = Vec::new();
+    for _ in 0..FINISHED {
+        runs.push(client::submit(&mut coordinators, short.clone()).await?);
+    }
+    for run in &runs {
+        until(cluster, run, RunState::Succeeded).await?;
+    }
+    let one = (live_bytes(cluster).await? - before) / count(FINISHED);
+    let row = Row::new("etcd_bytes.finished_run", vec![one], Goal::AtMost(of_one()));
+    report.row(row.with("runs", FINISHED).with("unit", "B"));
+    let before = live_bytes(cluster).await?;
+    let names: Vec<String> = runs.into_iter().map(|run| run.name).collect();
+    let put = put_copies(cluster.etcd_address(), &names).await.map_err(|error| Failure::from_error(&error))?;
+    if put < COPIES {
+        return Err(Failure::failed(format!(
+            "{put} of {COPIES} runs were copied: etcd does not have them where they should be"
+        )));
+    }
+    let all = live_bytes(cluster).await? - before;
+    let row = Row::new("etcd_bytes.finished_runs", vec![all], Goal::AtMost(COPIES_BYTES));
+    report.row(row.with("runs", put).with("unit", "B"));
+    Ok(())
+}
+
+/// The values of `names` in turn, with a request id each; how many.
+async fn put_copies(address: &str, names: &[String]) -> Result<usize, etcd_client::Error> {
+    let mut client = etcd_client::Client::connect([address], None).await?;
+    let mut values = Vec::new();
+    for name in names {
+        let read = client.get(format!("thaw/{name}"), None).await?;
+        values.extend(read.kvs().first().map(|pair| (name, pair.value().to_vec())));
+    }
+    let one = etcd_client::GetOptions::new().with_prefix().with_limit(1);
+    let read = client.get("thaw/requests/", Some(one)).await?;
+    let request = read.kvs().first().map(|pair| pair.value().to_vec()).unwrap_or_default();
+    let all: Vec<(usize, &(&String, Vec<u8>))> = values.iter().cycle().take(COPIES).enumerate().collect();
+    for some in all.chunks(COPIED_AT_ONCE) {
+        let puts = some.iter().flat_map(|(index, (name, value))| {
+            let run = etcd_client::TxnOp::put(format!("copies/{name}-{index}"), value.clone(), None);
+            let id = uuid::Uuid::new_v4();
+            [run, etcd_client::TxnOp::put(format!("copies/requests/{id}"), request.clone(), None)]
+        });
+        client.txn(etcd_client::Txn::new().and_then(puts.collect::<Vec<_>>())).await?;
+    }
+    Ok(all.len())
 }
 
 /// Bytes in use once the history is gone, and two looks in a row agree.
