@@ -14,6 +14,7 @@ pub mod schedule;
 pub mod scheduler;
 pub mod stage_end;
 pub mod step_time;
+pub mod survivors;
 pub mod writers;
 
 #[cfg(test)]
