@@ -2,7 +2,7 @@
 
 use crate::dice::Dice;
 use crate::trainer::Hazards;
-use crate::world::Workload;
+use crate::world::{SHARDS, Workload};
 use std::time::Duration;
 use thaw_proto::spec::Priority;
 
@@ -78,7 +78,7 @@ impl Plan {
                 zombies: 100,
                 lies: 15,
                 garbled: if dice.permille(250) { 60 } else { 0 },
-                rot: if dice.permille(100) { 150 } else { 0 },
+                rot: if dice.permille(200) { 300 } else { 0 },
             },
             store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
             store_slowest_ms: if dice.permille(250) { 300 } else { 8 },
@@ -144,7 +144,8 @@ fn priority(dice: &mut Dice) -> Priority {
 fn crowd(dice: &mut Dice, runs: &mut Vec<(String, Workload, Duration)>, slots: u32) {
     let mut holder = draw_run(dice, 0, slots);
     let load = &mut holder.1;
-    let max = slots - dice.below(2).min(u64::from(slots) - 1) as u32;
+    let most = slots.min(SHARDS);
+    let max = most - dice.below(2).min(u64::from(most) - 1) as u32;
     load.workers = (1 + dice.below(u64::from(max)) as u32, max);
     load.last_step = dice.within(30..70);
     load.dies_at = None;
