@@ -11,6 +11,8 @@ impl Turn {
     /// what it made durable before is work that need not be done again.
     fn check_trained(&self, operation: &'static str) -> Result<(), Rejection> {
         match self.record.state {
+            // What survivors wait for is a generation of its own: in this one they had other ranks.
+            RunState::Resizing if self.observed.kept => Err(self.not_legal(operation)),
             RunState::Running | RunState::Suspending | RunState::Preempting | RunState::Resizing => Ok(()),
             RunState::Pending
             | RunState::Admitted

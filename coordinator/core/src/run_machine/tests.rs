@@ -612,6 +612,20 @@ fn run_10_too_few_survivors_wait_for_others_and_not_for_ever() {
     assert_eq!((script.record.state, script.record.reason), (RunState::Resizing, RunReason::WaitingForWorkers));
 }
 
+/// RUN-2: a survivor that waits for a gang may be first among those left, and is no rank 0 of the gang that it was in.
+#[test]
+fn run_2_a_survivor_that_waits_commits_nothing() {
+    let mut script = Script::keeping();
+    script.record.spec.workers.min = 2;
+    let lost = script.exited(0);
+    script.effects(lost);
+    assert_eq!((script.record.state, script.record.members[0].rank), (RunState::Resizing, Rank(0)));
+    let late = script.checkpoint(5);
+    let refused = script.send(late).unwrap_err();
+    assert_eq!(refused, Rejection::NotLegal { operation: "commit a checkpoint", state: RunState::Resizing });
+    assert_eq!(script.record.head, None);
+}
+
 /// A gang that says it is broken is formed again with all its members, unless a loss explains it in time.
 #[test]
 fn a_broken_gang_without_a_loss_is_mended() {
