@@ -42,7 +42,6 @@ fn faults_bite_and_runs_end_every_way() {
         "Resizing TrainerLost",
         "takes over step",
         "is garbled",
-        "Failed ReplicasDiverged",
         "Forming Scaled",
         "Preempting Preempted",
         "Pending Preempted",
