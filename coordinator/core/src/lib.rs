@@ -17,6 +17,7 @@ pub mod scheduler;
 pub mod shared;
 pub mod stage_end;
 pub mod step_time;
+pub mod survivors;
 pub mod writers;
 
 #[cfg(test)]

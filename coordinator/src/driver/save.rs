@@ -74,7 +74,7 @@ where
         fenced.check().map_err(|_| Error::Stopped)?;
         match ask().await {
             Ok(answer) => return Ok(answer),
-            Err(error) if error.class() == ErrorClass::Retry => {
+            Err(error) if error.class() == ErrorClass::Retry && !planted("silence-ends-leader") => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the store does not answer; tries again")
             }
             Err(error) => return Err(Error::Leader(leader::Error::Store(error))),
@@ -189,6 +189,20 @@ mod tests {
         };
         let leadership = campaign(store.clone(), &identity, Timing::default(), |_| ()).await.unwrap();
         (store, leadership.fenced())
+    }
+
+    #[tokio::test]
+    async fn drive_5_a_silent_store_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_store, fenced) = flaky(&folder).await;
+        let mut silent = 2;
+        let answer = read(&fenced, || {
+            let answers = silent == 0;
+            silent -= u32::from(!answers);
+            async move { if answers { Ok(7) } else { Err(store::Error::Unavailable { operation: "get", source: None }) } }
+        });
+        assert_eq!(answer.await.unwrap(), 7);
+        assert_eq!(silent, 0);
     }
 
     fn write(value: &str, expected: Option<Revision>) -> Save {

@@ -1,22 +1,18 @@
 //! A coordinator in this process, on an ephemeral port, with plans that need no files.
 
+pub(crate) use super::one_stage::OneStage;
 use super::proxy::{Fault, Proxy};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_coordinator::driver::Tenants;
-use thaw_coordinator::intake::{Planned, SpecPlanner};
 use thaw_coordinator::server::{self, ServeConfig, Server};
 use thaw_coordinator::store::EtcdAccess;
-use thaw_proto::ids::GroupIndex;
 use thaw_proto::pb;
 use thaw_proto::pb::cluster_service_client::ClusterServiceClient;
 use thaw_proto::pb::run_service_client::RunServiceClient;
 use thaw_proto::pb::watch_run_response::Update;
-use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
-use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec};
-use thaw_proto::violation::Violations;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -109,53 +105,6 @@ impl Coordinator {
 
 pub(crate) async fn channel(address: SocketAddr) -> Channel {
     Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap()
-}
-
-/// Plans one stage of the head, whatever the spec.
-#[derive(Debug)]
-pub(crate) struct OneStage;
-
-impl SpecPlanner for OneStage {
-    fn plan(&self, spec: &RunSpec) -> Result<Planned, Violations> {
-        let group = LayerGroup { name: "head".to_owned(), parameters: 10, forward_flops: 10, embedding: false };
-        let stage = PlannedStage {
-            name: "head".to_owned(),
-            trainable_groups: vec![GroupIndex(0)],
-            learning_rates: vec![spec.learning_rate],
-            until: spec.until.clone(),
-            on_enter: OnEnter::RestoreBest,
-            recompute_batch_norm: false,
-            workers: None,
-            schedule: LrSchedulerType::Linear,
-            warmup_steps: 0,
-            max_steps: 2,
-            trainable_parameters: 10,
-            all_reduce_bytes: 40,
-            memory_bytes: 160,
-            boundary_bytes_per_sample: 0,
-            thawed_groups: vec![GroupIndex(0)],
-            cost: StageCost::default(),
-            plateau: None,
-        };
-        let plan = Plan {
-            groups: vec![group],
-            stages: vec![stage],
-            classes: vec!["no".to_owned(), "yes".to_owned()],
-            data: DataSummary {
-                train_samples: 4,
-                eval_samples: 4,
-                test_samples: 4,
-                class_counts: vec![6, 6],
-                fingerprint: "ff".to_owned(),
-            },
-            logical_shards: spec.logical_shards,
-            global_batch_size: spec.global_batch_size,
-            steps_per_epoch: 1,
-            notes: Vec::new(),
-            feature_size: 5,
-        };
-        Ok(Planned { plan, index: None })
-    }
 }
 
 pub(crate) fn spec(name: &str, workers: u32) -> pb::RunSpec {

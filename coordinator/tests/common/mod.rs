@@ -4,6 +4,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod cluster;
+pub(crate) mod one_stage;
 pub(crate) mod proxy;
 
 use std::io::{BufRead, BufReader};

@@ -7,37 +7,50 @@
 #[cfg(all(feature = "mutants", not(debug_assertions)))]
 compile_error!("the feature `mutants` plants bugs; it is for the simulation's debug builds alone");
 
-/// Every bug that can be planted.
+/// Every bug that can be planted, sorted.
 pub const ALL: &[&str] = &[
     "abort-forgotten",
     "acknowledged-before-head",
+    "applied-step-undone",
     "cancel-does-not-win",
     "cancel-leaves-trainers",
     "commit-before-all-built",
+    "copy-unchecked",
+    "digests-not-compared",
     "failures-uncounted",
-    "reads-do-not-wait",
     "gang-key-reused",
     "generation-reused",
     "hash-unchecked",
+    "head-forgotten",
     "held-slots-are-free",
+    "laggard-goes-on",
     "leader-compare-dropped",
     "leader-takes-over",
     "leader-without-lease",
+    "leavers-let-go-early",
     "lower-generation-accepted",
     "manifest-overwritten",
     "members-not-awaited",
+    "preempts-above",
     "progress-uncounted",
+    "reads-do-not-wait",
     "reports-not-repeated",
     "request-forgotten",
     "resume-from-nothing",
     "save-without-compare",
+    "scale-unbounded",
     "shard-dropped",
+    "silence-ends-leader",
     "speak-before-save",
+    "step-taken-twice",
     "strays-not-stopped",
     "success-uncommitted",
+    "survivors-stopped",
     "takeover-stops-all",
     "two-ranks-commit",
+    "unapplied-step-kept",
     "unknown-is-applied",
+    "yield-for-good",
 ];
 
 /// Whether this build can plant bugs.
@@ -78,5 +91,13 @@ mod active {
     /// Plants a bug on this thread, or none.
     pub fn plant(name: Option<&'static str>) {
         PLANTED.set(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn each_is_listed_once_and_in_order() {
+        assert!(super::ALL.is_sorted_by(|one, next| one < next));
     }
 }

@@ -3,24 +3,21 @@
 use crate::dice::Dice;
 use crate::etcd::{Call, Client, Fate, Link, Model};
 use crate::net;
+use crate::one_stage::OneStage;
 use crate::plan::{Fault, Plan, Planned};
 use crate::trainer::Toys;
 use crate::user::User;
-use crate::world::{GLOBAL_BATCH, SHARDS, World};
+use crate::world::{GLOBAL_BATCH, SHARDS, Workload, World};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use thaw_coordinator::driver::Tenants;
-use thaw_coordinator::intake::{Planned as PlannedSpec, SpecPlanner};
 use thaw_coordinator::server::{ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, OPERATION_DEADLINE, StoreUrl};
-use thaw_proto::ids::GroupIndex;
+use thaw_proto::convert::WireEnum;
 use thaw_proto::pb;
-use thaw_proto::plan::{DataSummary, LayerGroup, Plan as TrainingPlan, PlannedStage, StageCost};
-use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec};
-use thaw_proto::violation::Violations;
 use thaw_runtime::surroundings;
 use thaw_worker::agent;
 use tokio_util::sync::CancellationToken;
@@ -185,7 +182,7 @@ impl Cluster {
 
     fn add_agent(&self, sim: &mut Sim<'_>, index: usize, slots: u32) {
         let name = format!("a{index}");
-        let (world, storage, coordinators) = (self.world.clone(), self.plan.storage, self.plan.coordinators);
+        let (world, hazards, coordinators) = (self.world.clone(), self.plan.hazards, self.plan.coordinators);
         let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
         let lives = std::cell::Cell::new(0);
         sim.host(name.clone(), move || {
@@ -201,7 +198,7 @@ impl Cluster {
                 trainer_program: PathBuf::new(),
                 trainer_arguments: Vec::new(),
             };
-            let toys = Toys { world: world.clone(), host, life: life.clone(), dice: Arc::clone(&dice), storage };
+            let toys = Toys { world: world.clone(), host, life: life.clone(), dice: Arc::clone(&dice), hazards };
             let world = world.clone();
             async move {
                 world.say(format!("{life} starts"));
@@ -215,7 +212,7 @@ impl Cluster {
     }
 
     fn add_user(&self, sim: &mut Sim<'_>) {
-        let specs = self.plan.runs.iter().map(|(name, load, wait)| (spec(name, load.workers), *wait)).collect();
+        let specs = self.plan.runs.iter().map(|(name, load, wait)| (spec(name, load), *wait)).collect();
         let user = User {
             world: self.world.clone(),
             dice: Dice::new(self.seed, "user"),
@@ -333,58 +330,13 @@ impl Storm<'_> {
     }
 }
 
-/// Plans one stage of as many steps as the run's name says.
-#[derive(Debug)]
-struct OneStage;
-
-impl SpecPlanner for OneStage {
-    fn plan(&self, spec: &RunSpec) -> Result<PlannedSpec, Violations> {
-        let group = LayerGroup { name: "head".to_owned(), parameters: 10, forward_flops: 10, embedding: false };
-        let stage = PlannedStage {
-            name: "head".to_owned(),
-            trainable_groups: vec![GroupIndex(0)],
-            learning_rates: vec![spec.learning_rate],
-            until: spec.until.clone(),
-            on_enter: OnEnter::RestoreBest,
-            schedule: LrSchedulerType::Linear,
-            warmup_steps: 0,
-            max_steps: 100,
-            trainable_parameters: 10,
-            all_reduce_bytes: 40,
-            memory_bytes: 160,
-            boundary_bytes_per_sample: 0,
-            thawed_groups: vec![GroupIndex(0)],
-            cost: StageCost::default(),
-            recompute_batch_norm: false,
-            workers: None,
-            plateau: None,
-        };
-        let data = DataSummary {
-            train_samples: 4,
-            eval_samples: 4,
-            test_samples: 4,
-            class_counts: vec![6, 6],
-            fingerprint: "ff".to_owned(),
-        };
-        let plan = TrainingPlan {
-            groups: vec![group],
-            stages: vec![stage],
-            classes: vec!["no".to_owned(), "yes".to_owned()],
-            data,
-            logical_shards: spec.logical_shards,
-            global_batch_size: spec.global_batch_size,
-            steps_per_epoch: 1,
-            notes: Vec::new(),
-            feature_size: 5,
-        };
-        Ok(PlannedSpec { plan, index: None })
-    }
-}
-
-fn spec(name: &str, (min, max): (u32, u32)) -> pb::RunSpec {
+fn spec(name: &str, load: &Workload) -> pb::RunSpec {
+    let (min, max) = load.workers;
     let text = format!(
         "name: {name}\nbackbone: {{graph: file:///m.pt2}}\nglobal_batch_size: {GLOBAL_BATCH}\nlogical_shards: {SHARDS}\n\
          workers: {{min: {min}, max: {max}}}\ndata: {{train: {{path: file:///d.csv, format: csv, text: t, label: l}}}}\n"
     );
-    thaw_proto::text::parse_spec(&text).expect("the text is this function's own")
+    let spec = thaw_proto::text::parse_spec(&text).expect("the text is this function's own");
+    let scheduling = pb::Scheduling { tenant: String::new(), priority: load.priority.number() };
+    pb::RunSpec { scheduling: Some(scheduling), ..spec }
 }

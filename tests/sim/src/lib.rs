@@ -1,5 +1,6 @@
 //! A deterministic simulation of the cluster: the real coordinator (driver, leader, gRPC) and the real agent over a simulated
-//! network and clock (turmoil), over a model of etcd, with trainers that have no tensors but the real checkpoint store.
+//! network and clock (turmoil), over a model of etcd, with trainers that have no tensors but the real checkpoint store, and that keep and
+//! agree on what they have trained by the real trainers' rules.
 //!
 //! ```text
 //! seed ─▶ plan: topology, workload, faults ─▶ coordinators ◀─ gRPC ─▶ agents ◀─ frames ─▶ toy trainers ─▶ storage
@@ -17,6 +18,9 @@ mod cluster;
 mod dice;
 pub mod etcd;
 mod net;
+/// What the coordinator's own tests plan, too.
+#[path = "../../../coordinator/tests/common/one_stage.rs"]
+mod one_stage;
 mod plan;
 mod trainer;
 mod user;

@@ -1,9 +1,10 @@
 //! What a seed draws: who there is, what they do, and what befalls them.
 
 use crate::dice::Dice;
-use crate::trainer::Storage;
-use crate::world::Workload;
+use crate::trainer::Hazards;
+use crate::world::{SHARDS, Workload};
 use std::time::Duration;
+use thaw_proto::spec::Priority;
 
 /// Where a partition or a hold lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +42,7 @@ pub(crate) struct Plan {
     pub(crate) agents: Vec<u32>,
     pub(crate) runs: Vec<(String, Workload, Duration)>,
     pub(crate) faults: Vec<Planned>,
-    pub(crate) storage: Storage,
+    pub(crate) hazards: Hazards,
     /// In a thousand calls: the store errs.
     pub(crate) store_trouble: u64,
     /// Milliseconds one way.
@@ -59,7 +60,10 @@ impl Plan {
         let coordinators = 1 + dice.below(3);
         let agents: Vec<u32> = (0..dice.within(1..5)).map(|_| 1 + dice.below(3) as u32).collect();
         let slots: u32 = agents.iter().sum();
-        let runs = (0..dice.within(1..4)).map(|index| draw_run(&mut dice, index, slots)).collect();
+        let mut runs: Vec<_> = (0..dice.within(1..4)).map(|index| draw_run(&mut dice, index, slots)).collect();
+        if dice.permille(400) {
+            crowd(&mut dice, &mut runs, slots);
+        }
         let liveness = !dice.permille(200);
         let storm = dice.millis(8_000..40_000);
         let calm_seed = dice.permille(80);
@@ -68,11 +72,13 @@ impl Plan {
             agents,
             runs,
             faults: Vec::new(),
-            storage: Storage {
+            hazards: Hazards {
                 slowest_ms: if dice.permille(300) { 1500 } else { 40 },
                 torn: if dice.permille(400) { 60 } else { 0 },
                 zombies: 100,
                 lies: 15,
+                garbled: if dice.permille(250) { 60 } else { 0 },
+                rot: if dice.permille(200) { 300 } else { 0 },
             },
             store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
             store_slowest_ms: if dice.permille(250) { 300 } else { 8 },
@@ -120,5 +126,37 @@ fn draw_run(dice: &mut Dice, index: u64, slots: u32) -> (String, Workload, Durat
     let dies_at = dice.permille(80).then(|| 1 + dice.below(last_step));
     let step = dice.millis(30..400);
     let wait = dice.millis(0..4000);
-    (format!("r{index}"), Workload { workers: (min, max), last_step, step, save_every, dies_at }, wait)
+    let keeps = !dice.permille(250);
+    let priority = priority(dice);
+    let workload = Workload { workers: (min, max), priority, keeps, last_step, step, save_every, dies_at };
+    (format!("r{index}"), workload, wait)
+}
+
+fn priority(dice: &mut Dice) -> Priority {
+    match dice.below(4) {
+        0 => Priority::Low,
+        1 | 2 => Priority::Normal,
+        _ => Priority::High,
+    }
+}
+
+/// A long run holds all slots, or nearly, when one comes that is as important or more.
+fn crowd(dice: &mut Dice, runs: &mut Vec<(String, Workload, Duration)>, slots: u32) {
+    let mut holder = draw_run(dice, 0, slots);
+    let load = &mut holder.1;
+    let most = slots.min(SHARDS);
+    let max = most - dice.below(2).min(u64::from(most) - 1) as u32;
+    load.workers = (1 + dice.below(u64::from(max)) as u32, max);
+    load.last_step = dice.within(30..70);
+    load.dies_at = None;
+    load.priority = if dice.permille(700) { Priority::Low } else { Priority::Normal };
+    holder.2 = Duration::ZERO;
+    let mut taker = draw_run(dice, 1, slots);
+    taker.1.priority = if dice.permille(700) { Priority::High } else { Priority::Normal };
+    taker.2 = dice.millis(2_000..7_000);
+    runs.truncate(1);
+    if let Some(other) = runs.first_mut() {
+        other.0 = "r2".to_owned();
+    }
+    drop(runs.splice(0..0, [holder, taker]));
 }

@@ -46,7 +46,8 @@ impl User {
             match self.dice.below(100) {
                 0..=3 if !self.is_calm() => self.change(&name, "cancel").await,
                 4..=15 if !self.is_calm() => self.change(&name, "suspend").await,
-                16..=50 => self.change(&name, "resume").await,
+                16..=31 if !self.is_calm() => self.scale(&name).await,
+                32..=54 => self.change(&name, "resume").await,
                 _ => self.look(&name).await,
             }
         }
@@ -129,6 +130,28 @@ impl User {
             if what == "cancel" && self.world.stored(id).map(|(state, _)| state) != Some(RunState::Cancelled) {
                 self.world.violated("RUN-4", format!("{id} was acknowledged as cancelled and is not"));
             }
+        }
+    }
+
+    /// To any size, also to one that the run cannot have.
+    async fn scale(&mut self, id: &str) {
+        let Some((min, max)) = self.world.workload(id).map(|workload| workload.workers) else { return };
+        let workers = u32::try_from(self.dice.below(u64::from(max) + 3)).unwrap_or(0);
+        let coordinator = self.coordinator();
+        let Some(mut client) = self.client(coordinator).await else { return };
+        let request = pb::ScaleRunRequest { name: format!("runs/{id}"), workers };
+        match timeout(CALL_LIMIT, client.scale_run(request)).await {
+            Ok(Ok(run)) => {
+                if !(min..=max).contains(&workers) {
+                    self.world.violated("RUN-11", format!("{id} of {min}-{max} trainers is scaled to {workers}"));
+                }
+                self.answered("scale", &run.into_inner());
+            }
+            Ok(Err(status)) if status.code() == tonic::Code::InvalidArgument && (min..=max).contains(&workers) => {
+                self.world
+                    .violated("RUN-11", format!("{id} of {min}-{max} trainers is not scaled to {workers}: {status}"));
+            }
+            Ok(Err(_)) | Err(_) => {}
         }
     }
 

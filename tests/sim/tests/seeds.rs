@@ -40,6 +40,11 @@ fn faults_bite_and_runs_end_every_way() {
         "Failed NoProgress",
         "Suspended UserRequest",
         "Resizing TrainerLost",
+        "takes over step",
+        "is garbled",
+        "Forming Scaled",
+        "Preempting Preempted",
+        "Pending Preempted",
     ];
     for wanted in wanted {
         assert!(logs.contains(wanted), "{wanted} happens in no seed");
@@ -53,15 +58,6 @@ fn a_seed_has_one_log() {
         let (first, second) = (text(&simulate(&["--seed", seed])), text(&simulate(&["--seed", seed])));
         assert!(first.lines().count() > 5, "seed {seed} does something");
         assert_eq!(first, second, "seed {seed}");
-    }
-}
-
-/// A read that the store did not answer ended the whole coordinator (DRIVE-5).
-#[test]
-fn drive_5_a_silent_store_ends_no_coordinator() {
-    for seed in ["1", "4", "29", "96"] {
-        let output = simulate(&["--seed", seed]);
-        assert!(output.status.success(), "{}", text(&output));
     }
 }
 

@@ -592,6 +592,8 @@ fn classify(error: &Error) -> (FailureClass, RunReason) {
             (FailureClass::Retry, RunReason::TrainerLost)
         }
         save::Error::Differ { .. } => (FailureClass::Fatal, RunReason::ReplicasDiverged),
+        // A process of its own asks for another copy.
+        save::Error::Damaged { .. } => (FailureClass::Retry, RunReason::TrainerLost),
         save::Error::Peer { .. } => (FailureClass::Fatal, RunReason::TrainerError),
         save::Error::Checkpoint(_)
         | save::Error::Manifest { .. }

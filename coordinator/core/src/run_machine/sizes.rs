@@ -4,6 +4,7 @@ use super::turn::Turn;
 use super::{Member, Rejection, Trainer};
 use crate::gang::{self, FreeSlot};
 use std::collections::BTreeSet;
+use thaw_mutants::planted;
 use thaw_proto::ids::Rank;
 use thaw_proto::run::RunReason;
 
@@ -13,7 +14,7 @@ impl Turn {
             return Err(self.not_legal("be scaled"));
         }
         let (min, max) = (self.record.spec.workers.min, self.record.spec.workers.max);
-        if !(min..=max).contains(&workers) {
+        if !(min..=max).contains(&workers) && !planted("scale-unbounded") {
             return Err(Rejection::SizeOutOfRange { given: workers, min, max });
         }
         if self.record.scale == Some(workers) {
@@ -81,6 +82,9 @@ impl Turn {
         let (members, leaving): (Vec<Member>, Vec<Member>) =
             std::mem::take(&mut self.record.members).into_iter().partition(|member| stay.contains(&place(member)));
         self.record.members = members.into();
+        if planted("leavers-let-go-early") {
+            return leaving.into_iter().for_each(|member| self.stop(member.trainer));
+        }
         self.record.leaving.extend(leaving.into_iter().map(|member| member.trainer));
     }
 

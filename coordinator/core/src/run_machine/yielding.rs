@@ -43,7 +43,7 @@ impl Turn {
         self.record.whole = 0;
         self.record.ceded = None;
         let message = format!("yielded at step {}: {how}", self.record.position.step);
-        if self.record.suspends_next {
+        if self.record.suspends_next || thaw_mutants::planted("yield-for-good") {
             self.enter(RunState::Suspended, RunReason::UserRequest, message, None);
         } else {
             self.enter(RunState::Pending, RunReason::Preempted, message, None);

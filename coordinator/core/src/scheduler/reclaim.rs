@@ -61,7 +61,8 @@ pub(super) fn reclaim(
     let none = Reclaim { by: run.run.clone(), from: Vec::new() };
     let Some(mut short) = short.checked_sub(coming).filter(|short| *short > 0) else { return Some(none) };
     let rank = if waited >= policy.overdue_after_ms { Rank::Overdue } else { Rank::Of(run.priority) };
-    let mut below: Vec<&Holder> = holders.iter().filter(|holder| rank_of(policy, now_ms, holder) < rank).collect();
+    let is_below = |holder: &&Holder| rank_of(policy, now_ms, holder) < rank || thaw_mutants::planted("preempts-above");
+    let mut below: Vec<&Holder> = holders.iter().filter(is_below).collect();
     // The lowest first, then the youngest.
     below.sort_by_key(|holder| (holder.priority, Reverse(holder.placed_ms), &holder.run));
     let spare = |holder: &Holder| if holder.shrinks { holder.size.saturating_sub(holder.min) } else { 0 };

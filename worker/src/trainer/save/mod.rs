@@ -65,6 +65,8 @@ pub(crate) enum Error {
     Superseded,
     #[error("rank {rank} sent a state that cannot be used: {problem}")]
     Peer { rank: u32, problem: String },
+    #[error("a copy of rank {rank}'s state arrived damaged: {problem}")]
+    Damaged { rank: u32, problem: &'static str },
     #[error(
         "this trainer's state is older than the run's head, and no other trainer has a newer one; it has to start again"
     )]

@@ -1,12 +1,9 @@
-//! The state of a training, agreed on and copied between the trainers of a new generation.
+//! The state of a training, agreed on and copied between the trainers of a new generation. What is agreed, and what holds of a copy (KEEP-n), is
+//! said in [`thaw_core::survivors`].
 //!
 //! ```text
-//! all ranks: claim (steps, moves, digest) ─▶ the furthest, if their digests agree ─▶ lowest of them ── contents, parts in chunks ─▶ all others
+//! all ranks: claim ─▶ agree ─▶ source ── contents, parts in chunks ─▶ all in need
 //! ```
-//!
-//! KEEP-1: a generation goes on from the furthest state that any of its ranks holds, if that is no older than the head; else from the head.
-//! KEEP-2: ranks that have come equally far must hold the same, to the last bit; where they do not, nothing is guessed and the run ends.
-//! KEEP-3: a rank takes over a peer's state whole, after every chunk's hash and its weights' own have been checked, or not at all.
 
 use super::Error;
 use super::blob::{self, Encoded, Piece};
@@ -19,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use thaw_core::stage_end::RunTracker;
+use thaw_core::survivors::{self, Agreed, Disagreement, Held, seal};
 use thaw_proto::ids::{Rank, Step};
 use thaw_proto::run::{Evaluation, Position, StageResult};
 use thaw_proto::spec::BatchNormPolicy;
@@ -32,14 +30,6 @@ struct Claim {
     /// Absent on a rank that has just started.
     held: Option<Held>,
     last_stamp: Stamp,
-}
-
-/// Ordered by how far it has come.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-struct Held {
-    step: Step,
-    moves: u64,
-    digest: String,
 }
 
 /// Everything that a copy holds besides tensors.
@@ -111,39 +101,30 @@ pub(crate) fn agree(
     let own = state.as_deref().map(|state| held(replica, state)).transpose()?;
     let claim = Claim { held: own, last_stamp: replica.last_stamp() };
     let claims = exchange(replica, &claim)?;
-    let furthest = claims.iter().filter_map(|claim| claim.held.as_ref()).map(|held| (held.step, held.moves)).max();
-    let Some(furthest) = furthest.filter(|(step, _)| head.is_none_or(|head| *step >= head)) else {
-        return if state.is_some() { Err(Error::Behind.into()) } else { Ok(false) };
+    let all: Vec<Option<Held>> = claims.iter().map(|claim| claim.held.clone()).collect();
+    let (source, agreed, in_need) = match survivors::agree(Rank(replica.rank()), &all, head) {
+        Ok(Agreed::Kept { source, held, in_need }) => (source, held, in_need),
+        Ok(Agreed::Head) => return Ok(false),
+        Err(Disagreement::Behind) => return Err(Error::Behind.into()),
+        Err(Disagreement::Differ { step, rank, ranks }) => {
+            let ranks = ranks.into_iter().map(|rank| rank.0).collect();
+            return Err(Error::Differ { step, rank: rank.0, ranks }.into());
+        }
     };
-    let holders: Vec<(u32, &Held)> = (0..)
-        .zip(&claims)
-        .filter_map(|(rank, claim)| Some((rank, claim.held.as_ref()?)))
-        .filter(|(_, held)| (held.step, held.moves) == furthest)
-        .collect();
-    let (source, first) = holders[0];
-    let differing: Vec<u32> =
-        holders.iter().filter(|(_, held)| held.digest != first.digest).map(|(rank, _)| *rank).collect();
-    if !differing.is_empty() {
-        return Err(Error::Differ { step: furthest.0, rank: source, ranks: differing }.into());
-    }
-    let in_need: Vec<Rank> =
-        (0..replica.world_size()).filter(|rank| holders.iter().all(|(holder, _)| holder != rank)).map(Rank).collect();
     let last_stamp = claims.iter().map(|claim| claim.last_stamp).max().unwrap_or(Stamp::INITIAL);
     if !in_need.is_empty() {
-        if replica.rank() == source {
+        if replica.rank() == source.0 {
             let state = state.as_deref().expect("the source has claimed a state");
             send(job, replica, state, &in_need)?;
-        } else {
-            if let Some(copied) = receive(replica, Rank(source), &in_need)? {
-                let taken = copied.put_into(replica)?;
-                let found = held(replica, &taken)?;
-                if found.digest != first.digest {
-                    let problem = format!("it has the digest {}, not {}", found.digest, first.digest);
-                    return Err(Error::Peer { rank: source, problem }.into());
-                }
-                tracing::info!(from = source, step = furthest.0.0, "took over a peer's state");
-                *state = Some(Box::new(taken));
+        } else if let Some(copied) = receive(replica, source, &in_need)? {
+            let taken = copied.put_into(replica)?;
+            let found = held(replica, &taken)?;
+            if !agreed.is(&found.digest) {
+                let problem = format!("it has the digest {}, not {}", found.digest, agreed.digest);
+                return Err(Error::Peer { rank: source.0, problem }.into());
             }
+            tracing::info!(from = source.0, step = agreed.step.0, "took over a peer's state");
+            *state = Some(Box::new(taken));
         }
     }
     // Who has taken over a state has drawn none of the stamps that lead to it (SNAP-2).
@@ -206,19 +187,19 @@ fn send(job: &Job, replica: &mut Replica, state: &State, to: &[Rank]) -> Result<
     };
     let contents = serde_json::to_vec(&contents).expect("it is plain data");
     let from = Rank(replica.rank());
-    replica.copy(from, &others(replica), hashed(contents))?;
+    replica.copy(from, &others(replica), seal(contents))?;
     let mut chunk = Vec::with_capacity(CHUNK_BYTES);
     for mut piece in body {
         while !piece.is_empty() {
             let taken = piece.split_to(piece.len().min(CHUNK_BYTES - chunk.len()));
             chunk.extend_from_slice(&taken);
             if chunk.len() == CHUNK_BYTES {
-                copy_chunk(replica, from, to, hashed(std::mem::take(&mut chunk)))?;
+                copy_chunk(replica, from, to, seal(std::mem::take(&mut chunk)))?;
             }
         }
     }
     if !chunk.is_empty() {
-        copy_chunk(replica, from, to, hashed(chunk))?;
+        copy_chunk(replica, from, to, seal(chunk))?;
     }
     Ok(())
 }
@@ -234,22 +215,8 @@ fn others(replica: &Replica) -> Vec<Rank> {
     (0..replica.world_size()).map(Rank).collect()
 }
 
-/// The bytes, and their hash behind them.
-fn hashed(mut bytes: Vec<u8>) -> Vec<u8> {
-    let hash = blake3::hash(&bytes);
-    bytes.extend(hash.as_bytes());
-    bytes
-}
-
-/// The bytes without the hash behind them, once it has been checked.
-fn checked(mut bytes: Vec<u8>, rank: Rank) -> Result<Vec<u8>, Error> {
-    let wrong = |problem: &str| Error::Peer { rank: rank.0, problem: problem.to_owned() };
-    let end = bytes.len().checked_sub(blake3::OUT_LEN).ok_or_else(|| wrong("a chunk is shorter than its hash"))?;
-    if blake3::hash(&bytes[..end]).as_bytes()[..] != bytes[end..] {
-        return Err(wrong("a chunk does not have its hash"));
-    }
-    bytes.truncate(end);
-    Ok(bytes)
+fn checked(bytes: Vec<u8>, rank: Rank) -> Result<Vec<u8>, Error> {
+    survivors::open(bytes).map_err(|problem| Error::Damaged { rank: rank.0, problem })
 }
 
 /// A state that has been read whole and not been put anywhere.
@@ -336,29 +303,5 @@ impl Copied {
             stage_seconds,
             traced,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keep_3_a_chunk_that_was_changed_is_refused() {
-        let whole = hashed(b"weights".to_vec());
-        assert_eq!(checked(whole.clone(), Rank(3)).unwrap(), b"weights");
-        for at in 0..whole.len() {
-            let mut changed = whole.clone();
-            changed[at] ^= 1;
-            let error = checked(changed, Rank(3)).unwrap_err().to_string();
-            assert!(error.starts_with("rank 3 sent a state that cannot be used"), "{error}");
-        }
-        assert!(checked(whole[..10].to_vec(), Rank(3)).is_err());
-    }
-
-    #[test]
-    fn keep_1_more_moves_are_further_at_the_same_step() {
-        let held = |step, moves| Held { step: Step(step), moves, digest: String::new() };
-        assert!(held(3, 9) < held(4, 1) && held(4, 1) < held(4, 2));
     }
 }
