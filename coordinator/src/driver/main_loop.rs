@@ -429,8 +429,7 @@ impl MainLoop {
         let mut inputs = Vec::new();
         for (id, run) in self.runs.iter().filter(|(_, run)| run.wants_ticks()) {
             let slots = verdicts.remove(id);
-            let waits_on =
-                |verdict| run_machine::waits_as_before(&run.stored.record, &run.observed, verdict, resting);
+            let waits_on = |verdict| run_machine::waits_as_before(&run.stored.record, &run.observed, verdict, resting);
             if slots.as_ref().is_some_and(waits_on) {
                 continue;
             }

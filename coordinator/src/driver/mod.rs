@@ -26,6 +26,7 @@ mod outbound;
 mod queue;
 mod rebuild;
 mod requests;
+mod roster;
 mod save;
 mod sessions;
 mod stored;

@@ -410,12 +410,7 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
 
 /// Whether the run waits, and for what its record says already: then a tick with this verdict changes nothing.
 #[must_use]
-pub fn waits_as_before(
-    record: &RunRecord,
-    observed: &Observed,
-    verdict: &Verdict,
-    resting: Option<Resting>,
-) -> bool {
+pub fn waits_as_before(record: &RunRecord, observed: &Observed, verdict: &Verdict, resting: Option<Resting>) -> bool {
     let Verdict::Waits { reason, .. } = verdict else { return false };
     let is_at_rest = record.state == RunState::Pending
         && observed.gathering_since_ms.is_none()
