@@ -50,7 +50,7 @@ impl Toy {
             all.iter().map(read).collect::<Result<_, _>>().map_err(|_| Over::unfit("a claim cannot be read"))?;
         let head = resume.map(|head| Step(head.position.map_or(0, |position| position.step)));
         let state = match survivors::agree(Rank(mesh.rank), &all, head) {
-            Ok(Agreed::Head) => self.from_head(resume).await?,
+            Ok(Agreed::Head) => self.load_head(resume).await?,
             Ok(Agreed::Kept { source, held, in_need }) => {
                 let copying = self.copy(mesh, source, &held, &in_need);
                 let copied = timeout(PEER_LIMIT, copying).await.map_err(|_| Over::Broken("a copy does not come"))??;
@@ -117,7 +117,7 @@ impl Toy {
         Ok(Some(state))
     }
 
-    async fn from_head(&mut self, resume: Option<&pb::CheckpointRef>) -> Result<State, Over> {
+    async fn load_head(&mut self, resume: Option<&pb::CheckpointRef>) -> Result<State, Over> {
         let (step, weights) = match resume {
             Some(head) => self.load(head).await?,
             None => (0, Weights::default()),

@@ -32,7 +32,7 @@ pub(super) fn check_slots(after: &RunRecord, memory: &Memory, broken: &mut Broke
             broken.push(("RUN-11", format!("{run}: {size} are the next gang, not {min} to {most}")));
         }
         let left = |trainer: &Trainer| after.trainers().all(|other| other != trainer);
-        let gone = before.members.iter().map(|member| &member.trainer).chain(&before.leaving).find(|one| left(*one));
+        let gone = before.members.iter().map(|member| &member.trainer).chain(&before.leaving).find(|one| left(one));
         if let Some(gone) = gone.filter(|_| after.reason == RunReason::Scaled) {
             broken.push(("RUN-11", format!("{run}: {gone:?} is let go before the gang of {size} is committed")));
         }
