@@ -104,7 +104,7 @@ ADMITTED: = = = - = = = Failed - - Suspended - Cancelled Resizing = = = - -
 FORMING: = Resizing = = Resizing Resizing Resizing Failed - - Suspended - Cancelled Resizing = = = - -
 RUNNING: = Resizing = = Resizing Resizing Resizing Failed = - Suspending - Cancelled = = = = = Preempting
 KEEPING: = Forming = = Forming Forming Forming Failed = - Suspending - Cancelled = = = Forming Forming Preempting
-KEPT: Admitted = = - = = = Failed = - Suspended - Cancelled = = = = - -
+KEPT: Admitted = = - = = = Failed - - Suspended - Cancelled = = = = - -
 RESIZING: = = - - = = = Failed = - Suspended - Cancelled = = = = - -
 SUSPENDING: = Suspended = = Suspended Suspended Suspended Failed = Suspended = - Cancelled = Suspended = = - -
 SUSPENDED: = = - - - = - - - - = Pending Cancelled = - = = - -
