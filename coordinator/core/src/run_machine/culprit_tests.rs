@@ -1,6 +1,6 @@
 //! A gang that is lost for no known reason asks whom it waited for, and is told once.
 
-use super::tests::Script;
+use super::script::Script;
 use super::*;
 use crate::culprit::Finding;
 

@@ -62,6 +62,10 @@ mod yielding;
 #[cfg(test)]
 mod culprit_tests;
 #[cfg(test)]
+mod keeping_tests;
+#[cfg(test)]
+mod script;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod sizes_tests;
@@ -178,8 +182,9 @@ pub enum Input {
         trainer: Trainer,
         ending: Ending,
     },
-    WorkerLost {
-        worker: WorkerName,
+    /// Those that are found lost together are lost at once: each loss is a new generation.
+    WorkersLost {
+        workers: Vec<WorkerName>,
     },
     /// `generation` is 0 for a trainer that was never proposed a gang.
     TrainerFailed {
@@ -518,7 +523,7 @@ fn apply(turn: &mut Turn, input: &Input) -> Result<(), Rejection> {
         Input::Progressed { generation, step } => turn.progressed(*generation, *step),
         Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,
         Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, *ending)?,
-        Input::WorkerLost { worker } => turn.worker_lost(worker),
+        Input::WorkersLost { workers } => turn.workers_lost(workers),
         Input::TrainerFailed { trainer, generation, class, reason, message } => {
             turn.trainer_failed(trainer, *generation, *class, *reason, message)?;
         }
