@@ -39,6 +39,7 @@ pub use gang::Tree;
 pub use gpus::Gpus;
 pub use handshake::{HostId, Listener, Membership, Options};
 pub use nccl::{DeviceSums, DeviceTicket, Limits};
+pub use peers::Links;
 pub use queue::{ReduceQueue, Ticket};
 pub use ring::{Entry, Record, Ring, RingAddress};
 
