@@ -68,6 +68,24 @@ fn in_place_over_a_cut() -> SegmentedGraph {
     builder.finish(logits)
 }
 
+/// Whoever watches sees that a batch gets on within it: at each of 5 operators (linear, relu_, linear, add, linear), then at each backward.
+#[test]
+fn a_batch_beats_at_each_operator_and_each_backward() {
+    let graph = in_place_over_a_cut();
+    let mut model = load(&graph, &Weights::random(&graph.graph), Precision::Fp32);
+    let beats = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = std::sync::Arc::clone(&beats);
+    model.set_beat(move || drop(counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed)));
+    let taken = || beats.swap(0, std::sync::atomic::Ordering::Relaxed);
+    let (x, labels) = batch();
+    model.forward(&[x.shallow_clone()]).unwrap();
+    let forward = taken();
+    assert!(forward >= 5, "{forward}");
+    model.set_trainable(&[1, 2]).unwrap();
+    gradients(&mut model, &[x], &labels, 1.0);
+    assert_eq!(taken(), forward + 2, "two segments have a backward");
+}
+
 #[test]
 fn segments_equal_one_backward_pass() {
     let graph = in_place_over_a_cut();
