@@ -85,11 +85,18 @@ fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
         (hung.len() >= 2).then_some(hung)
     });
     fs::remove_file(&trace).unwrap();
-    let sentence = format!("training has not moved for {LIMIT} s, and waits for nobody, at step 0 of stage 0; its process answers");
+    let sentence = format!(
+        "training has not moved for {LIMIT} s, and waits for nobody, at step 0 of stage 0; its process answers"
+    );
     assert!(said.iter().all(|message| message.contains(&sentence)), "{said:?}");
     let workers = cluster.verb(&["workers"]);
-    let resting: Vec<&Value> =
-        workers["workers"].as_array().unwrap().iter().flat_map(|worker| worker["quarantined"].as_array()).flatten().collect();
+    let resting: Vec<&Value> = workers["workers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|worker| worker["quarantined"].as_array())
+        .flatten()
+        .collect();
     assert!(resting.len() == 1 && resting[0]["faults"] == 2, "{workers:#}");
     let ended = cluster.verb(&["watch", &id]);
     assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");

@@ -34,14 +34,14 @@ fn fake_trainer() {
     let ring = Arc::new(Ring::open(std::env::var("RING").unwrap().parse().unwrap()).unwrap());
     let (mut hangs, mut hangs_now) = (false, false);
     let pulse = crate::collective::Pulse::of(Some(Arc::clone(&ring)));
-    let mut waits = None;
+    let mut _waits = None;
     for message in &messages {
         if let Some(Down::Start(start)) = &message.message {
             hangs = start.run == "hang";
-            if start.run == "stand" {
+            if ["stand", "wait"].contains(&start.run.as_str()) {
                 pulse.beat();
             }
-            waits = (start.run == "wait").then(|| pulse.wait());
+            _waits = (start.run == "wait").then(|| pulse.wait());
         }
         let (event, generation) = match message.message.unwrap() {
             Down::Start(start) if start.run == "crash" => {

@@ -330,7 +330,7 @@ impl Trainers {
                 let last = recent.as_ref().and_then(|(_, recent)| recent.operations.last());
                 let last = last.map_or_else(String::new, |last| format!("; its last operation was {last}"));
                 let message = format!("{message}{last}");
-                tracing::warn!(run = id.run, slot = id.slot, message, "killing a trainer");
+                tracing::warn!(run = id.run, slot = id.slot, why = message, "killing a trainer");
                 let failed = TrainerFailed { class: FailureClass::Retry.into(), reason: reason.into(), message };
                 // It may have been asked for a generation that it has never heard of.
                 let generation = trainer.place.map_or(trainer.generation, |place| place.generation);

@@ -5,6 +5,8 @@
 mod common;
 
 use common::{Builder, Weights, same_bits};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use thaw_graph::ir::{Arg, DType, IntArg, ValueId};
 use thaw_graph::segment::SegmentedGraph;
 use thaw_torch::model::{BatchNorm, Error, Options};
@@ -73,16 +75,18 @@ fn in_place_over_a_cut() -> SegmentedGraph {
 fn a_batch_beats_at_each_operator_and_each_backward() {
     let graph = in_place_over_a_cut();
     let mut model = load(&graph, &Weights::random(&graph.graph), Precision::Fp32);
-    let beats = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let counted = std::sync::Arc::clone(&beats);
-    model.set_beat(move || drop(counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed)));
-    let taken = || beats.swap(0, std::sync::atomic::Ordering::Relaxed);
+    let beats = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&beats);
+    model.set_beat(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let taken = || beats.swap(0, Ordering::Relaxed);
     let (x, labels) = batch();
-    model.forward(&[x.shallow_clone()]).unwrap();
+    let _logits = model.forward(&[x.shallow_clone()]).unwrap();
     let forward = taken();
     assert!(forward >= 5, "{forward}");
     model.set_trainable(&[1, 2]).unwrap();
-    gradients(&mut model, &[x], &labels, 1.0);
+    let _found = gradients(&mut model, &[x], &labels, 1.0);
     assert_eq!(taken(), forward + 2, "two segments have a backward");
 }
 

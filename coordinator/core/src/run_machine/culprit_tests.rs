@@ -30,7 +30,8 @@ fn in_vain(script: &Script, generation: Generation, still_ms: u64) -> Input {
     let operation = CollectiveOperation { kind, sequence: 7, bytes: 8, stage, step, began_us: 1, end };
     let still = [0, still_ms].map(Duration::from_millis);
     let heard = (0..).map(Rank).zip(trainers.into_iter().zip(still));
-    let heard = heard.map(|(rank, (trainer, still))| (rank, Heard { trainer, operations: Vec::new(), still })).collect();
+    let heard =
+        heard.map(|(rank, (trainer, still))| (rank, Heard { trainer, operations: Vec::new(), still })).collect();
     let finding = Finding::NeverCame { operation, ranks: vec![Rank(1)], waiting: 1 };
     let judgement = Judgement { generation, finding, heard, world_size: 2 };
     Input::CulpritFound { judgement: Box::new(judgement) }

@@ -299,7 +299,10 @@ impl Turn {
         if let Some(stuck) = judgement.stuck() {
             let (trainer, seconds) = (stuck.trainer.clone(), stuck.still.as_secs());
             let place = format!("{} slot {}", trainer.worker, trainer.slot);
-            self.leave_out_stuck(&trainer, format!("the trainer on {place} is stuck: it had not moved for {seconds} s"));
+            self.leave_out_stuck(
+                &trainer,
+                format!("the trainer on {place} is stuck: it had not moved for {seconds} s"),
+            );
         }
     }
 
