@@ -74,7 +74,7 @@ fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
     let workers = format!("{{min: 1, max: 1, stall_timeout_seconds: {LIMIT}}}");
     let short = "until: {max_steps: 20}\nstrategy: full_fine_tuning\nverification: {trace: true}";
     let id = cluster.submit("spec.yaml", &workers, short);
-    let run = cluster.sandbox.data_dir().join("runs").join(&id);
+    let run = cluster.sandbox.data_dir().join(&id);
     let trace = run.join("trace/steps.jsonl");
     fs::create_dir_all(trace.parent().unwrap()).unwrap();
     nix::unistd::mkfifo(&trace, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
