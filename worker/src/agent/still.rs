@@ -44,7 +44,10 @@ mod tests {
         Movement { beats, waits, stage: StageIndex(0), step: Step(0) }
     }
 
-    fn after(most: Option<u32>, looks: &[(u64, bool, bool)]) -> Still {
+    /// Beats, whether it waits, and whether it answers.
+    type Look = (u64, bool, bool);
+
+    fn after(most: Option<u32>, looks: &[Look]) -> Still {
         let mut still = Still::new(most);
         for (beats, waits, answers) in looks {
             still.look(movement(*beats, *waits), *answers);
@@ -55,7 +58,7 @@ mod tests {
     /// AGENT-8
     #[test]
     fn only_looks_at_a_process_that_runs_and_neither_beats_nor_waits_count() {
-        let table: [(&str, &[(u64, bool, bool)], u32); 7] = [
+        let table: [(&str, &[Look], u32); 7] = [
             ("the first look finds it moving", &[(1, false, true)], 0),
             ("it stands", &[(1, false, true), (1, false, true), (1, false, true)], 2),
             ("one beat is enough", &[(1, false, true), (1, false, true), (2, false, true), (2, false, true)], 1),
