@@ -15,6 +15,9 @@
 //!   not depend on how its training gets on.
 //! - `AGENT-7`: where a trainer stood in a generation is reported once, before the trainer hears that it is over: also of one that is stopped,
 //!   hangs, or is gone.
+//! - `AGENT-8`: a trainer that answers, and whose training stands still (RING-4) for the spec's `workers.stall_timeout_seconds`, is reported
+//!   and killed too. Time counts while the agent runs and the trainer has answered its last ping: a machine that is paused or too busy is no
+//!   standstill.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 
@@ -22,6 +25,7 @@ mod child;
 pub mod launch;
 mod outbox;
 mod session;
+mod still;
 #[cfg(test)]
 mod tests;
 mod trainers;

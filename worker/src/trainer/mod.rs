@@ -36,7 +36,7 @@ pub use prefix::CacheFolders;
 
 use crate::checkpoint;
 use crate::collective::{
-    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Ring, RingAddress,
+    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Pulse, Ring, RingAddress,
 };
 use crate::device::DeviceOptions;
 use crate::pipe::{TrainerPipe, die_with_parent};
@@ -226,9 +226,13 @@ fn train(
     if !thaw_torch::runtime::keep_memory() {
         tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
     }
-    let job = Job::load(start, node.cache)?;
+    let ring = node.ring.and_then(open_ring);
+    let pulse = Pulse::of(ring.clone());
+    let job = Job::load(start, node.cache, pulse.clone())?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
-    let model = load_model(&job, device)?;
+    let mut model = load_model(&job, device)?;
+    let beats = pulse.clone();
+    model.set_beat(move || beats.beat());
     let timeout = match start.collective_timeout_ms {
         0 => DEFAULT_COLLECTIVE_TIMEOUT,
         milliseconds => Duration::from_millis(u64::from(milliseconds)),
@@ -240,7 +244,7 @@ fn train(
         host: HostId::of_this_machine(),
     };
     let (listener, address) = Listener::bind(&node.host)?;
-    let listener = listener.recording(node.ring.and_then(open_ring));
+    let listener = listener.recording(ring);
     // NCCL's end on a loss is not trusted.
     let keeps_state = device == Device::Cpu;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address, keeps_state }));
@@ -252,7 +256,10 @@ fn train(
     let mut trainer = Trainer { job: &job, outbox, hold, held: Held::Model(Box::new(model)) };
     loop {
         let step = trainer.step();
-        let outcome = match form(&listener, (&ordered, &latest), outbox, (options, device), &start.run) {
+        let waits = pulse.wait();
+        let formed = form(&listener, (&ordered, &latest), outbox, (options, device), &start.run);
+        drop(waits);
+        let outcome = match formed {
             Ok((proposal, links)) => {
                 latest.train(proposal.generation, &links.host);
                 trainer.generation(links, &proposal)
@@ -536,6 +543,7 @@ fn settings(job: &Job, hold: Option<Hold>) -> Settings {
         max_grad_norm: job.spec.max_grad_norm,
         classes: job.plan.classes.len(),
         hold,
+        pulse: job.pulse.clone(),
     }
 }
 

@@ -45,7 +45,8 @@
 //! - RUN-13: from the second gang in a row on that is lost without a new step, trainers in place of lost ones are started after a wait between
 //!   nothing and a bound that doubles; so are those that are to join, where the ones before did not come so far. Survivors do not wait.
 //! - RUN-14: a trainer that crashes or hangs is held against its slot, once; one that ends because another did is not. A run that ends
-//!   because of a step takes back what it held against slots at that step.
+//!   because of a step takes back what it held against slots at that step. One that its gang waited for in vain, and that is stuck for certain
+//!   (CULPRIT-4), hangs: the next generation, where it has not built that yet, goes on without it.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone.
 
