@@ -40,12 +40,13 @@ impl Toy {
         let (start, generation) = (&self.start, self.generation);
         sleep(self.dice.millis(1..self.hazards.slowest_ms + 2)).await;
         let bytes = weights.to_vec();
-        let torn = self.dice.permille(self.hazards.torn);
-        let folder = start.run_url.trim_start_matches("file://").to_owned();
+        let folder = std::path::PathBuf::from(start.run_url.trim_start_matches("file://"));
+        let path = folder.join(thaw_core::manifest::blob_name(&blake3::hash(&bytes).to_hex()));
+        // What is there already is not written again, so no writer tears it.
+        let torn = self.dice.permille(self.hazards.torn) && !path.exists();
         let blob = with_store(start, move |store| {
             let blob = store.put_blob(vec![bytes.into()])?;
             if torn {
-                let path = std::path::Path::new(&folder).join(thaw_core::manifest::blob_name(&blob.blake3));
                 let _torn = std::fs::write(path, b"torn");
             }
             Ok(blob)
