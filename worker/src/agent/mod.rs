@@ -15,6 +15,8 @@
 //!   not depend on how its training gets on.
 //! - `AGENT-7`: where a trainer stood in a generation is reported once, before the trainer hears that it is over: also of one that is stopped,
 //!   hangs, or is gone.
+//! - `AGENT-8`: of each run it holds the last state that a trainer of this host has put into shared memory, and no other: until the run needs none,
+//!   no trainer of it has lived here for long, or the agent ends.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 
@@ -22,6 +24,7 @@ mod child;
 pub mod launch;
 mod outbox;
 mod session;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod trainers;
@@ -157,7 +160,11 @@ pub async fn run_among(config: Config, surroundings: Surroundings, shutdown: Can
     // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
     let tasks = Tasks::new(CancellationToken::new());
     let trainers = trainers::Trainers::new(&config, surroundings.launch, tasks.clone());
-    let outcome = keep_session(&config, &surroundings.dial, first, &trainers, &shutdown).await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = keep_session(&config, &surroundings.dial, first, &trainers, &shutdown) => outcome,
+        never = trainers.let_go_of_old_states() => match never {},
+    };
     trainers.kill_all();
     let joined = tasks.join(KILL_LIMIT).await.map_err(Error::Trainers);
     outcome.and(joined)
