@@ -59,7 +59,9 @@ impl FromStr for SegmentAddress {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let numbers = text.split_once(':').and_then(|(one, other)| Some((one.parse().ok()?, other.parse().ok()?)));
-        numbers.map(|(process, descriptor)| Self { process, descriptor }).ok_or_else(|| format!("`{text}` is not process:descriptor"))
+        numbers
+            .map(|(process, descriptor)| Self { process, descriptor })
+            .ok_or_else(|| format!("`{text}` is not process:descriptor"))
     }
 }
 

@@ -95,7 +95,8 @@ mod tests {
         let second = written("a", 1, 8);
         let before = snapshots.hear("a", &second.told(), now).expect("the first is held no more");
         assert_eq!(before.snapshot().step, Step(5));
-        snapshots.hear("b", &written("b", 1, 3).told(), now);
+        let gone = written("b", 1, 3).told();
+        snapshots.hear("b", &gone, now);
         assert_eq!(held(&snapshots, "b"), None, "its writer is gone, and with it the memory");
         let told = second.told();
         drop(second);

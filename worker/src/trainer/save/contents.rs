@@ -106,7 +106,8 @@ impl Copies {
         let groups = copied_groups(job, replica, state);
         let best = state.best.as_ref().map(|best| &best.groups);
         let mut wanted: Vec<_> = replica.snapshot(&groups, Extent::Whole, best).into_iter().collect();
-        let is_present = |group: usize, kept: &GroupSnapshot| groups.contains(&group) && replica.stamp(group) == kept.stamp;
+        let is_present =
+            |group: usize, kept: &GroupSnapshot| groups.contains(&group) && replica.stamp(group) == kept.stamp;
         let apart = best.into_iter().flatten().filter(|(group, kept)| !is_present(**group, kept));
         wanted.extend(apart.map(|(group, kept)| (*group, kept.share())));
         let piece = |(group, snapshot)| (group, Piece::new(&replica.model().groups()[group], snapshot));
@@ -344,7 +345,7 @@ mod tests {
             (|contents| contents.parts[1].group = 0, "group first has no weights that fit"),
             (|contents| contents.parts[0].weights_bytes = usize::MAX, "larger than any memory"),
             (|contents| contents.parts[0].weights_bytes += 1, "bytes instead of"),
-            (|contents| contents.parts.swap(0, 1), "not valid safetensors"),
+            (|contents| contents.parts.swap(0, 1), "group second has no weights that fit"),
             (|contents| contents.parts[1].stamp = stamp(5), "the best state of layer group 1 is missing"),
             (|contents| contents.decided.stamps.push(stamp(1)), "it has 3 layer groups instead of 2"),
             (|contents| drop(contents.parts.pop()), "bytes instead of"),

@@ -82,13 +82,7 @@ impl Hosted {
         is_due.then(|| self.begin(job, replica, state, generation)).flatten()
     }
 
-    fn begin(
-        &mut self,
-        job: &Job,
-        replica: &mut Replica,
-        state: &State,
-        generation: Generation,
-    ) -> Option<Hosting> {
+    fn begin(&mut self, job: &Job, replica: &mut Replica, state: &State, generation: Generation) -> Option<Hosting> {
         let position = state.position;
         let snapshot = Snapshot { step: position.step, moves: state.moves, generation };
         if !replica.leads_host() || self.last == Some(snapshot) {
