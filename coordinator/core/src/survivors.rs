@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn keep_4_the_furthest_is_chosen_and_of_those_alike_the_later_generations() {
         let nobody = [None, None, None, None];
-        let chosen = |all| to_load(&nobody, &all, None);
+        let chosen = |all: [Option<Snapshot>; 4]| to_load(&nobody, &all, None);
         assert_eq!(chosen([snapshot(9, 1, 1), snapshot(9, 2, 1), snapshot(8, 7, 9), None]), snapshot(9, 2, 1));
         assert_eq!(chosen([snapshot(9, 2, 3), snapshot(9, 2, 5), snapshot(9, 2, 4), None]), snapshot(9, 2, 5));
     }
