@@ -348,7 +348,7 @@ mod tests {
             (|contents| contents.parts.swap(0, 1), "group second has no weights that fit"),
             (|contents| contents.parts[1].stamp = stamp(5), "the best state of layer group 1 is missing"),
             (|contents| contents.decided.stamps.push(stamp(1)), "it has 3 layer groups instead of 2"),
-            (|contents| drop(contents.parts.pop()), "bytes instead of"),
+            (|contents| contents.parts.truncate(1), "bytes instead of"),
         ];
         for (change, expected) in table {
             let (mut contents, body) = encoded();
