@@ -5,7 +5,8 @@
 use serde_json::Value;
 use std::fs;
 use std::io::Read as _;
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 use thaw_tests::process::{self, Process};
@@ -48,16 +49,29 @@ fn undisturbed() -> &'static str {
     })
 }
 
-/// Steps of the states that the agents below a process hold: a snapshot begins with its mark, and its fifth word is the step.
-fn held(id: u32) -> Vec<u64> {
+/// The states that the agents below a process hold, with their steps: a snapshot begins with its mark, and its fifth word is the step.
+fn memory(id: u32) -> Vec<(PathBuf, u64)> {
     let files = process::agents_below(id).into_iter().flat_map(|agent| fs::read_dir(format!("/proc/{agent}/fd")));
-    let step = |path: &Path| {
-        let is_memory = fs::read_link(path).ok()?.to_str()?.contains("memfd:thaw");
+    let state = |path: PathBuf| {
+        let is_memory = fs::read_link(&path).ok()?.to_str()?.contains("memfd:thaw");
         let mut head = [0; 40];
-        fs::File::open(path).ok().filter(|_| is_memory)?.read_exact(&mut head).ok()?;
-        head.starts_with(b"THAWSNAP").then(|| u64::from_le_bytes(head[32..].try_into().unwrap()))
+        fs::File::open(&path).ok().filter(|_| is_memory)?.read_exact(&mut head).ok()?;
+        head.starts_with(b"THAWSNAP").then(|| (path, u64::from_le_bytes(head[32..].try_into().unwrap())))
     };
-    files.flatten().filter_map(|entry| step(&entry.ok()?.path())).collect()
+    files.flatten().filter_map(|entry| state(entry.ok()?.path())).collect()
+}
+
+fn held(id: u32) -> Vec<u64> {
+    memory(id).into_iter().map(|(_, step)| step).collect()
+}
+
+/// Takes away the hash of all that the agents below a process hold; how many that are.
+fn damage(id: u32) -> usize {
+    let take_hash =
+        |path: &Path| fs::File::options().write(true).open(path).unwrap().write_all_at(&[0; 32], 64).unwrap();
+    let all = memory(id);
+    all.iter().for_each(|(path, _)| take_hash(path));
+    all.len()
 }
 
 /// Starts a run that stands still in its second stage, with a copy of that stage in some agent's memory: of which step.
@@ -123,6 +137,22 @@ fn one_trainer_that_is_killed_goes_on_from_its_hosts_memory() {
 #[test]
 fn two_trainers_that_are_killed_go_on_from_their_hosts_memory() {
     survives_the_loss_of_all(2);
+}
+
+/// HSNAP-2, KEEP-5: nothing of it is used, and the run goes on as if there were none.
+#[test]
+fn a_damaged_copy_is_as_good_as_none() {
+    let sandbox = Sandbox::new();
+    let (training, _) = stand_still(&sandbox, 1);
+    assert_eq!(damage(training.id()), 1);
+    process::trainers_below(training.id()).into_iter().for_each(process::kill_by_id);
+    // Where it was just being replaced.
+    assert_eq!(damage(training.id()), 1);
+    let ended = training.wait(DEADLINE);
+    assert!(ended.status.success(), "{}", ended.stderr);
+    assert_eq!(weights(&serde_json::from_str(&ended.stdout).unwrap()), undisturbed());
+    let back = went_back_to(&traced(&sandbox.run_folder()));
+    assert!(back.len() == 1 && [0, FIRST_STAGE].contains(&back[0]), "{back:?}");
 }
 
 /// HSNAP-3, AGENT-8: without its agent the memory is gone, and a run that has ended leaves none.
