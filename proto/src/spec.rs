@@ -390,6 +390,20 @@ pub struct Workers {
     pub threads_per_trainer: u32,
     #[serde(default)]
     pub sizing: WorkerSizing,
+    /// How long a trainer may stand still; 0: for ever. Left out where it is the default, so that specs of earlier versions keep their hash.
+    #[serde(default = "default_stall_timeout", skip_serializing_if = "is_default_stall_timeout")]
+    pub stall_timeout_seconds: u32,
+}
+
+/// [`Workers::stall_timeout_seconds`] where a spec says nothing.
+pub const DEFAULT_STALL_TIMEOUT_SECONDS: u32 = 300;
+
+fn default_stall_timeout() -> u32 {
+    DEFAULT_STALL_TIMEOUT_SECONDS
+}
+
+fn is_default_stall_timeout(seconds: &u32) -> bool {
+    *seconds == DEFAULT_STALL_TIMEOUT_SECONDS
 }
 
 /// How many trainers a stage uses that does not say it itself.

@@ -4,6 +4,7 @@ use crate::ids::{Generation, Incarnation, Rank, RunId, Slot, StageIndex, Step, W
 use crate::peers::Peers;
 use crate::run::{CheckpointRef, Position};
 use std::fmt;
+use std::time::Duration;
 
 /// One trainer process of one run. Another process in the same slot has another incarnation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +66,8 @@ pub struct RecentOperations {
     pub world_size: u32,
     /// The last it has entered, oldest first.
     pub operations: Vec<CollectiveOperation>,
+    /// How long its training had stood still without waiting for others.
+    pub still: Duration,
 }
 
 /// What an operation over all ranks does.

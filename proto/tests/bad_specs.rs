@@ -78,7 +78,14 @@ fn what_could_not_be_read_has_no_second_mistake() {
             "optimizer.type: \"sdg\" is not a known value: did you mean sgd? (line 5)",
         ),
         ("until: {max_epochs: three}", "until.max_epochs: expected a whole number, found the text \"three\" (line 5)"),
-        ("workers: 4", "workers: expected fields (min, max, threads_per_trainer, sizing), found the number 4 (line 5)"),
+        (
+            "workers: 4",
+            "workers: expected fields (min, max, threads_per_trainer, sizing, stall_timeout_seconds), found the number 4 (line 5)",
+        ),
+        (
+            "workers: {stall_timeout_seconds: 4}",
+            "workers.stall_timeout_seconds: must be in 5-86400, or 0 for never, not 4; leave it out for 300 (line 5)",
+        ),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");

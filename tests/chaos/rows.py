@@ -191,10 +191,10 @@ ROWS = (
         "kill-leader",
         30,
         3.0,
-        500,
+        300,
         lines=("kill_leader", "ledger", "weights"),
     ),
-    Row("hand_over", "SIGTERM to the leading coordinator until the next serves", "hand-over", 30, 0.5, 200, lines=("hand_over",)),
+    Row("hand_over", "SIGTERM to the leading coordinator until the next serves", "hand-over", 30, 0.5, 120, lines=("hand_over",)),
     Row(
         "outage",
         "all coordinators and etcd stopped for 300 s",
@@ -216,7 +216,7 @@ ROWS = (
         more=("--at", "stage-change"),
         spec=deeper,
     ),
-    Row("faults", "weights and samples after 200 faults of all kinds", ALL_FAULTS, 200, 0.5, 300, lines=("weights", "ledger")),
+    Row("faults", "weights and samples after 200 faults of all kinds", ALL_FAULTS, 200, 0.5, 220, lines=("weights", "ledger")),
     Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 1500, lines=("goodput", "weights")),
     Row(
         "requests",

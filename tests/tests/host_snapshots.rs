@@ -155,7 +155,7 @@ fn a_damaged_copy_is_as_good_as_none() {
     assert!(back.len() == 1 && [0, FIRST_STAGE].contains(&back[0]), "{back:?}");
 }
 
-/// HSNAP-3, AGENT-8: without its agent the memory is gone, and a run that has ended leaves none.
+/// HSNAP-3, AGENT-9: without its agent the memory is gone, and a run that has ended leaves none.
 #[test]
 fn without_the_agent_the_head_is_gone_on_from_and_an_ended_run_leaves_no_memory() {
     let sandbox = Sandbox::new();

@@ -4,17 +4,23 @@
 //!   has not is named before who has not left it.
 //! - CULPRIT-2: ranks are compared operation by operation: the host's operations and the sums over GPUs count by themselves.
 //! - CULPRIT-3: a generation is judged once, when all its ranks are heard from, or [`PATIENCE_MS`] after it was lost.
+//! - CULPRIT-4: a trainer is stuck where all ranks are heard from, all others had come to an operation that it alone never came to, and its agent
+//!   says that its training had stood still for [`STUCK_MS`], waiting for nobody. One that is only slow moves.
 //!
 //! It knows nothing of a generation that is over for a known reason, and never decides what follows from a name.
 
 use crate::run_machine::Trainer;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::worker::{CollectiveOperation, OperationEnd, RecentOperations};
 
 /// How long the other ranks' records are waited for, in milliseconds.
 pub const PATIENCE_MS: u64 = 2_000;
+/// How long a trainer's training must have stood still to be stuck, in milliseconds: less than an operation waits for it, and more than a layer
+/// takes that is not.
+pub const STUCK_MS: u64 = 20_000;
 /// Ranks named in a sentence; more are counted.
 const MOST_NAMED: usize = 4;
 /// Ranks whose last operations are told one by one.
@@ -147,6 +153,8 @@ pub struct Heard {
     pub trainer: Trainer,
     /// Oldest first.
     pub operations: Vec<CollectiveOperation>,
+    /// For how long its training had stood still.
+    pub still: Duration,
 }
 
 impl Inquest {
@@ -159,7 +167,7 @@ impl Inquest {
             self.begin(generation);
         }
         self.world_size = self.world_size.max(recent.world_size);
-        self.heard.insert(recent.rank, Heard { trainer, operations: recent.operations });
+        self.heard.insert(recent.rank, Heard { trainer, operations: recent.operations, still: recent.still });
     }
 
     /// Judges a generation that was lost for no known reason, once that is due (CULPRIT-3). `None` also where nobody has a record.
@@ -182,7 +190,7 @@ impl Inquest {
         }
         let records: Records<'_> = heard.iter().map(|(rank, heard)| (*rank, heard.operations.as_slice())).collect();
         let finding = find(&records, self.world_size);
-        Some(Judgement { generation: lost, finding, heard })
+        Some(Judgement { generation: lost, finding, heard, world_size: self.world_size })
     }
 
     fn begin(&mut self, generation: Generation) {
@@ -198,12 +206,23 @@ pub struct Judgement {
     pub generation: Generation,
     pub finding: Finding,
     pub heard: BTreeMap<Rank, Heard>,
+    /// Ranks that could be heard from.
+    pub world_size: u32,
 }
 
 impl Judgement {
     /// The trainers to look at.
     pub fn suspects(&self) -> impl Iterator<Item = &Trainer> {
         self.finding.suspects().iter().filter_map(|rank| self.heard.get(rank)).map(|heard| &heard.trainer)
+    }
+
+    /// The trainer that is to blame for certain, where there is one (CULPRIT-4).
+    #[must_use]
+    pub fn stuck(&self) -> Option<&Heard> {
+        let Finding::NeverCame { ranks, waiting, .. } = &self.finding else { return None };
+        let [rank] = ranks[..] else { return None };
+        let others_came = self.heard.len() == self.world_size as usize && waiting + 1 == self.heard.len();
+        self.heard.get(&rank).filter(|heard| others_came && heard.still >= Duration::from_millis(STUCK_MS))
     }
 
     /// The last operations of the ranks, suspects first, a line each with its rank; of a large gang not of all.
@@ -411,7 +430,31 @@ mod tests {
     }
 
     fn recent(rank: u32, operations: &[CollectiveOperation]) -> RecentOperations {
-        RecentOperations { rank: Rank(rank), world_size: 3, operations: operations.to_vec() }
+        RecentOperations { rank: Rank(rank), world_size: 3, operations: operations.to_vec(), still: Duration::ZERO }
+    }
+
+    /// CULPRIT-4
+    #[test]
+    fn only_who_stood_still_while_all_others_waited_is_stuck() {
+        let (waits, behind) = ([finished(6), failed(7)], [finished(6)]);
+        let long = Duration::from_millis(STUCK_MS);
+        let stuck = |records: &[(&[CollectiveOperation], Duration)]| {
+            let mut inquest = Inquest::default();
+            for (rank, (operations, still)) in (0..).zip(records) {
+                let recent = RecentOperations { still: *still, ..recent(rank, operations) };
+                inquest.hear(Generation(3), trainer(rank), recent);
+            }
+            let judgement = inquest.judge(Generation(3), 0).or_else(|| inquest.judge(Generation(3), PATIENCE_MS));
+            judgement.unwrap().stuck().map(|heard| heard.trainer.slot)
+        };
+        let (moves, almost) = (Duration::ZERO, long - Duration::from_millis(1));
+        assert_eq!(stuck(&[(&waits, moves), (&behind, long), (&waits, moves)]), Some(Slot(1)));
+        assert_eq!(stuck(&[(&waits, moves), (&behind, almost), (&waits, moves)]), None, "it is slow");
+        assert_eq!(stuck(&[(&waits, long), (&behind, moves), (&waits, moves)]), None, "it is another that stands");
+        assert_eq!(stuck(&[(&waits, moves), (&behind, long), (&behind, long)]), None, "two are behind");
+        assert_eq!(stuck(&[(&waits, moves), (&behind, long)]), None, "one is not heard from");
+        let left = [finished(6), finished(7)];
+        assert_eq!(stuck(&[(&left, moves), (&waits, long), (&left, moves)]), None, "it came");
     }
 
     /// CULPRIT-3

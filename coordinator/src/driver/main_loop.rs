@@ -182,7 +182,7 @@ impl MainLoop {
             Command::CloseSession { session } => {
                 if self.workers.is_current(&session) {
                     tracing::info!(worker = %session.worker, "the worker's session has ended");
-                    self.lose_worker(&session.worker).await?;
+                    self.lose_workers(Some(session.worker)).await?;
                 }
             }
         }
@@ -415,10 +415,7 @@ impl MainLoop {
     /// # Errors
     /// As [`MainLoop::handle_queued`].
     pub async fn tick(&mut self) -> Result<Option<Reclaim>, Error> {
-        for worker in self.workers.over() {
-            tracing::warn!(%worker, "the worker is silent, or does not listen; it is lost");
-            self.lose_worker(&worker).await?;
-        }
+        self.lose_workers(None).await?;
         self.requests.forget_old(&self.fenced, clock::now_ms()).await;
         // One decision for all, so that no slot is given twice.
         let Decided { mut verdicts, reclaim } = self.schedule();

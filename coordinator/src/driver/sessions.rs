@@ -37,23 +37,33 @@ impl MainLoop {
         self.workers.send(&worker, welcome);
         if had {
             // What was said on the older stream may not have arrived.
-            self.worker_lost(&worker).await?;
+            self.workers_lost(std::slice::from_ref(&worker)).await?;
         }
         self.seen(&worker, &trainers).await?;
         Ok(Ok(session))
     }
 
-    pub(super) async fn lose_worker(&mut self, worker: &WorkerName) -> Result<(), Error> {
-        self.workers.remove(worker);
-        self.worker_lost(worker).await
+    /// Gives up all that are silent, do not listen, or have closed their sessions, with `also`.
+    pub(super) async fn lose_workers(&mut self, also: Option<WorkerName>) -> Result<(), Error> {
+        let mut lost = self.workers.over();
+        for worker in &lost {
+            tracing::warn!(%worker, "the worker is silent, or does not listen; it is lost");
+        }
+        lost.extend(also.filter(|worker| !lost.contains(worker)));
+        lost.iter().for_each(|worker| self.workers.remove(worker));
+        self.workers_lost(&lost).await
     }
 
-    async fn worker_lost(&mut self, worker: &WorkerName) -> Result<(), Error> {
-        let input = Input::WorkerLost { worker: worker.clone() };
-        let runs: Vec<RunId> = self.roster.runs_on(worker).cloned().collect();
-        for id in runs {
-            if let Err(rejection) = self.feed(&id, &input).await? {
-                tracing::error!(run = %id, %rejection, "the loss of a worker was turned away");
+    async fn workers_lost(&mut self, lost: &[WorkerName]) -> Result<(), Error> {
+        let mut runs: BTreeMap<RunId, Vec<WorkerName>> = BTreeMap::new();
+        for worker in lost {
+            for run in self.roster.runs_on(worker) {
+                runs.entry(run.clone()).or_default().push(worker.clone());
+            }
+        }
+        for (id, workers) in runs {
+            if let Err(rejection) = self.feed(&id, &Input::WorkersLost { workers }).await? {
+                tracing::error!(run = %id, %rejection, "the loss of workers was turned away");
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! An agent without trainers: it answers the coordinator as trainers would, over real gRPC.
 
+use super::one_stage::{evaluation, position};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -350,26 +351,11 @@ async fn connect(addresses: &[SocketAddr], hello: pb::Hello) -> Streams {
     unreachable!("it goes on for ever")
 }
 
-fn position(step: u64) -> pb::Position {
-    pb::Position { stage: 0, stage_step: u32::try_from(step).unwrap(), step }
-}
-
 fn checkpoint(generation: u64, step: u64) -> pb::CheckpointRef {
     pb::CheckpointRef {
         position: Some(position(step)),
         generation,
         manifest: format!("manifests/{generation:08}-{step:010}.json"),
         manifest_blake3: "00".to_owned(),
-    }
-}
-
-fn evaluation(step: u64) -> pb::Evaluation {
-    pb::Evaluation {
-        position: Some(position(step)),
-        loss: 0.25,
-        accuracy: 0.75,
-        macro_f1: 0.5,
-        samples: 4,
-        confusion: vec![2, 1, 0, 1],
     }
 }

@@ -1,7 +1,8 @@
-//! Plans that need no files. The simulation's, too (`tests/sim`).
+//! Plans that need no files, and what trainers say of such runs. The simulation's, too (`tests/sim`).
 
 use thaw_coordinator::intake::{Planned, SpecPlanner};
 use thaw_proto::ids::GroupIndex;
+use thaw_proto::pb;
 use thaw_proto::plan::{DataSummary, LayerGroup, Plan, PlannedStage, StageCost};
 use thaw_proto::spec::{LrSchedulerType, OnEnter, RunSpec};
 use thaw_proto::violation::Violations;
@@ -51,5 +52,20 @@ impl SpecPlanner for OneStage {
             feature_size: 5,
         };
         Ok(Planned { plan, index: None })
+    }
+}
+
+pub(crate) fn position(step: u64) -> pb::Position {
+    pb::Position { stage: 0, stage_step: u32::try_from(step).unwrap_or(u32::MAX), step }
+}
+
+pub(crate) fn evaluation(step: u64) -> pb::Evaluation {
+    pb::Evaluation {
+        position: Some(position(step)),
+        loss: 0.25,
+        accuracy: 0.75,
+        macro_f1: 0.5,
+        samples: 4,
+        confusion: vec![2, 1, 0, 1],
     }
 }

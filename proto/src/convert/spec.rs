@@ -12,15 +12,18 @@ use super::checker::{Checker, Interval};
 use super::enums::{OptimizerType, WireEnum};
 use crate::pb;
 use crate::spec::{
-    Backbone, BatchNormPolicy, Checkpoint, ClassWeights, EarlyStopping, Ema, Head, HeadAttach, L2Sp, LayerGroupRule,
-    LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Plateau, Precision, PrefixCache,
-    PrefixCacheMode, RateDecay, RunSpec, Scheduling, Strategy, Until, Verification, Workers,
+    Backbone, BatchNormPolicy, Checkpoint, ClassWeights, DEFAULT_STALL_TIMEOUT_SECONDS, EarlyStopping, Ema, Head,
+    HeadAttach, L2Sp, LayerGroupRule, LrScheduler, LrSchedulerType, MemoryFormat, Metric, OnEnter, Optimizer, Plateau,
+    Precision, PrefixCache, PrefixCacheMode, RateDecay, RunSpec, Scheduling, Strategy, Until, Verification, Workers,
 };
 use crate::violation::Violations;
+use std::ops::RangeInclusive;
 
 /// Epochs that bound a stage which only patience would end.
 const PATIENCE_MAX_EPOCHS: u32 = 100;
 const MOST_TRAINERS: u32 = 4096;
+/// Below these a busy machine would be taken for one that stands still.
+const STALL_TIMEOUT_SECONDS: RangeInclusive<u32> = 5..=86_400;
 
 /// The spec that `raw` says, with its defaults.
 ///
@@ -208,7 +211,25 @@ fn workers(at: &mut Checker, raw: &pb::Workers) -> Workers {
         );
     }
     let threads_per_trainer = at.whole("threads_per_trainer", raw.threads_per_trainer, 1..=1024, 1);
-    Workers { min, max, threads_per_trainer, sizing: at.choice("sizing", raw.sizing).unwrap_or_default() }
+    let sizing = at.choice("sizing", raw.sizing).unwrap_or_default();
+    Workers { min, max, threads_per_trainer, sizing, stall_timeout_seconds: stall_timeout(at, raw) }
+}
+
+fn stall_timeout(at: &mut Checker, raw: &pb::Workers) -> u32 {
+    match raw.stall_timeout_seconds {
+        // Never.
+        Some(0) => 0,
+        Some(seconds) if !STALL_TIMEOUT_SECONDS.contains(&seconds) => {
+            let (low, high) = STALL_TIMEOUT_SECONDS.into_inner();
+            let default = DEFAULT_STALL_TIMEOUT_SECONDS;
+            at.refuse(
+                "stall_timeout_seconds",
+                format!("must be in {low}-{high}, or 0 for never, not {seconds}; leave it out for {default}"),
+            );
+            default
+        }
+        given => given.unwrap_or(DEFAULT_STALL_TIMEOUT_SECONDS),
+    }
 }
 
 fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {

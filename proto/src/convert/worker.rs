@@ -7,6 +7,7 @@ use crate::pb;
 use crate::violation::Violations;
 use crate::worker::{CollectiveOperation, Hello, OperationEnd, Proposal, RecentOperations, TrainerKey, TrainerStatus};
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// Slots a worker can offer.
 const MOST_SLOTS: u32 = 64;
@@ -134,7 +135,8 @@ impl TryFrom<&pb::RecentOperations> for RecentOperations {
             at.refuse("rank", format!("must be below world_size ({}), not {}", raw.world_size, raw.rank));
         }
         let operations = at.collect(each("operations", &raw.operations));
-        at.finish(Self { rank: Rank(raw.rank), world_size: raw.world_size, operations })
+        let still = Duration::from_millis(raw.still_ms);
+        at.finish(Self { rank: Rank(raw.rank), world_size: raw.world_size, operations, still })
     }
 }
 
@@ -144,6 +146,7 @@ impl From<&RecentOperations> for pb::RecentOperations {
             rank: recent.rank.0,
             world_size: recent.world_size,
             operations: recent.operations.iter().map(Into::into).collect(),
+            still_ms: u64::try_from(recent.still.as_millis()).unwrap_or(u64::MAX),
         }
     }
 }
@@ -260,11 +263,12 @@ mod tests {
         };
         let ended = pb::CollectiveOperation { ended_us: Some(11), ..operation };
         let failed = pb::CollectiveOperation { failed: true, ..ended };
-        let recent = pb::RecentOperations { rank: 1, world_size: 2, operations: vec![ended, failed, operation] };
+        let operations = vec![ended, failed, operation];
+        let recent = pb::RecentOperations { rank: 1, world_size: 2, operations, still_ms: 30_250 };
         assert_eq!(pb::RecentOperations::from(&RecentOperations::try_from(&recent).unwrap()), recent);
         let wrong = pb::CollectiveOperation { failed: true, ..operation };
         let nothing = pb::CollectiveOperation { kind: 0, ..operation };
-        let recent = pb::RecentOperations { rank: 2, world_size: 2, operations: vec![wrong, nothing] };
+        let recent = pb::RecentOperations { rank: 2, world_size: 2, operations: vec![wrong, nothing], still_ms: 0 };
         assert_eq!(
             RecentOperations::try_from(&recent).unwrap_err().to_string(),
             "rank: must be below world_size (2), not 2\n\

@@ -16,6 +16,7 @@ use std::time::Duration;
 use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::server::{ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, OPERATION_DEADLINE, StoreUrl};
+use thaw_core::scheduler::Share;
 use thaw_proto::convert::WireEnum;
 use thaw_proto::pb;
 use thaw_runtime::surroundings;
@@ -95,6 +96,7 @@ impl Cluster {
         for (name, workload, _) in &plan.runs {
             world.set_workload(name, workload.clone());
         }
+        world.set_quotas(plan.quotas.clone());
         let clock = world.clone();
         let model = Arc::new(Model::new(move || clock.now()));
         model.set_witness(world.clone());
@@ -150,6 +152,8 @@ impl Cluster {
         let (world, model, data_dir) = (self.world.clone(), Arc::clone(&self.model), self.folder.clone());
         let (links, plan) = (Arc::clone(&self.links), self.plan.clone());
         let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
+        let share = |quota: &u32| Share { quota: Some(*quota), ..Share::default() };
+        let tenants: Tenants = plan.quotas.iter().map(|(tenant, quota)| ((*tenant).to_owned(), share(quota))).collect();
         let lives = std::cell::Cell::new(0);
         sim.host(name.clone(), move || {
             lives.set(lives.get() + 1);
@@ -165,7 +169,7 @@ impl Cluster {
                 data_dir: data_dir.clone(),
                 name: life.clone(),
                 advertise: Some(address),
-                tenants: Tenants::new(),
+                tenants: tenants.clone(),
             };
             let open = Server::over(config, store).with_planner(Arc::new(OneStage));
             let world = world.clone();
@@ -337,6 +341,6 @@ fn spec(name: &str, load: &Workload) -> pb::RunSpec {
          workers: {{min: {min}, max: {max}}}\ndata: {{train: {{path: file:///d.csv, format: csv, text: t, label: l}}}}\n"
     );
     let spec = thaw_proto::text::parse_spec(&text).expect("the text is this function's own");
-    let scheduling = pb::Scheduling { tenant: String::new(), priority: load.priority.number() };
+    let scheduling = pb::Scheduling { tenant: load.tenant.to_owned(), priority: load.priority.number() };
     pb::RunSpec { scheduling: Some(scheduling), ..spec }
 }

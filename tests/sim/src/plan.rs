@@ -3,8 +3,11 @@
 use crate::dice::Dice;
 use crate::trainer::Hazards;
 use crate::world::{SHARDS, Workload};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use thaw_proto::spec::Priority;
+
+const TENANTS: [&str; 2] = ["red", "blue"];
 
 /// Where a partition or a hold lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub(crate) struct Plan {
     /// Slots of each agent.
     pub(crate) agents: Vec<u32>,
     pub(crate) runs: Vec<(String, Workload, Duration)>,
+    /// Slots at most, by tenant.
+    pub(crate) quotas: BTreeMap<&'static str, u32>,
     pub(crate) faults: Vec<Planned>,
     pub(crate) hazards: Hazards,
     /// In a thousand calls: the store errs.
@@ -64,6 +69,7 @@ impl Plan {
         if dice.permille(400) {
             crowd(&mut dice, &mut runs, slots);
         }
+        let quotas = if dice.permille(300) { draw_quotas(&mut dice, &runs, slots) } else { BTreeMap::new() };
         let liveness = !dice.permille(200);
         let storm = dice.millis(8_000..40_000);
         let calm_seed = dice.permille(80);
@@ -71,13 +77,16 @@ impl Plan {
             coordinators,
             agents,
             runs,
+            quotas,
             faults: Vec::new(),
             hazards: Hazards {
                 slowest_ms: if dice.permille(300) { 1500 } else { 40 },
                 torn: if dice.permille(400) { 60 } else { 0 },
                 zombies: 100,
                 lies: 15,
-                garbled: if dice.permille(250) { 60 } else { 0 },
+                garbled: if dice.permille(250) { 250 } else { 0 },
+                lulls: if dice.permille(400) { 500 } else { 0 },
+                last_words: if dice.permille(400) { 300 } else { 0 },
                 rot: if dice.permille(200) { 300 } else { 0 },
             },
             store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
@@ -128,8 +137,19 @@ fn draw_run(dice: &mut Dice, index: u64, slots: u32) -> (String, Workload, Durat
     let wait = dice.millis(0..4000);
     let keeps = !dice.permille(250);
     let priority = priority(dice);
-    let workload = Workload { workers: (min, max), priority, keeps, last_step, step, save_every, dies_at };
+    let tenant = TENANTS[usize::from(dice.permille(500))];
+    let workload = Workload { workers: (min, max), priority, tenant, keeps, last_step, step, save_every, dies_at };
     (format!("r{index}"), workload, wait)
+}
+
+/// Each run of a tenant can start, and not always all of them at once.
+fn draw_quotas(dice: &mut Dice, runs: &[(String, Workload, Duration)], slots: u32) -> BTreeMap<&'static str, u32> {
+    let quota = |tenant: &'static str| {
+        let of_tenant = runs.iter().map(|(_, load, _)| load).filter(|load| load.tenant == tenant);
+        let least = of_tenant.map(|load| load.workers.0).max().unwrap_or(1);
+        (tenant, least + dice.below(u64::from(slots)) as u32 / 2)
+    };
+    TENANTS.into_iter().map(quota).collect()
 }
 
 fn priority(dice: &mut Dice) -> Priority {

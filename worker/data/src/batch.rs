@@ -100,7 +100,10 @@ pub struct Batch {
 
 /// Samples by part and position. Cheap to clone, and read from any thread.
 #[derive(Clone)]
-pub struct Dataset(Arc<Inner>);
+pub struct Dataset(Arc<Inner>, Option<Told>);
+
+/// Called from whichever thread loads.
+type Told = Arc<dyn Fn() + Send + Sync>;
 
 struct Inner {
     index: Index,
@@ -151,7 +154,19 @@ impl Dataset {
         for part in Part::ALL {
             files[part as usize] = open_file(index.source(part))?;
         }
-        Ok(Self(Arc::new(Inner { index, inputs: inputs.to_vec(), preparation, files })))
+        Ok(Self(Arc::new(Inner { index, inputs: inputs.to_vec(), preparation, files }), None))
+    }
+
+    /// Has `each` called after every sample that is read, so that somebody sees that a large batch from slow storage gets on.
+    #[must_use]
+    pub fn telling(self, each: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(self.0, Some(Arc::new(each)))
+    }
+
+    fn tell(&self) {
+        if let Some(each) = &self.1 {
+            each();
+        }
     }
 
     /// The index it reads by.
@@ -262,6 +277,7 @@ impl Dataset {
             Some(column) => csv_text(&bytes, column),
             None => jsonl_text(&bytes, &source.text),
         };
+        self.tell();
         text.ok_or_else(|| Error::Changed { path: source.path.clone(), record })
     }
 
@@ -289,6 +305,7 @@ impl Dataset {
                 (Some(_) | None, _) => Draw::default(),
             };
             transform.apply_changed(&bytes, draw, &mut planes).map_err(|source| Error::Image { path, source })?;
+            self.tell();
         }
         let mut shape = vec![records.len() as i64];
         shape.extend(transform.shape());

@@ -7,6 +7,8 @@ mod support;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{Folder, checked, csv, encoded, images, picture, text_wants, tokenizer, wants};
 use thaw_data::batch::Error;
 use thaw_data::image::Transform;
@@ -99,6 +101,24 @@ fn empty_batches_and_bad_positions() {
         dataset.load(Part::Eval, &[4], None),
         Err(Error::Position { part: Part::Eval, position: 4, size: 4 })
     ));
+}
+
+#[test]
+fn each_sample_that_is_read_is_told_of() {
+    let folder = Folder::new();
+    folder.write("x.csv", csv(&["a", "b"], 10));
+    images(&folder, &["cat", "dog"], 5);
+    let data = checked(&folder.spec("images", "image_folder"));
+    let pictures = Dataset::open(build(&data, 1, 1).unwrap(), &data, None, &wants(&[("x", ElementType::F32)])).unwrap();
+    for dataset in [open(&folder.spec("x.csv", "csv")), pictures] {
+        let told = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&told);
+        let dataset = dataset.telling(move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        });
+        dataset.clone().load(Part::Train, &[2, 0, 1], None).unwrap();
+        assert_eq!(told.load(Ordering::Relaxed), 3);
+    }
 }
 
 #[test]

@@ -15,7 +15,10 @@
 //!   not depend on how its training gets on.
 //! - `AGENT-7`: where a trainer stood in a generation is reported once, before the trainer hears that it is over: also of one that is stopped,
 //!   hangs, or is gone.
-//! - `AGENT-8`: of each run it holds the last state that a trainer of this host has put into shared memory, and no other: until the run needs none,
+//! - `AGENT-8`: a trainer that answers, and whose training stands still (RING-4) for the spec's `workers.stall_timeout_seconds`, is reported
+//!   and killed too. Time counts while the agent runs and the trainer has answered its last ping: a machine that is paused or too busy is no
+//!   standstill.
+//! - `AGENT-9`: of each run it holds the last state that a trainer of this host has put into shared memory, and no other: until the run needs none,
 //!   no trainer of it has lived here for long, or the agent ends.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
@@ -25,6 +28,7 @@ pub mod launch;
 mod outbox;
 mod session;
 mod snapshots;
+mod still;
 #[cfg(test)]
 mod tests;
 mod trainers;

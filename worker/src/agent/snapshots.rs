@@ -1,4 +1,4 @@
-//! The states of runs that this host holds in memory, each told by a trainer and there for the next (AGENT-8).
+//! The states of runs that this host holds in memory, each told by a trainer and there for the next (AGENT-9).
 
 use crate::host_snapshot::{HostSnapshot, snapshot_of};
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn agent_8_the_last_of_each_run_is_held_and_outlives_its_writer() {
+    fn agent_9_the_last_of_each_run_is_held_and_outlives_its_writer() {
         let (mut snapshots, now) = (Snapshots::default(), Instant::now());
         let first = written("a", 1, 5);
         assert!(snapshots.hear("a", &first.told(), now).is_none());
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn agent_8_a_later_generations_stays_and_what_cannot_be_opened_changes_nothing() {
+    fn agent_9_a_later_generations_stays_and_what_cannot_be_opened_changes_nothing() {
         let (mut snapshots, now) = (Snapshots::default(), Instant::now());
         let later = written("a", 3, 5);
         snapshots.hear("a", &later.told(), now);
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn agent_8_one_that_nobody_comes_for_is_let_go() {
+    fn agent_9_one_that_nobody_comes_for_is_let_go() {
         let (mut snapshots, began) = (Snapshots::default(), Instant::now());
         let (a, b) = (written("a", 1, 5), written("b", 1, 5));
         snapshots.hear("a", &a.told(), began);

@@ -35,10 +35,16 @@ fn fake_trainer() {
     let (pipe, messages) = crate::pipe::TrainerPipe::start(std::io::stdin(), frames, || std::process::exit(0)).unwrap();
     let ring = Arc::new(Ring::open(std::env::var("RING").unwrap().parse().unwrap()).unwrap());
     let (mut hangs, mut hangs_now) = (false, false);
+    let pulse = crate::collective::Pulse::of(Some(Arc::clone(&ring)));
+    let mut _waits = None;
     let mut kept = None;
     for message in &messages {
         if let Some(Down::Start(start)) = &message.message {
             hangs = start.run == "hang";
+            if ["stand", "wait"].contains(&start.run.as_str()) {
+                pulse.beat();
+            }
+            _waits = (start.run == "wait").then(|| pulse.wait());
             if start.run == "keep" {
                 let found = start.host_snapshot.as_ref().map(|told| HostSnapshot::open("keep", told).unwrap());
                 let found = found.map(|found| (found.snapshot().step.0, found.read().unwrap().1));
@@ -357,6 +363,42 @@ async fn a_trainer_that_does_not_answer_is_reported_and_killed_and_one_that_does
     bench.stop().await;
 }
 
+fn start_with_limit(run: &str, slot: u32, incarnation: &str, seconds: u32) -> Down {
+    let Down::Start(start) = start(run, slot, incarnation) else { unreachable!() };
+    let workers = Some(pb::Workers { stall_timeout_seconds: Some(seconds), ..pb::Workers::default() });
+    Down::Start(StartTrainer { spec: Some(pb::RunSpec { workers, ..pb::RunSpec::default() }), ..start })
+}
+
+/// AGENT-8
+#[tokio::test]
+async fn a_trainer_that_answers_and_gets_nowhere_is_reported_and_killed_and_one_that_waits_is_left_alone() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start_with_limit("wait", 0, "a", 1)).await;
+    peer.ready().await;
+    let waits = peer.heartbeat(0).await;
+    peer.say(1, start_with_limit("stand", 1, "b", 2)).await;
+    peer.ready().await;
+    let Down::Propose(proposed) = propose("stand", "b", 6, 2) else { unreachable!() };
+    peer.say(1, Down::Propose(Propose { slot: 1, ..proposed })).await;
+    let (generation, failed) = peer
+        .report(|report| match &report.event {
+            Some(Event::Failed(failed)) => Some((report.generation, failed.clone())),
+            _ => None,
+        })
+        .await;
+    assert_eq!((generation, failed.class(), failed.reason()), (6, pb::FailureClass::Retry, pb::RunReason::TrainerHung));
+    let said = "training has not moved for 2 s, and waits for nobody, at step 0 of stage 0; its process answers; its last operation was \
+                reduce_shards_f32 1 (4 bytes) of step 0 in stage 0";
+    assert_eq!(failed.message, said);
+    let (generation, recent) = peer.recent().await;
+    assert_eq!((generation, recent.rank), (6, 2), "AGENT-7");
+    assert!(recent.still_ms >= 2_000, "{recent:?}");
+    assert_eq!(peer.exited("b").await, (None, Some(9)));
+    assert!(is_running(waits), "it was looked at for longer, with a shorter limit");
+    bench.stop().await;
+}
+
 /// AGENT-7
 #[tokio::test]
 async fn what_a_trainer_did_last_is_told_once_as_its_generation_ends() {
@@ -383,7 +425,7 @@ async fn what_a_trainer_did_last_is_told_once_as_its_generation_ends() {
     bench.stop().await;
 }
 
-/// AGENT-8: what one trainer has put into memory the next one finds, however the first has ended.
+/// AGENT-9: what one trainer has put into memory the next one finds, however the first has ended.
 #[tokio::test]
 async fn a_state_in_memory_outlives_its_trainer_until_the_run_needs_it_no_more() {
     let mut bench = Bench::start().await;

@@ -4,8 +4,9 @@ use super::child;
 use super::launch::{Launch, Running};
 use super::outbox::{Delivery, Outbox, delivery};
 use super::snapshots::Snapshots;
+use super::still::Still;
 use super::{Config, KILL_LIMIT, POLICY};
-use crate::collective::Ring;
+use crate::collective::{Movement, Ring};
 use crate::host_snapshot::HostSnapshot;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
@@ -20,6 +21,7 @@ use thaw_proto::pb::{
     TrainerStatus,
 };
 use thaw_proto::peers::Peers;
+use thaw_proto::spec::DEFAULT_STALL_TIMEOUT_SECONDS;
 use thaw_proto::worker::RecentOperations;
 use thaw_runtime::surroundings;
 use thaw_runtime::tasks::Tasks;
@@ -44,6 +46,13 @@ pub(super) struct TrainerId {
     pub(super) run: String,
     pub(super) slot: u32,
     pub(super) incarnation: String,
+}
+
+impl TrainerId {
+    fn report(&self, generation: u64, event: Event) -> TrainerReport {
+        let Self { run, slot, incarnation } = self.clone();
+        TrainerReport { run, slot, incarnation, generation, event: Some(event) }
+    }
 }
 
 /// A cheap handle; clones share the trainers.
@@ -74,6 +83,8 @@ struct Trainer {
     position: Option<pb::Position>,
     /// Pings since its last answer (AGENT-6).
     unanswered: u32,
+    /// How its training gets on (AGENT-8).
+    still: Still,
     /// What the coordinator must have heard (AGENT-2), in order.
     ledger: Vec<TrainerReport>,
     last_lines: VecDeque<String>,
@@ -126,7 +137,8 @@ impl Trainer {
         let operations = self.ring.as_ref()?.read(Generation(place.generation));
         place.told = true;
         let (rank, world_size) = (Rank(place.rank), place.world_size);
-        Some((place.generation, RecentOperations { rank, world_size, operations }))
+        let still = PING * self.still.looks();
+        Some((place.generation, RecentOperations { rank, world_size, operations, still }))
     }
 
     /// Takes its place in a gang; returns what it did in the one before.
@@ -139,6 +151,39 @@ impl Trainer {
         let world_size = u32::try_from(world_size).unwrap_or(u32::MAX);
         self.place = Some(Place { generation: propose.generation, rank: propose.rank, world_size, told: false });
         before
+    }
+
+    /// Takes another look at it, and pings it; why it has to go, where it has.
+    fn check(&mut self) -> Option<(RunReason, String)> {
+        let is_ready = |report: &TrainerReport| matches!(report.event, Some(Event::Ready(_)));
+        if !self.ledger.iter().any(is_ready) {
+            return None;
+        }
+        let movement = self.ring.as_ref().map(Ring::movement);
+        if let Some(movement) = movement {
+            self.still.look(movement, self.unanswered == 0);
+        }
+        if self.unanswered >= MOST_UNANSWERED {
+            // Somebody has stopped it, or it hangs by itself: the second is held against its slot.
+            let (reason, how) = match child::is_stopped(self.pid) {
+                true => (RunReason::TrainerLost, "is stopped"),
+                false => (RunReason::TrainerHung, "hangs"),
+            };
+            let limit = PING * MOST_UNANSWERED;
+            return Some((reason, format!("the process has not answered its agent for {limit:?}; it {how}")));
+        }
+        if let Some(Movement { stage, step, .. }) = movement.filter(|_| self.still.is_too_long()) {
+            let seconds = (PING * self.still.looks()).as_secs();
+            let message = format!(
+                "training has not moved for {seconds} s, and waits for nobody, at step {step} of stage {stage}; its process answers"
+            );
+            return Some((RunReason::TrainerHung, message));
+        }
+        self.unanswered += 1;
+        let ping = Some(pb::coordinator_message::Message::Ping(pb::Ping {}));
+        // Where it is full it does not read, so it will not answer either.
+        let _ = self.messages.try_send(CoordinatorMessage { leader_epoch: 0, message: ping });
+        None
     }
 
     fn observe(&mut self, report: &TrainerReport) {
@@ -246,6 +291,7 @@ impl Trainers {
             start.host_snapshot = self.snapshots().of(&id.run);
         }
         let (messages, waiting) = mpsc::channel(MAX_WAITING_MESSAGES);
+        let still = Still::new(most_looks(&message));
         messages.try_send(message).expect("the queue is empty");
         let kill = CancellationToken::new();
         let trainer = Trainer {
@@ -256,6 +302,7 @@ impl Trainers {
             generation: 0,
             position: None,
             unanswered: 0,
+            still,
             ledger: Vec::new(),
             last_lines: VecDeque::new(),
             messages,
@@ -281,8 +328,9 @@ impl Trainers {
         });
     }
 
-    /// Pings a trainer that is ready until it has ended, and kills it where it does not answer (AGENT-6). A trainer that is only slow does:
-    /// none of its threads but one has anything to do with answers. An agent that was kept from running has sent fewer pings meanwhile.
+    /// Pings a trainer that is ready until it has ended, and kills it where it does not answer (AGENT-6) or gets nowhere (AGENT-8). A trainer that
+    /// is only slow answers: none of its threads but one has anything to do with that. An agent that was kept from running has sent fewer
+    /// pings meanwhile.
     async fn watch_answers(&self, id: &TrainerId, ended: CancellationToken) {
         let mut pings = tokio::time::interval(PING);
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -292,39 +340,26 @@ impl Trainers {
                 () = ended.cancelled() => return,
                 _ = pings.tick() => {}
             }
-            let (generation, stopped, recent) = {
+            let (failed, recent, kill) = {
                 let mut by_slot = self.by_slot();
                 let Some(trainer) = find(&mut by_slot, id) else { return };
-                let is_ready = |report: &TrainerReport| matches!(report.event, Some(Event::Ready(_)));
-                if !trainer.ledger.iter().any(is_ready) {
-                    continue;
-                }
-                if trainer.unanswered < MOST_UNANSWERED {
-                    trainer.unanswered += 1;
-                    let ping = Some(pb::coordinator_message::Message::Ping(pb::Ping {}));
-                    // Where it is full it does not read, so it will not answer either.
-                    let _ = trainer.messages.try_send(CoordinatorMessage { leader_epoch: 0, message: ping });
-                    continue;
-                }
-                let stopped = child::is_stopped(trainer.pid);
+                let Some((reason, message)) = trainer.check() else { continue };
                 let recent = trainer.recent();
-                trainer.kill.cancel();
-                (trainer.generation, stopped, recent)
-            };
-            // Somebody has stopped it, or it hangs by itself: the second is held against its slot.
-            let (reason, how) =
-                if stopped { (RunReason::TrainerLost, "is stopped") } else { (RunReason::TrainerHung, "hangs") };
-            let limit = PING * MOST_UNANSWERED;
-            tracing::warn!(run = id.run, slot = id.slot, ?limit, how, "a trainer does not answer; killing it");
-            let last = recent.as_ref().and_then(|(_, recent)| recent.operations.last());
-            let last = last.map_or_else(String::new, |last| format!("; its last operation was {last}"));
-            let failed = TrainerFailed {
-                class: FailureClass::Retry.into(),
-                reason: reason.into(),
-                message: format!("the process has not answered its agent for {limit:?}; it {how}{last}"),
+                let last = recent.as_ref().and_then(|(_, recent)| recent.operations.last());
+                let last = last.map_or_else(String::new, |last| format!("; its last operation was {last}"));
+                let message = format!("{message}{last}");
+                tracing::warn!(run = id.run, slot = id.slot, why = message, "killing a trainer");
+                let failed = TrainerFailed { class: FailureClass::Retry.into(), reason: reason.into(), message };
+                // It may have been asked for a generation that it has never heard of.
+                let generation = trainer.place.map_or(trainer.generation, |place| place.generation);
+                let failed = id.report(generation, Event::Failed(failed));
+                trainer.keep(&failed);
+                (failed, recent, trainer.kill.clone())
             };
             self.tell(id, recent);
-            self.push_for(id, generation, Event::Failed(failed));
+            self.shared.outbox.push(failed);
+            // Last, so that its end is not heard of before the reason.
+            kill.cancel();
             return;
         }
     }
@@ -414,7 +449,7 @@ impl Trainers {
         self.shared.outbox.push(report);
     }
 
-    /// Lets go of states that nobody comes for (AGENT-8), for as long as the agent lives.
+    /// Lets go of states that nobody comes for (AGENT-9), for as long as the agent lives.
     pub(super) async fn let_go_of_old_states(&self) -> Infallible {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -507,13 +542,23 @@ impl Trainers {
     }
 
     fn push_for(&self, id: &TrainerId, generation: u64, event: Event) {
-        let (run, slot, incarnation) = (id.run.clone(), id.slot, id.incarnation.clone());
-        self.shared.outbox.push(TrainerReport { run, slot, incarnation, generation, event: Some(event) });
+        self.shared.outbox.push(id.report(generation, event));
     }
 
     fn by_slot(&self) -> MutexGuard<'_, BTreeMap<u32, Trainer>> {
         self.shared.by_slot.lock().expect("no code that holds the lock panics")
     }
+}
+
+/// At how many looks a trainer that is told to train by `message` has stood still for too long.
+fn most_looks(message: &CoordinatorMessage) -> Option<u32> {
+    let spec = match &message.message {
+        Some(pb::coordinator_message::Message::Start(start)) => start.spec.as_ref(),
+        _ => None,
+    };
+    let seconds = spec.and_then(|spec| spec.workers.as_ref()?.stall_timeout_seconds);
+    let limit = Duration::from_secs(seconds.unwrap_or(DEFAULT_STALL_TIMEOUT_SECONDS).into());
+    u32::try_from(limit.as_millis() / PING.as_millis()).ok().filter(|looks| *looks > 0)
 }
 
 fn find<'a>(by_slot: &'a mut BTreeMap<u32, Trainer>, id: &TrainerId) -> Option<&'a mut Trainer> {

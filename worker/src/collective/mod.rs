@@ -39,8 +39,9 @@ pub use gang::Tree;
 pub use gpus::Gpus;
 pub use handshake::{HostId, Listener, Membership, Options};
 pub use nccl::{DeviceSums, DeviceTicket, Limits};
+pub use peers::Links;
 pub use queue::{ReduceQueue, Ticket};
-pub use ring::{Entry, Record, Ring, RingAddress};
+pub use ring::{Entry, Movement, Pulse, Record, Ring, RingAddress, Wait};
 
 use thaw_proto::ids::Rank;
 use thaw_shm::Lease;

@@ -1,45 +1,70 @@
 //! [`Peers`]: a connection to every other rank, frames over it, and one operation at a time.
 //!
 //! Law: each peer has a thread that only reads, so a peer's write always makes progress and two ranks that send at once
-//! cannot block each other. The calling thread writes straight from the caller's buffers.
+//! cannot block each other. The calling thread writes straight from the caller's buffers. Over other [`Links`] than sockets there are no
+//! such threads: frames are fetched as they are waited for.
 
 use super::error::Error;
 use super::ring::Record;
 use super::wire::{self, Buffer, Header, Kind};
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use thaw_proto::ids::Rank;
 
 /// Below this a frame goes out in one write, so that it is one packet and one wake-up.
 const COALESCE_BYTES: usize = 64 << 10;
 /// A peer is at most three frames ahead; the next waits in the socket.
 const MAX_QUEUED: usize = 4;
 
+/// What carries the frames of a gang where that is not the system's sockets.
+pub trait Links: fmt::Debug + Send + Sync {
+    /// Sends a frame, and does not wait until it arrives.
+    ///
+    /// # Errors
+    /// That rank is gone.
+    fn send(&self, to: Rank, frame: Vec<u8>) -> io::Result<()>;
+
+    /// Waits for the next frame of each of these ranks, in their order.
+    ///
+    /// # Errors
+    /// Which of them is gone, and how that was seen.
+    fn receive(&self, from: &[Rank]) -> Result<Vec<Vec<u8>>, (Rank, io::Error)>;
+}
+
 /// The connections of one rank.
 #[derive(Debug)]
 pub(super) struct Peers {
     rank: u32,
+    world_size: u32,
     deadline: Duration,
     /// Number of the next operation. Held during an operation: there is one at a time.
     sequence: Mutex<u64>,
     /// Of what was entered and left.
     record: Record,
-    /// One for each connection.
+    /// One for each socket.
     readers: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
 }
 
 /// What the threads that read share with the one that calls.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shared {
-    /// In rank order; `None` is this rank.
-    streams: Vec<Option<TcpStream>>,
+    carrier: Carrier,
     inbox: Mutex<Inbox>,
     changed: Condvar,
     spare: Mutex<Vec<Buffer>>,
+}
+
+#[derive(Debug)]
+enum Carrier {
+    /// In rank order; `None` is this rank.
+    Sockets(Vec<Option<TcpStream>>),
+    Links(Arc<dyn Links>),
 }
 
 #[derive(Debug, Default)]
@@ -93,17 +118,14 @@ impl Peers {
         streams: Vec<Option<TcpStream>>,
         record: Record,
     ) -> io::Result<Self> {
-        let frames = streams.iter().map(|_| VecDeque::new()).collect();
         for stream in streams.iter().flatten() {
             stream.set_nonblocking(false)?;
             stream.set_read_timeout(None)?;
             stream.set_nodelay(true)?;
         }
-        let inbox = Mutex::new(Inbox { frames, ..Inbox::default() });
-        let shared = Arc::new(Shared { streams, inbox, ..Shared::default() });
-        let mut peers = Self { rank, deadline, sequence: Mutex::new(0), record, readers: Vec::new(), shared };
-        for (peer, stream) in (0..).zip(&peers.shared.streams) {
-            let Some(stream) = stream else { continue };
+        let world_size = u32::try_from(streams.len()).expect("ranks are u32");
+        let mut peers = Self::among(rank, world_size, deadline, Carrier::Sockets(streams), record);
+        for (peer, stream) in peers.shared.sockets() {
             let (shared, incoming) = (Arc::clone(&peers.shared), stream.try_clone()?);
             // Pushed one by one: where a thread cannot start, dropping `peers` joins those before it.
             let reader = std::thread::Builder::new().name(format!("reduce-from-{peer}"));
@@ -112,12 +134,25 @@ impl Peers {
         Ok(peers)
     }
 
+    /// Speaks to `world_size` ranks, itself among them, over `links`.
+    pub(super) fn over(rank: u32, world_size: u32, links: Arc<dyn Links>) -> Self {
+        Self::among(rank, world_size, Duration::MAX, Carrier::Links(links), Record::default())
+    }
+
+    fn among(rank: u32, world_size: u32, deadline: Duration, carrier: Carrier, record: Record) -> Self {
+        let frames = (0..world_size).map(|_| VecDeque::new()).collect();
+        let inbox = Mutex::new(Inbox { frames, ..Inbox::default() });
+        let shared = Shared { carrier, inbox, changed: Condvar::new(), spare: Mutex::default() };
+        let shared = Arc::new(shared);
+        Self { rank, world_size, deadline, sequence: Mutex::new(0), record, readers: Vec::new(), shared }
+    }
+
     pub(super) fn rank(&self) -> u32 {
         self.rank
     }
 
     pub(super) fn world_size(&self) -> u32 {
-        u32::try_from(self.shared.streams.len()).expect("ranks are u32")
+        self.world_size
     }
 
     pub(super) fn record(&self) -> &Record {
@@ -177,29 +212,21 @@ impl Peers {
             payload_bytes: bytes as u64,
         };
         let mut first = header.encode().to_vec();
-        if bytes <= COALESCE_BYTES {
-            first.extend(payload.iter().flat_map(|part| part.iter()));
-            return self.write(operation, to, &first);
-        }
-        self.write(operation, to, &first)?;
-        payload.iter().try_for_each(|part| self.write(operation, to, part))
-    }
-
-    fn write(&self, operation: &Operation, to: u32, mut bytes: &[u8]) -> Result<(), Error> {
-        let mut stream = self.shared.streams[to as usize].as_ref().expect("frames go to other ranks");
-        while !bytes.is_empty() {
-            let left = operation.left().ok_or_else(|| operation.too_late(vec![to]))?;
-            let written = stream.set_write_timeout(Some(left)).and_then(|()| stream.write(bytes));
-            match written {
-                Ok(0) => return Err(operation.lost(to, None)),
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {}
-                    _ => return Err(operation.lost(to, Some(Arc::new(error)))),
-                },
+        let whole = |first: &mut Vec<u8>| first.extend(payload.iter().flat_map(|part| part.iter()));
+        let streams = match &self.shared.carrier {
+            Carrier::Sockets(streams) => streams,
+            Carrier::Links(links) => {
+                whole(&mut first);
+                return links.send(Rank(to), first).map_err(|error| operation.lost(to, Some(Arc::new(error))));
             }
+        };
+        let stream = streams[to as usize].as_ref().expect("frames go to other ranks");
+        if bytes <= COALESCE_BYTES {
+            whole(&mut first);
+            return write(operation, to, stream, &first);
         }
-        Ok(())
+        write(operation, to, stream, &first)?;
+        payload.iter().try_for_each(|part| write(operation, to, stream, part))
     }
 
     /// One frame of the phase from each of these ranks, in their order.
@@ -218,6 +245,10 @@ impl Peers {
                 // The first to go took the others with it.
                 let (rank, source) = inbox.lost[0].clone();
                 return Err(operation.lost(rank, source));
+            }
+            if let Carrier::Links(links) = &self.shared.carrier {
+                inbox.fetch(links.as_ref(), &missing);
+                continue;
             }
             let left = operation.left().ok_or_else(|| operation.too_late(missing))?;
             inbox = self.shared.changed.wait_timeout(inbox, left).expect("no code that holds the lock panics").0;
@@ -264,6 +295,22 @@ impl Peers {
     }
 }
 
+fn write(operation: &Operation, to: u32, mut stream: &TcpStream, mut bytes: &[u8]) -> Result<(), Error> {
+    while !bytes.is_empty() {
+        let left = operation.left().ok_or_else(|| operation.too_late(vec![to]))?;
+        let written = stream.set_write_timeout(Some(left)).and_then(|()| stream.write(bytes));
+        match written {
+            Ok(0) => return Err(operation.lost(to, None)),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {}
+                _ => return Err(operation.lost(to, Some(Arc::new(error)))),
+            },
+        }
+    }
+    Ok(())
+}
+
 fn check(operation: &Operation, phase: u8, rank: u32, found: Header) -> Result<(), Error> {
     let expected = (operation.sequence, operation.kind, phase, operation.elements);
     if (found.sequence, found.kind, found.phase, found.elements) == expected {
@@ -283,7 +330,36 @@ fn elsewhere(operation: &Operation, rank: u32, found: Header) -> Error {
     operation.mismatch(format!("rank {rank} is in {} {}", found.kind.name(), found.sequence))
 }
 
+impl Inbox {
+    /// The next frame of each of these ranks, or the end of one.
+    fn fetch(&mut self, links: &dyn Links, from: &[u32]) {
+        let ranks: Vec<Rank> = from.iter().copied().map(Rank).collect();
+        match links.receive(&ranks) {
+            Ok(frames) => {
+                for (rank, frame) in from.iter().zip(frames) {
+                    let mut buffer = Buffer::default();
+                    match wire::read_frame(&mut frame.as_slice(), &mut buffer) {
+                        Ok(Some(header)) => self.frames[*rank as usize].push_back((header, buffer)),
+                        Ok(None) => self.lost.push((*rank, None)),
+                        Err(error) => self.lost.push((*rank, Some(Arc::new(error)))),
+                    }
+                }
+            }
+            Err((rank, error)) => self.lost.push((rank.0, Some(Arc::new(error)))),
+        }
+    }
+}
+
 impl Shared {
+    /// The connections, each with its rank; none over other links.
+    fn sockets(&self) -> impl Iterator<Item = (u32, &TcpStream)> {
+        let streams = match &self.carrier {
+            Carrier::Sockets(streams) => streams.as_slice(),
+            Carrier::Links(_) => &[],
+        };
+        (0..).zip(streams).filter_map(|(rank, stream)| Some((rank, stream.as_ref()?)))
+    }
+
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().expect("no code that holds the lock panics")
     }
@@ -292,7 +368,7 @@ impl Shared {
     pub(super) fn fail(&self, error: Error) {
         self.inbox().failed.get_or_insert(error);
         self.changed.notify_all();
-        for stream in self.streams.iter().flatten() {
+        for (_, stream) in self.sockets() {
             // Wakes our reader and writer, and tells the peer at once.
             let _already_closed = stream.shutdown(Shutdown::Both);
         }
@@ -322,7 +398,7 @@ impl Drop for Peers {
     fn drop(&mut self) {
         self.shared.inbox().closed = true;
         self.shared.changed.notify_all();
-        for stream in self.shared.streams.iter().flatten() {
+        for (_, stream) in self.shared.sockets() {
             // What was written still arrives: the end of the stream is queued behind it.
             let _already_closed = stream.shutdown(Shutdown::Both);
         }

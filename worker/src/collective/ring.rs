@@ -1,4 +1,4 @@
-//! [`Ring`]: the last operations over all ranks that a trainer has entered, in memory that its agent keeps.
+//! [`Ring`]: the last operations over all ranks that a trainer has entered, and whether it gets anywhere, in memory that its agent keeps.
 //!
 //! ```text
 //! agent ── creates, hands its address to the trainer ──▶ trainer maps it, and records: claim an entry, write it, mark it; later its end
@@ -9,6 +9,9 @@
 //!   their own.
 //! - `RING-2`: an entry counts while its mark says which it is, before and after it is read: one that is being written is left out.
 //! - `RING-3`: what is read was written by another process: an entry that makes no sense is left out, and nothing else comes of it.
+//! - `RING-4`: training beats whenever a piece of its work is done: an operator, a segment's backward, a sample, a layer group. It says so while
+//!   it waits for others, which has a deadline, or for a whole file to come from or go to storage, which takes as long as it takes. What
+//!   neither beats nor waits stands still.
 //!
 //! It says what an operation was and never what it carried. Without memory to write to, recording does nothing.
 
@@ -26,10 +29,13 @@ const ENTRIES: u64 = 256;
 /// A cache line each, of eight words.
 const ENTRY_BYTES: usize = 64;
 const SEGMENT_BYTES: usize = ENTRY_BYTES * (1 + ENTRIES as usize);
-/// The words in front of the entries: how many were claimed so far, and where training stands.
+/// The words in front of the entries: how many were claimed so far, where training stands, how often it has beaten, and how many waits of its
+/// have begun and not ended.
 const CLAIMED: usize = 0;
 const STAGE: usize = 8;
 const STEP: usize = 16;
+const BEATS: usize = 24;
+const WAITS: usize = 32;
 /// Words of an entry. The mark is its number from 1, and 0 while it is being written.
 const MARK: usize = 0;
 const GENERATION: usize = 8;
@@ -100,6 +106,14 @@ impl Ring {
         entries.into_iter().rev().map(|(_, operation)| operation).collect()
     }
 
+    /// Whether training gets anywhere.
+    #[must_use]
+    pub fn movement(&self) -> Movement {
+        let word = |word: usize| self.header(word).load(Ordering::Relaxed);
+        let stage = StageIndex(u32::try_from(word(STAGE)).unwrap_or(u32::MAX));
+        Movement { beats: word(BEATS), waits: word(WAITS) > 0, stage, step: Step(word(STEP)) }
+    }
+
     /// What lies at a place, with its mark (RING-2, RING-3).
     fn entry(&self, place: u64, generation: Generation) -> Option<(u64, CollectiveOperation)> {
         let word = |word: usize| self.word(place, word);
@@ -130,6 +144,62 @@ impl Ring {
     }
 }
 
+/// Where training stands, and whether it gets anywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Movement {
+    /// 0: its trainer does not beat.
+    pub beats: u64,
+    /// Whether it waits for others.
+    pub waits: bool,
+    pub stage: StageIndex,
+    /// Updates that are applied.
+    pub step: Step,
+}
+
+/// What training beats with (RING-4). Any of its threads may.
+#[derive(Debug, Clone, Default)]
+pub struct Pulse {
+    ring: Option<Arc<Ring>>,
+}
+
+impl Pulse {
+    /// In `ring`, where there is one.
+    #[must_use]
+    pub fn of(ring: Option<Arc<Ring>>) -> Self {
+        Self { ring }
+    }
+
+    /// A piece of its work is done.
+    pub fn beat(&self) {
+        if let Some(ring) = &self.ring {
+            ring.header(BEATS).fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// It waits for others, or for storage, until what is returned is dropped.
+    pub fn wait(&self) -> Wait<'_> {
+        if let Some(ring) = &self.ring {
+            ring.header(WAITS).fetch_add(1, Ordering::Relaxed);
+        }
+        Wait(self)
+    }
+}
+
+/// A wait that has begun; see [`Pulse::wait`].
+#[must_use = "the wait ends when this is dropped"]
+#[derive(Debug)]
+pub struct Wait<'a>(&'a Pulse);
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        // Before the wait is over: else it would look for a moment as if nothing had come of it.
+        self.0.beat();
+        if let Some(ring) = &self.0.ring {
+            ring.header(WAITS).fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// What the operations of a generation are recorded in.
 #[derive(Debug, Clone, Default)]
 pub struct Record {
@@ -147,6 +217,12 @@ impl Record {
     #[must_use]
     pub fn of(ring: Option<Arc<Ring>>, generation: Generation) -> Self {
         Self { ring, generation }
+    }
+
+    /// For who waits for its operations.
+    #[must_use]
+    pub fn pulse(&self) -> Pulse {
+        Pulse::of(self.ring.clone())
     }
 
     /// Where training stands, for what begins from here on.
@@ -271,6 +347,26 @@ mod tests {
             }
         });
         assert_eq!(ring.read(GENERATION_3).len(), MOST_READ);
+    }
+
+    /// RING-4
+    #[test]
+    fn training_beats_or_waits_or_stands_still() {
+        let (ring, record) = ring();
+        assert_eq!((ring.movement().beats, ring.movement().waits), (0, false));
+        let pulse = record.pulse();
+        pulse.beat();
+        record.at(StageIndex(2), Step(40));
+        assert_eq!(ring.movement(), Movement { beats: 1, waits: false, stage: StageIndex(2), step: Step(40) });
+        let outer = pulse.wait();
+        let inner = pulse.wait();
+        drop(inner);
+        assert!(ring.movement().waits, "the outer wait lasts");
+        drop(outer);
+        assert_eq!((ring.movement().beats, ring.movement().waits), (3, false), "a wait that has ended is a beat");
+        let none = Pulse::default();
+        none.beat();
+        drop(none.wait());
     }
 
     /// RING-3

@@ -2,6 +2,7 @@
 
 use super::prefix::CacheFolders;
 use crate::checkpoint::CheckpointStore;
+use crate::collective::Pulse;
 use std::path::PathBuf;
 use thaw_core::manifest::Fingerprints;
 use thaw_data::batch::Dataset;
@@ -54,11 +55,13 @@ pub(crate) struct Job {
     /// Tokens of the longest text that the data may give.
     pub(crate) longest_text: u32,
     pub(crate) cache: CacheFolders,
+    /// Beaten with wherever training gets on (RING-4).
+    pub(crate) pulse: Pulse,
 }
 
 impl Job {
     /// Reads everything that `start` names.
-    pub(crate) fn load(start: &pb::StartTrainer, cache: CacheFolders) -> Result<Self, Error> {
+    pub(crate) fn load(start: &pb::StartTrainer, cache: CacheFolders, pulse: Pulse) -> Result<Self, Error> {
         let given = start.spec.clone().ok_or_else(|| message("spec", "it is absent"))?;
         let spec = thaw_proto::convert::spec::check(&given).map_err(|problem| message("spec", problem))?;
         let plan = start.plan.clone().ok_or_else(|| message("plan", "it is absent"))?;
@@ -75,7 +78,9 @@ impl Job {
         let tokenizer = fit::tokenizer(&spec, &archive)?;
         let data = fit::data(&spec, &summary);
         let longest_text = data.max_length;
+        let beats = pulse.clone();
         let dataset = Dataset::open(index, &data, tokenizer.as_deref(), &fit::wants(&summary))?;
+        let dataset = dataset.telling(move || beats.beat());
         let fingerprints = Fingerprints {
             spec: blake3::hash(serde_json::to_string(&spec).expect("a spec is plain data").as_bytes())
                 .to_hex()
@@ -99,6 +104,7 @@ impl Job {
             store,
             longest_text,
             cache,
+            pulse,
         })
     }
 

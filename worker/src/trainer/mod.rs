@@ -36,7 +36,7 @@ pub use prefix::CacheFolders;
 
 use crate::checkpoint;
 use crate::collective::{
-    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Ring, RingAddress,
+    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Pulse, Ring, RingAddress,
 };
 use crate::device::DeviceOptions;
 use crate::host_snapshot::HostSnapshot;
@@ -231,9 +231,13 @@ fn train(
     }
     // Now, before the agent comes to hold another.
     let snapshot = start.host_snapshot.as_ref().and_then(|told| open_snapshot(&start.run, told));
-    let job = Job::load(start, node.cache)?;
+    let ring = node.ring.and_then(open_ring);
+    let pulse = Pulse::of(ring.clone());
+    let job = Job::load(start, node.cache, pulse.clone())?;
     thaw_torch::runtime::set_num_threads(job.spec.workers.threads_per_trainer as usize)?;
-    let model = load_model(&job, device)?;
+    let mut model = load_model(&job, device)?;
+    let beats = pulse.clone();
+    model.set_beat(move || beats.beat());
     let timeout = match start.collective_timeout_ms {
         0 => DEFAULT_COLLECTIVE_TIMEOUT,
         milliseconds => Duration::from_millis(u64::from(milliseconds)),
@@ -245,7 +249,7 @@ fn train(
         host: HostId::of_this_machine(),
     };
     let (listener, address) = Listener::bind(&node.host)?;
-    let listener = listener.recording(node.ring.and_then(open_ring));
+    let listener = listener.recording(ring);
     // NCCL's end on a loss is not trusted.
     let keeps_state = device == Device::Cpu;
     outbox.send(pb::trainer_report::Event::Ready(pb::TrainerReady { address, keeps_state }));
@@ -264,7 +268,10 @@ fn train(
     };
     loop {
         let step = trainer.step();
-        let outcome = match form(&listener, (&ordered, &latest), outbox, (options, device), &start.run) {
+        let waits = pulse.wait();
+        let formed = form(&listener, (&ordered, &latest), outbox, (options, device), &start.run);
+        drop(waits);
+        let outcome = match formed {
             Ok((proposal, links)) => {
                 latest.train(proposal.generation, &links.host);
                 trainer.generation(links, &proposal)
@@ -573,6 +580,7 @@ fn settings(job: &Job, hold: Option<Hold>) -> Settings {
         max_grad_norm: job.spec.max_grad_norm,
         classes: job.plan.classes.len(),
         hold,
+        pulse: job.pulse.clone(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Sums and gathers over ranks, on a thread of their own, so that they overlap with what the caller computes meanwhile.
 
-use crate::collective::{Collective, DeviceTicket, Error, Gpus, ReduceQueue, Ticket};
+use crate::collective::{Collective, DeviceTicket, Error, Gpus, Pulse, ReduceQueue, Ticket};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,6 +68,8 @@ pub(crate) struct Exchange {
     /// Of earlier steps, to be written again: fresh memory costs a page fault per 4 KiB.
     spare: Vec<Tensor>,
     summed_bytes: u64,
+    /// Waits for operations, which have deadlines, are no standstill (RING-4).
+    pulse: Pulse,
 }
 
 impl Exchange {
@@ -76,7 +78,8 @@ impl Exchange {
         let (rank, world_size, shards) = (host.rank().0, host.world_size(), host.shards());
         let one_part = maximal_subtrees(ranks_shards(rank, world_size, shards), shards).len() == 1;
         let (queue, spare) = (ReduceQueue::new(Arc::clone(&host)), Vec::new());
-        Self { gpus, queue, host, alone: world_size == 1, one_part, spare, summed_bytes: 0 }
+        let pulse = host.record().pulse();
+        Self { gpus, queue, host, alone: world_size == 1, one_part, spare, summed_bytes: 0, pulse }
     }
 
     /// Where training stands, for the record of what is exchanged from here on.
@@ -172,10 +175,15 @@ impl Exchange {
 
     /// For how long since `since` this rank stood ready while others still computed.
     pub(crate) fn waited_for_others(&mut self, arrival: Arrival, since: Instant) -> Result<Duration, Error> {
-        match self.queue.wait(arrival.0)? {
+        match self.wait(arrival.0)? {
             Work::Arrival { took: Some(took), .. } => Ok(took.end.saturating_duration_since(took.start.max(since))),
             _ => unreachable!("a ticket gives back its own work, done"),
         }
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<Work, Error> {
+        let _waits = self.pulse.wait();
+        self.queue.wait(ticket)
     }
 
     pub(crate) fn wait_tensor(&mut self, exchanged: Exchanged<Tensor>) -> Result<Tensor, Error> {
@@ -183,9 +191,10 @@ impl Exchange {
             Exchanged::Here(sum) => Ok(sum),
             Exchanged::OnGpu(submitted) => {
                 let gpus = self.gpus.as_ref().expect("a sum between GPUs was given to them");
+                let _waits = self.pulse.wait();
                 gpus.wait(submitted?)
             }
-            Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
+            Exchanged::Pending(ticket) => match self.wait(ticket)? {
                 Work::Tensors { sum, .. } | Work::InPlace(sum) => Ok(sum),
                 _ => unreachable!("a ticket gives back its own work"),
             },
@@ -196,7 +205,7 @@ impl Exchange {
         match exchanged {
             Exchanged::Here(sum) => Ok(sum),
             Exchanged::OnGpu(_) => unreachable!("numbers are summed on the host"),
-            Exchanged::Pending(ticket) => match self.queue.wait(ticket)? {
+            Exchanged::Pending(ticket) => match self.wait(ticket)? {
                 Work::Numbers { sum, .. } => Ok(sum),
                 _ => unreachable!("a ticket gives back its own work"),
             },
@@ -206,7 +215,7 @@ impl Exchange {
     /// See [`Collective::copy`].
     pub(crate) fn copy(&mut self, from: Rank, to: &[Rank], bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
         let ticket = self.queue.submit(Work::Copy { from, to: to.to_vec(), bytes }, work);
-        match self.queue.wait(ticket)? {
+        match self.wait(ticket)? {
             Work::Copy { bytes, .. } => Ok(bytes),
             _ => unreachable!("a ticket gives back its own work"),
         }
@@ -215,7 +224,7 @@ impl Exchange {
     /// Every rank's bytes, in rank order.
     pub(crate) fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
         let ticket = self.queue.submit(Work::Gather { mine, all: Vec::new() }, work);
-        match self.queue.wait(ticket)? {
+        match self.wait(ticket)? {
             Work::Gather { all, .. } => Ok(all),
             _ => unreachable!("a ticket gives back its own work"),
         }

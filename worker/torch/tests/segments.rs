@@ -5,6 +5,8 @@
 mod common;
 
 use common::{Builder, Weights, same_bits};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use thaw_graph::ir::{Arg, DType, IntArg, ValueId};
 use thaw_graph::segment::SegmentedGraph;
 use thaw_torch::model::{BatchNorm, Error, Options};
@@ -66,6 +68,26 @@ fn in_place_over_a_cut() -> SegmentedGraph {
     let logits = builder.linear(sum, w, b);
     builder.outputs(&[logits]);
     builder.finish(logits)
+}
+
+/// Whoever watches sees that a batch gets on within it: at each of 5 operators (linear, relu_, linear, add, linear), then at each backward.
+#[test]
+fn a_batch_beats_at_each_operator_and_each_backward() {
+    let graph = in_place_over_a_cut();
+    let mut model = load(&graph, &Weights::random(&graph.graph), Precision::Fp32);
+    let beats = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&beats);
+    model.set_beat(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let taken = || beats.swap(0, Ordering::Relaxed);
+    let (x, labels) = batch();
+    let _logits = model.forward(&[x.shallow_clone()]).unwrap();
+    let forward = taken();
+    assert!(forward >= 5, "{forward}");
+    model.set_trainable(&[1, 2]).unwrap();
+    let _found = gradients(&mut model, &[x], &labels, 1.0);
+    assert_eq!(taken(), forward + 2, "two segments have a backward");
 }
 
 #[test]

@@ -320,10 +320,15 @@ impl Turn {
         Ok(())
     }
 
-    pub(super) fn worker_lost(&mut self, worker: &WorkerName) {
-        let message = format!("worker {worker} is lost");
-        let is_here = |trainer: &&Trainer| trainer.worker == *worker;
-        self.forget_leaving(|trainer| trainer.worker == *worker);
+    pub(super) fn workers_lost(&mut self, workers: &[WorkerName]) {
+        let message = match workers {
+            [worker] => format!("worker {worker} is lost"),
+            [first, others @ ..] => format!("worker {first} and {} others are lost", others.len()),
+            [] => return,
+        };
+        let workers: BTreeSet<&WorkerName> = workers.iter().collect();
+        let is_here = |trainer: &&Trainer| workers.contains(&trainer.worker);
+        self.forget_leaving(|trainer| is_here(&trainer));
         let joining: Vec<Trainer> = self.record.joining.iter().filter(is_here).cloned().collect();
         for trainer in joining {
             self.lose_joiner(&trainer, &message);

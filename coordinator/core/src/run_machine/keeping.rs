@@ -288,12 +288,47 @@ impl Turn {
         self.observed.unexplained = Some(self.record.generation);
     }
 
-    /// Tells whom a lost generation waited for.
+    /// Tells whom a lost generation waited for, and goes on without one that is stuck for certain (CULPRIT-4).
     pub(super) fn culprit_found(&mut self, judgement: &Judgement) {
-        if self.observed.unexplained.take_if(|lost| *lost == judgement.generation).is_some()
-            && !self.record.state.has_ended()
+        if self.observed.unexplained.take_if(|lost| *lost == judgement.generation).is_none()
+            || self.record.state.has_ended()
         {
-            self.event(judgement.to_string());
+            return;
+        }
+        self.event(judgement.to_string());
+        if let Some(stuck) = judgement.stuck() {
+            let (trainer, seconds) = (stuck.trainer.clone(), stuck.still.as_secs());
+            let place = format!("{} slot {}", trainer.worker, trainer.slot);
+            self.leave_out_stuck(
+                &trainer,
+                format!("the trainer on {place} is stuck: it had not moved for {seconds} s"),
+            );
+        }
+    }
+
+    /// The loss it has caused is counted already.
+    fn leave_out_stuck(&mut self, trainer: &Trainer, message: String) {
+        // One that has built the next gang, or trains in it, moves again.
+        let waits = match self.record.state {
+            RunState::Admitted | RunState::Forming | RunState::Resizing => true,
+            RunState::Pending
+            | RunState::Running
+            | RunState::Suspending
+            | RunState::Suspended
+            | RunState::Preempting
+            | RunState::Succeeded
+            | RunState::Failed
+            | RunState::Cancelled => false,
+        };
+        if !waits || self.record.member(trainer).is_none() || self.observed.built.contains(&trainer.incarnation) {
+            return;
+        }
+        self.judge(trainer, Fault::Place);
+        if self.record.state != RunState::Resizing {
+            self.end_gang(std::slice::from_ref(trainer), RunReason::TrainerHung, message);
+        } else if self.observed.kept {
+            self.stop(trainer.clone());
+            self.lose_trainer(trainer, Fault::Place, RunReason::TrainerHung, message);
         }
     }
 

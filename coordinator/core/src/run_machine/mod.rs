@@ -45,7 +45,8 @@
 //! - RUN-13: from the second gang in a row on that is lost without a new step, trainers in place of lost ones are started after a wait between
 //!   nothing and a bound that doubles; so are those that are to join, where the ones before did not come so far. Survivors do not wait.
 //! - RUN-14: a trainer that crashes or hangs is held against its slot, once; one that ends because another did is not. A run that ends
-//!   because of a step takes back what it held against slots at that step.
+//!   because of a step takes back what it held against slots at that step. One that its gang waited for in vain, and that is stuck for certain
+//!   (CULPRIT-4), hangs: the next generation, where it has not built that yet, goes on without it.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone.
 
@@ -61,6 +62,10 @@ mod yielding;
 
 #[cfg(test)]
 mod culprit_tests;
+#[cfg(test)]
+mod keeping_tests;
+#[cfg(test)]
+mod script;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -178,8 +183,9 @@ pub enum Input {
         trainer: Trainer,
         ending: Ending,
     },
-    WorkerLost {
-        worker: WorkerName,
+    /// Those that are found lost together are lost at once: each loss is a new generation.
+    WorkersLost {
+        workers: Vec<WorkerName>,
     },
     /// `generation` is 0 for a trainer that was never proposed a gang.
     TrainerFailed {
@@ -518,7 +524,7 @@ fn apply(turn: &mut Turn, input: &Input) -> Result<(), Rejection> {
         Input::Progressed { generation, step } => turn.progressed(*generation, *step),
         Input::GangBuilt { trainer, generation } => turn.gang_built(trainer, *generation)?,
         Input::TrainerExited { trainer, ending } => turn.trainer_exited(trainer, *ending)?,
-        Input::WorkerLost { worker } => turn.worker_lost(worker),
+        Input::WorkersLost { workers } => turn.workers_lost(workers),
         Input::TrainerFailed { trainer, generation, class, reason, message } => {
             turn.trainer_failed(trainer, *generation, *class, *reason, message)?;
         }

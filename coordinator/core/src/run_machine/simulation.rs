@@ -3,7 +3,7 @@
 //! Checked after every step: RUN-1 to RUN-6, RUN-11 and RUN-12. Checked at the end, once faults have stopped: RUN-7 and RUN-8, that the run ends and no trainer
 //! is left.
 
-use super::tests::{checkpoint, result, stage_result};
+use super::script::{checkpoint, result, stage_result};
 use super::*;
 use crate::gang::FreeSlot;
 use crate::scheduler;
@@ -399,7 +399,7 @@ impl World {
             self.workers[worker].connected = false;
             self.workers[worker].inbox.clear();
             self.workers[worker].outbox.clear();
-            self.send(&Input::WorkerLost { worker: name(worker) });
+            self.send(&Input::WorkersLost { workers: vec![name(worker)] });
         }
     }
 
@@ -533,7 +533,7 @@ fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect
         };
         let gone = |member: &Member| match input {
             Input::TrainerExited { trainer, .. } => *trainer == member.trainer,
-            Input::WorkerLost { worker } => *worker == member.trainer.worker,
+            Input::WorkersLost { workers } => workers.contains(&member.trainer.worker),
             Input::TrainersSeen { worker, trainers } => {
                 *worker == member.trainer.worker && !trainers.contains(&member.trainer)
             }

@@ -1,6 +1,6 @@
 //! RUN-11 and RUN-12 by hand: gangs that grow and shrink while they train, and give way to others.
 
-use super::tests::{checkpoint, kinds, place, stage_result};
+use super::script::{checkpoint, kinds, place, stage_result};
 use super::*;
 use crate::gang::FreeSlot;
 use crate::scheduler;

@@ -1,6 +1,6 @@
 //! The table of every state and input, and the check that cited invariants are stated.
 
-use super::tests::{Script, checkpoint};
+use super::script::{Script, checkpoint};
 use super::*;
 use thaw_proto::ids::Slot;
 
@@ -80,7 +80,7 @@ fn run_4_the_table_of_transitions() {
             shown(Input::TrainerReady { trainer: rank_0.clone(), address: "h:1".into(), keeps: true }),
             shown(Input::GangBuilt { trainer: rank_0.clone(), generation }),
             shown(Input::TrainerExited { trainer: rank_0.clone(), ending: Ending::Code(0) }),
-            shown(Input::WorkerLost { worker: "a".into() }),
+            shown(Input::WorkersLost { workers: vec!["a".into()] }),
             shown(failed(FailureClass::Retry)),
             shown(failed(FailureClass::Fatal)),
             shown(Input::CheckpointWritten { trainer: rank_0.clone(), generation, checkpoint }),
@@ -97,7 +97,7 @@ fn run_4_the_table_of_transitions() {
         ];
         table.push_str(&format!("{name}: {}\n", cells.join(" ")));
     }
-    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkerLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted TrainerInterrupted Progressed Scale Cede Yield
+    // Tick TrainersSeen TrainerReady GangBuilt TrainerExited WorkersLost Failed(Retry) Failed(Fatal) CheckpointWritten Suspended Suspend Resume Cancel CoordinatorStarted TrainerInterrupted Progressed Scale Cede Yield
     let expected = "
 PENDING: Admitted = - - - = - - - - Suspended - Cancelled = - = = - -
 ADMITTED: = = = - = = = Failed - - Suspended - Cancelled Resizing = = = - -

@@ -129,7 +129,7 @@ impl Turn {
 
     /// What is left of the gang without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one is chosen
     /// once they have (RUN-6), or the run has failed (RUN-7).
-    fn end_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
+    pub(super) fn end_gang(&mut self, gone: &[Trainer], reason: RunReason, message: String) {
         if self.give_up(&message) || self.keep_members(gone, reason, &message) {
             return;
         }

@@ -1,6 +1,6 @@
 //! Whose doing an end is, and what follows: RUN-7, RUN-9, RUN-10, RUN-13 and RUN-14 by hand.
 
-use super::tests::{Script, kinds, place, ready, seen};
+use super::script::{Script, kinds, place, ready, seen};
 use super::turn::Turn;
 use super::verdicts::{Fault, fault_of};
 use super::*;

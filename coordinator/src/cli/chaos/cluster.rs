@@ -159,16 +159,8 @@ impl Cluster {
     }
 
     async fn start_etcd(&mut self) -> Result<(), Failure> {
-        let (client, any) = (format!("http://{}", self.etcd_address), "http://127.0.0.1:0");
-        let mut command = Command::new("etcd");
-        command.arg("--data-dir").arg(self.folder.join("etcd"));
-        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-        command.args(["--listen-peer-urls", any, "--initial-advertise-peer-urls", any]);
-        command.args(["--initial-cluster", &format!("default={any}")]);
-        let mut etcd = Process::start(command, &self.folder.join("etcd.log"))?;
-        // "serving insecure client requests on 127.0.0.1:34863, this is strongly discouraged!"
-        self.etcd_address = etcd.says("client requests on ").await?;
-        self.etcd = Some(etcd);
+        let (etcd, address) = start_etcd(&self.folder, &self.etcd_address).await?;
+        (self.etcd, self.etcd_address) = (Some(etcd), address);
         Ok(())
     }
 
@@ -440,4 +432,18 @@ pub(super) async fn leading(voices: &[ClusterServiceClient<Channel>]) -> Option<
     };
     let asked: Vec<_> = voices.iter().enumerate().map(ask).collect();
     if asked.is_empty() { None } else { futures::future::select_ok(asked).await.ok().map(|(found, _)| found) }
+}
+
+/// An etcd that keeps its data below `folder`, and where it serves: at `address`, whose port may be 0.
+pub(super) async fn start_etcd(folder: &Path, address: &str) -> Result<(Process, String), Failure> {
+    let (client, any) = (format!("http://{address}"), "http://127.0.0.1:0");
+    let mut command = Command::new("etcd");
+    command.arg("--data-dir").arg(folder.join("etcd"));
+    command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+    command.args(["--listen-peer-urls", any, "--initial-advertise-peer-urls", any]);
+    command.args(["--initial-cluster", &format!("default={any}")]);
+    let mut etcd = Process::start(command, &folder.join("etcd.log"))?;
+    // "serving insecure client requests on 127.0.0.1:34863, this is strongly discouraged!"
+    let address = etcd.says("client requests on ").await?;
+    Ok((etcd, address))
 }

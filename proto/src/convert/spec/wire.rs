@@ -197,6 +197,7 @@ impl From<&Workers> for pb::Workers {
             max: Some(workers.max),
             threads_per_trainer: Some(workers.threads_per_trainer),
             sizing: workers.sizing.number(),
+            stall_timeout_seconds: Some(workers.stall_timeout_seconds),
         }
     }
 }

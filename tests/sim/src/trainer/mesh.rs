@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
+use thaw_proto::ids::Rank;
 use thaw_proto::pb;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
@@ -44,11 +45,6 @@ impl Mesh {
         Ok(Self { rank: propose.rank, world, streams })
     }
 
-    pub(super) fn others(&self) -> impl Iterator<Item = u32> + use<> {
-        let rank = self.rank;
-        (0..self.world).filter(move |other| *other != rank)
-    }
-
     pub(super) async fn send(&mut self, to: u32, bytes: &[u8]) -> io::Result<()> {
         let stream = self.stream(to)?;
         let mut frame = u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_be_bytes().to_vec();
@@ -56,7 +52,7 @@ impl Mesh {
         stream.write_all(&frame).await
     }
 
-    pub(super) async fn receive(&mut self, from: u32) -> io::Result<Vec<u8>> {
+    async fn receive(&mut self, from: u32) -> io::Result<Vec<u8>> {
         let stream = self.stream(from)?;
         let length = stream.read_u32().await?;
         if length > MOST_BYTES {
@@ -67,27 +63,13 @@ impl Mesh {
         Ok(bytes)
     }
 
-    /// Gives every rank the bytes of every rank, in rank order.
-    pub(super) async fn gather(&mut self, bytes: Vec<u8>) -> io::Result<Vec<Vec<u8>>> {
-        if self.rank != 0 {
-            self.send(0, &bytes).await?;
-            let mut all = Vec::new();
-            for _ in 0..self.world {
-                all.push(self.receive(0).await?);
-            }
-            return Ok(all);
+    /// The next frame of each of these ranks; who of them is gone otherwise.
+    pub(super) async fn frames(&mut self, from: &[Rank]) -> Result<Vec<Vec<u8>>, (Rank, io::Error)> {
+        let mut frames = Vec::new();
+        for rank in from {
+            frames.push(self.receive(rank.0).await.map_err(|error| (*rank, error))?);
         }
-        let mut all = vec![bytes];
-        for other in self.others() {
-            let theirs = self.receive(other).await?;
-            all.push(theirs);
-        }
-        for other in self.others() {
-            for bytes in &all {
-                self.send(other, bytes).await?;
-            }
-        }
-        Ok(all)
+        Ok(frames)
     }
 
     fn stream(&mut self, rank: u32) -> io::Result<&mut TcpStream> {

@@ -1,5 +1,5 @@
 //! A trainer without tensors: it speaks the pipe's frames to the real agent, forms gangs over the simulated network, and its weights are
-//! the hash of every sample it has seen, in order. What it saves goes through the real checkpoint store; what it keeps when a gang breaks, and
+//! the hash of every sample it has seen, in order, and of every sum that the trainers' own collective made. What it saves goes through the real checkpoint store; what it keeps when a gang breaks, and
 //! which state a new gang goes on from, is decided by the real trainers' rules ([`thaw_core::survivors`]).
 //!
 //! ```text
@@ -7,6 +7,7 @@
 //!             ▲_________________________________________|_______|  a peer is lost, or a newer gang is proposed: Interrupted
 //! ```
 
+mod gang;
 mod keep;
 mod launch;
 mod mesh;
@@ -16,17 +17,20 @@ mod save;
 pub(crate) use launch::Toys;
 
 use crate::dice::Dice;
-use crate::world::{Living, SHARDS, Workload, World, next_weights, samples_of};
+use crate::one_stage::position;
+use crate::world::{Gradient, Living, SHARDS, Workload, World, gradient_of, next_weights, samples_of};
+use gang::Gang;
 use keep::State;
 use mesh::Mesh;
 use pipes::{Heard, hear, superseded};
-use save::position;
 use std::io;
 use std::time::Duration;
+use thaw_core::sampler::tree::maximal_subtrees;
 use thaw_mutants::planted;
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::trainer_report::Event;
+use thaw_worker::collective::Collective as _;
 use thaw_worker::pipe;
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +41,12 @@ use turmoil::net::TcpListener;
 const PEER_LIMIT: Duration = Duration::from_secs(4);
 /// For all peers to come.
 const JOIN_LIMIT: Duration = Duration::from_secs(15);
+/// Rank 0 in place of its samples: there is no step.
+const STAND_STILL: &[u8] = b"stand still";
+/// Until a checkpoint that was written is committed, mostly.
+const COMMIT: Duration = Duration::from_millis(150);
+/// A rank that stands still does so for less than its peers wait.
+const LULL_MS: std::ops::Range<u64> = 300..3000;
 /// Steps between two words of progress.
 const LOGGING_STEPS: u64 = 2;
 
@@ -53,6 +63,10 @@ pub(crate) struct Hazards {
     pub(crate) lies: u64,
     /// Of chunks of a copy: it arrives changed.
     pub(crate) garbled: u64,
+    /// Of steps that are saved: a trainer stands still once it has given the others what they need for the sum.
+    pub(crate) lulls: u64,
+    /// Of checkpoints: rank 0 dies as soon as they are committed.
+    pub(crate) last_words: u64,
     /// Of gangs that break: what one of the survivors keeps changes by itself.
     pub(crate) rot: u64,
 }
@@ -146,7 +160,7 @@ impl Toy {
     async fn work(mut self) -> i32 {
         loop {
             let over = match self.form().await {
-                Ok((propose, mesh)) => self.gang(propose, mesh).await,
+                Ok((propose, gang)) => self.gang(propose, gang).await,
                 Err(over) => Err(over),
             };
             match over {
@@ -186,7 +200,7 @@ impl Toy {
     }
 
     /// Builds the connections of the latest proposal, until one is committed.
-    async fn form(&mut self) -> Result<(pb::Propose, Mesh), Over> {
+    async fn form(&mut self) -> Result<(pb::Propose, Gang), Over> {
         let mut ears = self.ears.clone();
         loop {
             let last = self.generation;
@@ -200,6 +214,7 @@ impl Toy {
                 joined = timeout(JOIN_LIMIT, Mesh::join(&propose, &self.listener)) => joined,
             };
             let mesh = joined.map_err(|_| Over::Broken("a peer does not come"))??;
+            let gang = Gang::start(mesh, SHARDS, self.world.clone())?;
             self.world.has_built(&self.start.run, generation, &self.start.incarnation);
             self.report(Event::Built(pb::GangBuilt {}));
             let begins = hear(&mut ears, |heard| match () {
@@ -208,13 +223,13 @@ impl Toy {
                 () => None,
             });
             if begins.await.ok_or(Over::Dies(1))? {
-                return Ok((propose, mesh));
+                return Ok((propose, gang));
             }
         }
     }
 
     /// One generation, to the run's end, a suspension or an interruption.
-    async fn gang(&mut self, propose: pb::Propose, mut mesh: Mesh) -> Result<(), Over> {
+    async fn gang(&mut self, propose: pb::Propose, mut gang: Gang) -> Result<(), Over> {
         if !self.workload.keeps {
             self.held = None;
         }
@@ -222,25 +237,23 @@ impl Toy {
         tokio::select! {
             biased;
             () = superseded(ears, propose.generation) => Err(Over::Broken("a newer gang is proposed")),
-            ended = self.train(&propose, &mut mesh) => ended,
+            ended = self.train(&propose, &mut gang) => ended,
         }
     }
 
-    async fn train(&mut self, propose: &pb::Propose, mesh: &mut Mesh) -> Result<(), Over> {
+    async fn train(&mut self, propose: &pb::Propose, gang: &mut Gang) -> Result<(), Over> {
         let Workload { last_step, step: step_time, save_every, dies_at, .. } = self.workload.clone();
-        let mut state = self.agree(mesh, propose.resume.as_ref()).await?;
+        let mut state = self.agree(gang, propose.resume.as_ref()).await?;
         // Of the last step there is a checkpoint of the very gang that says it has finished.
         let mut saved = propose.resume.as_ref().and_then(|head| head.position).map(|position| position.step);
         saved = saved.filter(|saved| *saved < last_step);
-        let leads = mesh.rank == 0;
+        let leads = gang.rank() == 0;
         loop {
             let suspend = self.ears.borrow().suspend == self.generation;
             if leads && (suspend || state.step == last_step) {
-                for other in mesh.others() {
-                    mesh.send(other, &[]).await?;
-                }
+                self.meet(gang, STAND_STILL.to_vec()).await?;
                 if saved.is_none_or(|saved| saved < state.step) && (state.step > 0) {
-                    self.save(mesh.rank, state.step, &state.weights).await?;
+                    self.save(gang.rank(), state.step, &state.weights).await?;
                 }
                 if state.step == last_step {
                     return self.finish(state.step).await;
@@ -252,34 +265,52 @@ impl Toy {
             if leads && dies_at == Some(state.step + 1) {
                 return Err(Over::Dies(137));
             }
-            match self.step(mesh, &state).await? {
+            match self.step(gang, &state).await? {
                 Some(next) => state = next,
                 None => return Ok(()),
             }
-            self.lie(mesh.rank, state.step, last_step);
+            self.lie(gang.rank(), state.step, last_step);
             if leads && state.step.is_multiple_of(LOGGING_STEPS) {
                 let (position, generation) = (Some(position(state.step)), self.generation);
                 self.report(Event::Progress(pb::Progress { position, generation, ..Default::default() }));
             }
             if leads && state.step < last_step && state.step.is_multiple_of(save_every) {
                 saved = Some(state.step);
-                self.save(mesh.rank, state.step, &state.weights).await?;
+                self.save(gang.rank(), state.step, &state.weights).await?;
+                if self.dice.permille(self.hazards.last_words) {
+                    sleep(COMMIT).await;
+                    return Err(Over::Dies(137));
+                }
             }
         }
     }
 
     /// One step of the gang: each rank trains on what all have read. `None` where rank 0 has the others stand still.
-    async fn step(&mut self, mesh: &mut Mesh, state: &State) -> Result<Option<State>, Over> {
+    async fn step(&mut self, gang: &mut Gang, state: &State) -> Result<Option<State>, Over> {
         let next = state.step + 1;
-        let shards = thaw_core::sampler::ranks_shards(mesh.rank, mesh.world, SHARDS);
-        let own: Vec<u64> = shards.flat_map(|shard| samples_of(next, shard)).collect();
+        let shards = thaw_core::sampler::ranks_shards(gang.rank(), gang.world(), SHARDS);
+        let own = shards.clone().flat_map(|shard| samples_of(next, shard)).flat_map(u64::to_le_bytes);
         if planted("unapplied-step-kept") {
             self.held = Some(State { step: next, ..state.clone() });
         }
-        let exchanged =
-            timeout(PEER_LIMIT, exchange(mesh, own)).await.map_err(|_| Over::Broken("a peer is silent"))??;
-        let Some(samples) = exchanged else { return Ok(None) };
-        let weights = next_weights(state.weights, next, &samples);
+        let all = self.meet(gang, own.collect()).await?;
+        if all.first().is_some_and(|first| first == STAND_STILL) {
+            return Ok(None);
+        }
+        let words = all.iter().flat_map(|bytes| bytes.chunks_exact(8));
+        let samples: Vec<u64> = words.filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?))).collect();
+        let parts: Vec<Gradient> =
+            maximal_subtrees(shards, SHARDS).into_iter().map(|node| gradient_of(next, node)).collect();
+        if next.is_multiple_of(self.workload.save_every) && self.dice.permille(self.hazards.lulls) {
+            gang.lull(self.dice.millis(LULL_MS));
+        }
+        let adding = gang.operate(move |tree| {
+            let mut sum = Gradient::default();
+            let parts: Vec<&[f64]> = parts.iter().map(Gradient::as_slice).collect();
+            tree.reduce_shards_f64(&parts, &mut sum).map(|()| sum)
+        });
+        let sum = timeout(PEER_LIMIT, adding).await.map_err(|_| Over::Broken("a peer is silent"))??;
+        let weights = next_weights(state.weights, next, &samples, &sum);
         if planted("step-taken-twice") {
             self.held = Some(State { weights, ..state.clone() });
             sleep(self.workload.step).await;
@@ -289,25 +320,10 @@ impl Toy {
         self.world.applies(&self.start.run, &self.start.incarnation, state.step, (next, weights));
         Ok(Some(applied))
     }
-}
 
-/// The samples of all ranks in a step; `None` where rank 0 says that there is none.
-async fn exchange(mesh: &mut Mesh, own: Vec<u64>) -> io::Result<Option<Vec<u64>>> {
-    let bytes = |samples: &[u64]| samples.iter().flat_map(|sample| sample.to_le_bytes()).collect::<Vec<u8>>();
-    let read = |bytes: &[u8]| -> Vec<u64> {
-        bytes.chunks_exact(8).filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?))).collect()
-    };
-    if mesh.rank != 0 {
-        mesh.send(0, &bytes(&own)).await?;
-        let all = mesh.receive(0).await?;
-        return Ok((!all.is_empty()).then(|| read(&all)));
+    /// Gives every rank the bytes of every rank, in rank order.
+    async fn meet(&self, gang: &mut Gang, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, Over> {
+        let gathering = gang.operate(move |tree| tree.all_gather(&bytes));
+        Ok(timeout(PEER_LIMIT, gathering).await.map_err(|_| Over::Broken("a peer is silent"))??)
     }
-    let mut samples = own;
-    for other in mesh.others() {
-        samples.extend(read(&mesh.receive(other).await?));
-    }
-    for other in mesh.others() {
-        mesh.send(other, &bytes(&samples)).await?;
-    }
-    Ok(Some(samples))
 }

@@ -2,6 +2,7 @@
 
 use super::pipes::hear;
 use super::{Over, Toy};
+use crate::one_stage::{evaluation, position};
 use crate::world::{ToyManifest, Weights};
 use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb;
@@ -143,19 +144,4 @@ fn finished(start: &pb::StartTrainer, step: u64) -> Event {
         seconds: 2.0,
     };
     Event::Finished(pb::RunFinished { result: Some(result), reason: pb::RunReason::LastStageEnded.into() })
-}
-
-pub(super) fn position(step: u64) -> pb::Position {
-    pb::Position { stage: 0, stage_step: u32::try_from(step).unwrap_or(u32::MAX), step }
-}
-
-fn evaluation(step: u64) -> pb::Evaluation {
-    pb::Evaluation {
-        position: Some(position(step)),
-        loss: 0.25,
-        accuracy: 0.75,
-        macro_f1: 0.5,
-        samples: 4,
-        confusion: vec![2, 1, 0, 1],
-    }
 }

@@ -1,7 +1,7 @@
 //! What is known of everything at once: the invariants' memory. Coordinators, agents and trainers never read it.
 //!
 //! - LEDGER-1: what is committed, and what any trainer holds between two steps, is what a trainer holds that saw each sample of each step once,
-//!   in order.
+//!   in order, and added their gradients along the tree (TREE-1).
 //! - LEDGER-2: all ranks of a generation begin after the same step, with the same weights.
 //! - ONCE-1: of a generation, each rank is one trainer, and its key is no other generation's.
 //! - SLOT-1: no slot is held by two runs.
@@ -13,7 +13,7 @@ mod ledger;
 mod records;
 mod slots;
 
-pub(crate) use ledger::{Weights, next_weights, samples_of};
+pub(crate) use ledger::{Gradient, Weights, gradient_of, next_weights, samples_of};
 
 use gangs::{Beginning, Gang};
 use ledger::Ledger;
@@ -35,6 +35,7 @@ pub(crate) const SHARDS: u32 = 8;
 pub(crate) struct Workload {
     pub(crate) workers: (u32, u32),
     pub(crate) priority: Priority,
+    pub(crate) tenant: &'static str,
     /// Whether its trainers survive their gang.
     pub(crate) keeps: bool,
     pub(crate) last_step: u64,
@@ -62,6 +63,8 @@ struct Memory {
     log: Vec<String>,
     violations: Vec<String>,
     workloads: BTreeMap<String, Workload>,
+    /// Slots at most, by tenant.
+    quotas: BTreeMap<&'static str, u32>,
     runs: BTreeMap<String, Seen>,
     /// Who holds the leader's key, and since when.
     holder: Option<(String, u64)>,
@@ -176,6 +179,10 @@ impl World {
 
     pub(crate) fn set_workload(&self, name: &str, workload: Workload) {
         self.memory().workloads.insert(name.to_owned(), workload);
+    }
+
+    pub(crate) fn set_quotas(&self, quotas: BTreeMap<&'static str, u32>) {
+        self.memory().quotas = quotas;
     }
 
     pub(crate) fn workload(&self, run: &str) -> Option<Workload> {

@@ -1,4 +1,4 @@
-//! What is checked of who has how many slots: sizes of gangs, and slots that change hands (SCHED-1, SCHED-6, RUN-11, RUN-12).
+//! What is checked of who has how many slots: sizes of gangs, and slots that change hands (SCHED-1, SCHED-2, SCHED-6, RUN-11, RUN-12).
 
 use super::{Broken, Memory};
 use thaw_core::run_machine::{RunRecord, Trainer};
@@ -19,6 +19,15 @@ pub(super) fn check_slots(after: &RunRecord, memory: &Memory, broken: &mut Broke
     };
     if holds_none && after.trainers().next().is_some() {
         broken.push(("SCHED-1", format!("{run} is {:?} and holds slots", after.state)));
+    }
+    let tenant = after.spec.scheduling.tenant.as_str();
+    if let Some(quota) = memory.quotas.get(tenant) {
+        let others = memory.runs.values().map(|seen| &seen.record).filter(|other| other.id != *run);
+        let others = others.filter(|other| other.spec.scheduling.tenant == tenant);
+        let holds: usize = others.chain([after]).map(|record| record.trainers().count()).sum();
+        if holds > *quota as usize {
+            broken.push(("SCHED-2", format!("tenant {tenant} holds {holds} slots of a quota of {quota}")));
+        }
     }
     if after.scale.is_some_and(|scale| !(min..=max).contains(&scale)) {
         broken.push(("RUN-11", format!("{run} of {min}-{max} trainers is scaled to {:?}", after.scale)));

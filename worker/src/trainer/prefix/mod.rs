@@ -23,6 +23,7 @@ pub(crate) use source::Source;
 
 use super::job::Job;
 use super::replica::Replica;
+use crate::collective::Pulse;
 use chunk::Shapes;
 use shelf::{Form, Known, Shelf};
 use std::collections::BTreeMap;
@@ -137,6 +138,7 @@ pub(crate) struct Prefix {
     counts: Counts,
     scratch: Vec<u8>,
     given_up: Box<dyn Fn() -> bool>,
+    pulse: Pulse,
 }
 
 impl Prefix {
@@ -162,6 +164,7 @@ impl Prefix {
                 counts: Counts::default(),
                 scratch: Vec::new(),
                 given_up: Box::new(given_up),
+                pulse: job.pulse.clone(),
             })),
             Ok(None) => Ok(None),
             Err(problem) => {
@@ -246,6 +249,7 @@ impl Prefix {
                 return Ok(Err(position));
             };
             kept.push(Kept::Read { start, forms });
+            self.pulse.beat();
             self.counts.cached += 1;
         }
         for position in &batch.samples {

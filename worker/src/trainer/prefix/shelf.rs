@@ -361,6 +361,7 @@ fn fingerprint(job: &Job, model: &SegmentedModel, segment: usize) -> Result<Stri
     }
     hasher.update(prefix_identity(model.graph(), segment).as_bytes());
     for group in &model.groups()[..segment] {
+        job.pulse.beat();
         for tensor in std::iter::once(&group.flat).chain(group.buffers.iter().map(|(_, buffer)| buffer)) {
             hasher.update(&StateTensor::sharing("", tensor).map_err(|problem| problem.to_string())?.bytes);
         }

@@ -78,6 +78,7 @@ impl Replica {
     pub(crate) fn hash(&self) -> Result<blake3::Hash, Error> {
         let mut hasher = blake3::Hasher::new();
         for (index, group) in self.model.groups().iter().enumerate() {
+            self.settings.pulse.beat();
             hash(&mut hasher, &group.flat)?;
             for (_, buffer) in &group.buffers {
                 hash(&mut hasher, buffer)?;

@@ -19,7 +19,7 @@ use super::optimizer::{Optimizer, OptimizerState};
 use super::reduce::{self, Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::snapshot::{Copier, Stamp};
-use crate::collective::Collective;
+use crate::collective::{Collective, Pulse};
 use buffers::NormBuffers;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -75,6 +75,7 @@ pub(crate) struct Settings {
     pub(crate) max_grad_norm: Option<f64>,
     pub(crate) classes: usize,
     pub(crate) hold: Option<Hold>,
+    pub(crate) pulse: Pulse,
 }
 
 impl Settings {

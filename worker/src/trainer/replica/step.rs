@@ -295,6 +295,7 @@ impl Replica {
             }
             let state = self.states.get_mut(&group).expect("a trainable group has optimizer state");
             self.optimizer.step(&self.model.groups()[group], &sums[&group].0, rate, state)?;
+            self.settings.pulse.beat();
         }
         Ok((norm, true, clipping))
     }

@@ -63,6 +63,7 @@ fn unfit(manifest: &str, problem: &replica::Error) -> Error {
 
 /// Reads and decodes blobs, a few at a time, and checks each against its name.
 fn read_all(job: &Job, blobs: &[&BlobRef]) -> Result<BTreeMap<BlobRef, Tensors>, Error> {
+    let _waits = job.pulse.wait();
     let (next, read) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     let reader = || -> Result<(), Error> {
         while let Some(&blob) = blobs.get(next.fetch_add(1, Ordering::Relaxed)) {

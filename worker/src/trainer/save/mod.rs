@@ -31,6 +31,7 @@ use super::replica::{Extent, Replica, StepReport};
 use super::session::State;
 use super::snapshot::{GroupSnapshot, Stamp};
 use crate::checkpoint::{self, CheckpointStore, Keep, Writer};
+use crate::collective::Pulse;
 use blob::Piece;
 use cadence::Cadence;
 use contents::Copies;
@@ -137,6 +138,7 @@ pub(crate) struct Saver {
     /// Stamps that some rank has written, or is about to.
     written: BTreeSet<Stamp>,
     ledger: Arc<Mutex<Ledger>>,
+    pulse: Pulse,
 }
 
 /// What rank 0 needs to make a checkpoint of what all ranks wrote.
@@ -174,6 +176,7 @@ impl Saver {
             of_stage: 0,
             written: ledger.0.keys().copied().collect(),
             ledger: Arc::new(Mutex::new(ledger)),
+            pulse: job.pulse.clone(),
         })
     }
 
@@ -265,7 +268,9 @@ impl Saver {
                 then,
             }),
         };
+        let waits = self.pulse.wait();
         self.writer.submit(move |store| work.run(store))?;
+        drop(waits);
         self.last = Some(step);
         self.of_stage += 1;
         let stall = began.elapsed();
@@ -275,6 +280,7 @@ impl Saver {
 
     /// Waits until the last save is durable and, on rank 0, the head pointer names it.
     pub(crate) fn finish(&mut self) -> Result<(), Error> {
+        let _waits = self.pulse.wait();
         while let Some(result) = self.writer.wait()? {
             result?;
         }

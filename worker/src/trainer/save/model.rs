@@ -89,6 +89,7 @@ pub(crate) fn write_archive(job: &Job, replica: &Replica, path: &Path) -> Result
         let shape = tensor.shape.iter().map(|&size| i64::try_from(size).expect("sizes of real tensors fit")).collect();
         Some((graph_dtype(tensor.dtype)?, shape, tensor.data.to_vec()))
     };
+    let _waits = job.pulse.wait();
     Ok(job.archive.write(path, value)?)
 }
 
@@ -111,6 +112,7 @@ pub(crate) fn write_weights(job: &Job, replica: &Replica, path: &Path, precision
     let body = safetensors::serialize(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), metadata).map_err(
         |source| checkpoint::Error::State { what: "the model cannot be written".to_owned(), source: Some(source) },
     )?;
+    let _waits = job.pulse.wait();
     write_whole(path, &body)
 }
 

@@ -192,11 +192,30 @@ pub(crate) enum Cell {
 #[derive(Debug)]
 pub(crate) struct Frame {
     pub(crate) cells: Vec<Cell>,
+    pub(crate) beat: Beat,
+}
+
+/// What is called after each operator, where somebody wants to see that a batch gets on.
+#[derive(Default)]
+pub(crate) struct Beat(pub(crate) Option<Box<dyn Fn() + Send + Sync>>);
+
+impl Beat {
+    pub(crate) fn call(&self) {
+        if let Some(beat) = &self.0 {
+            beat();
+        }
+    }
+}
+
+impl std::fmt::Debug for Beat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "beats" } else { "silent" })
+    }
 }
 
 impl Frame {
     pub(crate) fn new(values: usize) -> Self {
-        Self { cells: std::iter::repeat_with(|| Cell::Empty).take(values).collect() }
+        Self { cells: std::iter::repeat_with(|| Cell::Empty).take(values).collect(), beat: Beat::default() }
     }
 
     /// The tensor in a cell.

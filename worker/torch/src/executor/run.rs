@@ -22,6 +22,7 @@ impl Block {
         let mut outputs = Vec::new();
         for instruction in &self.instructions {
             self.step(instruction, frame, phase, &mut outputs)?;
+            frame.beat.call();
             for value in &instruction.frees {
                 frame.cells[*value] = Cell::Empty;
             }

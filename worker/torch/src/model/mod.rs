@@ -20,7 +20,7 @@ use thaw_graph::segment::SegmentedGraph;
 
 use crate::autograd;
 pub use crate::executor::Options;
-use crate::executor::{self, Frame, Phase, Program};
+use crate::executor::{self, Beat, Frame, Phase, Program};
 pub use load::{WeightBytes, WeightSource};
 pub use prefix::Entry;
 pub use state::StateTensor;
@@ -275,6 +275,12 @@ impl SegmentedModel {
     /// Has the gradient buffers of groups that are thawed from now on lie in this memory, where it has room; in libtorch's own without any.
     pub fn set_gradient_memory(&mut self, memory: Option<GradientMemory>) {
         self.gradient_memory = Memory(memory);
+    }
+
+    /// Has `beat` called by the thread that runs a batch, after each operator of a forward and each segment of a backward: on a GPU, once it is
+    /// enqueued. It must be cheap.
+    pub fn set_beat(&mut self, beat: impl Fn() + Send + Sync + 'static) {
+        self.frame.beat = Beat(Some(Box::new(beat)));
     }
 
     /// What training steps minimise from now on; plain cross-entropy at first.

@@ -281,6 +281,7 @@ impl SegmentedModel {
             let is_head = segment + 1 == self.groups.len();
             let head = if is_head { Some((loss, self.loss_gradient(loss, weight)?)) } else { None };
             self.backward_segment(segment, record, head, &mut pending)?;
+            self.frame.beat.call();
             spent += started.elapsed();
             for group in finishing.get(&segment).into_iter().flatten() {
                 let started = Instant::now();

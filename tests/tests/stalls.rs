@@ -1,0 +1,144 @@
+//! Trainers whose process runs and whose training does not: found, killed, held against their slot; and those that are only slow, left alone.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use thaw_tests::process::{self, Process};
+use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
+
+/// The shortest that a spec may ask for, in seconds.
+const LIMIT: u32 = 5;
+
+fn events(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// What was said of trainers that hang; not whom their gangs waited for.
+fn hung(run: &Path) -> Vec<String> {
+    let hung = events(run).into_iter().filter(|event| event["reason"] == "TRAINER_HUNG");
+    let said = hung.map(|event| event["message"].as_str().unwrap().to_owned());
+    said.filter(|message| message.starts_with("rank 0 ")).collect()
+}
+
+/// Two workers on this machine, and a coordinator to talk to.
+struct Cluster {
+    sandbox: Sandbox,
+    up: Process,
+    server: String,
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let sandbox = Sandbox::new();
+        let up = Process::start(sandbox.thaw().args(["up", "--workers", "2", "--listen", "127.0.0.1:0"]));
+        let server = process::eventually("the coordinator's address", DEADLINE, || {
+            let stderr = up.stderr();
+            Some(stderr.split_once("coordinator at ")?.1.split_whitespace().next()?.to_owned())
+        });
+        Self { sandbox, up, server }
+    }
+
+    /// `thaw VERB ... -o json`.
+    fn verb(&self, arguments: &[&str]) -> Value {
+        let mut command = self.sandbox.thaw();
+        let command = command.args(["--server", &self.server]).args(arguments).arg("-ojson");
+        let ended = Process::start(command).wait(DEADLINE);
+        assert!(ended.status.success(), "thaw {arguments:?}: {}", ended.stderr);
+        serde_json::from_str(&ended.stdout).unwrap()
+    }
+
+    fn submit(&self, file: &str, workers: &str, more: &str) -> String {
+        let text = text_spec(more).replace("{min: 1, max: 4}", workers);
+        let spec = self.sandbox.file(file, &text).display().to_string();
+        self.verb(&["submit", &spec])["name"].as_str().unwrap().to_owned()
+    }
+}
+
+/// AGENT-8, RUN-14: rank 0 opens its trace for writing, which is a pipe that nobody reads: the training thread sits in that call, its process
+/// answers. It happens to two trainers in one slot. The third, elsewhere, finds a file.
+#[test]
+fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
+    let cluster = Cluster::start();
+    // Holds both slots until the pipe lies there.
+    let long = "until: {max_steps: 1000000}\neval_steps: 1000000";
+    let other = cluster.submit("other.yaml", "{min: 2, max: 2}", long);
+    process::eventually("the first run trains", DEADLINE, || {
+        (cluster.verb(&["get", &other])["state"] == "RUN_STATE_RUNNING").then_some(())
+    });
+    let workers = format!("{{min: 1, max: 1, stall_timeout_seconds: {LIMIT}}}");
+    let short = "until: {max_steps: 20}\nstrategy: full_fine_tuning\nverification: {trace: true}";
+    let id = cluster.submit("spec.yaml", &workers, short);
+    let run = cluster.sandbox.data_dir().join(&id);
+    let trace = run.join("trace/steps.jsonl");
+    fs::create_dir_all(trace.parent().unwrap()).unwrap();
+    nix::unistd::mkfifo(&trace, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
+    let _ = cluster.verb(&["cancel", &other]);
+
+    let said = process::eventually("two trainers that are stuck", DEADLINE, || {
+        let hung = hung(&run);
+        (hung.len() >= 2).then_some(hung)
+    });
+    fs::remove_file(&trace).unwrap();
+    let sentence = format!(
+        "training has not moved for {LIMIT} s, and waits for nobody, at step 0 of stage 0; its process answers"
+    );
+    assert!(said.iter().all(|message| message.contains(&sentence)), "{said:?}");
+    let workers = cluster.verb(&["workers"]);
+    let resting: Vec<&Value> = workers["workers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|worker| worker["quarantined"].as_array())
+        .flatten()
+        .collect();
+    assert!(resting.len() == 1 && resting[0]["faults"] == 2, "{workers:#}");
+    let ended = cluster.verb(&["watch", &id]);
+    assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
+    let lines = fs::read_to_string(&trace).unwrap().lines().count();
+    assert_eq!(lines, 20, "the last trainer has written the whole trace");
+    cluster.up.terminate();
+    assert!(cluster.up.wait(Duration::from_secs(30)).status.success());
+}
+
+/// AGENT-8: also while all processors are busy with something else for longer than the limit.
+#[test]
+fn trainers_that_are_only_slow_are_left_alone() {
+    let sandbox = Sandbox::new();
+    let text = text_spec("strategy: full_fine_tuning\nuntil: {max_steps: 1000000}\neval_steps: 50");
+    let workers = format!("{{min: 2, max: 2, stall_timeout_seconds: {LIMIT}}}");
+    let spec = sandbox.spec(&text.replace("{min: 1, max: 4}", &workers));
+    let training = Process::start(&mut sandbox.train_command(&spec, 2, &[]));
+    let run = process::eventually("a gang that trains", DEADLINE, || {
+        let run = fs::read_dir(sandbox.data_dir().join("runs")).ok()?.next()?.ok()?.path();
+        events(&run).iter().any(|event| event["reason"] == "TRAINING").then_some(run)
+    });
+    let trainers: BTreeSet<u32> = process::trainers_below(training.id()).into_iter().collect();
+    let busy = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        let processors = std::thread::available_parallelism().unwrap().get();
+        for _ in 0..2 * processors {
+            scope.spawn(|| {
+                while busy.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        // No condition stands for it: it is the time itself that must not matter.
+        let end = Instant::now() + Duration::from_secs(u64::from(2 * LIMIT));
+        while Instant::now() < end {
+            std::thread::park_timeout(Duration::from_millis(200));
+        }
+        busy.store(false, Ordering::Relaxed);
+    });
+    let now: BTreeSet<u32> = process::trainers_below(training.id()).into_iter().collect();
+    let all = events(&run);
+    assert!(all.iter().all(|event| event["reason"] != "TRAINER_HUNG"), "{all:?}");
+    assert!(now.len() == 2 && now == trainers, "{trainers:?} became {now:?}");
+    drop(training);
+}
