@@ -427,6 +427,9 @@ pub struct Checkpoint {
     /// Share of the training time.
     #[serde(default = "default_max_overhead")]
     pub max_overhead: f64,
+    /// `None`: with every checkpoint on CPUs, and never on GPUs. Zero: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_snapshot_steps: Option<u32>,
 }
 
 fn default_max_overhead() -> f64 {

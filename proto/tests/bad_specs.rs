@@ -220,6 +220,10 @@ fn policies() {
             "checkpoint: {max_overhead: 0}",
             "checkpoint.max_overhead: must be in (0, 1], not 0; leave it out for 0.03 (line 5)",
         ),
+        (
+            "checkpoint: {host_snapshot_steps: 1000001}",
+            "checkpoint.host_snapshot_steps: must be in 0-1000000, not 1000001; leave it out for a copy with every checkpoint (line 5)",
+        ),
     ];
     for (lines, expected) in table {
         assert_eq!(with(lines), expected, "{lines}");

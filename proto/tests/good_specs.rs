@@ -78,6 +78,7 @@ fn policies_and_their_defaults() {
     assert_eq!((plain.gradient_accumulation_steps, plain.label_smoothing_factor), (1, 0.0));
     assert_eq!((plain.class_weights, plain.l2_sp, plain.ema), (ClassWeights::Equal, None, None));
     assert_eq!((plain.checkpoint.save_steps, plain.checkpoint.max_overhead), (None, 0.03));
+    assert_eq!(plain.checkpoint.host_snapshot_steps, None);
     assert_eq!(
         (plain.thawed_batch_norm.policy, plain.thawed_batch_norm.minimum_batch),
         (ThawedBatchNormPolicy::Auto, 16)

@@ -76,7 +76,7 @@ prop_compose! {
             lr_scheduler: scheduler.map(|(kind, warmup_steps, warmup_ratio, factor, patience)| {
                 pb::LrScheduler { r#type: kind, warmup_steps, warmup_ratio, factor, patience }
             }),
-            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, save_steps: steps, ..Default::default() }),
+            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, save_steps: steps, host_snapshot_steps: chunk_size, ..Default::default() }),
             scheduling: scheduling.map(|(tenant, priority)| pb::Scheduling { tenant, priority }),
             ..Default::default()
         }
@@ -90,7 +90,7 @@ prop_compose! {
         pull in option::of((option::of(0.0..10.0f64), option::of(0.0..10.0f64))), ema in option::of((0.01..0.9999f64, option::of(any::<bool>()))),
         learning_rates in prop::collection::hash_map("[a-z.]{1,8}|/[a-z]{1,8}/", 1e-9..1.0f64, 0..3), memory_format in 0..4,
         norm in option::of((0..2, 0..4, option::of(2..64u32))), plateau in option::of((option::of(0.01..0.99f64), option::of(1..9u32))),
-        ratio in option::of(0.0..=1.0f64), overhead in option::of(0.001..=1.0f64), scheduling in option::of(("[a-z][a-z0-9-]{0,9}", 0..4)),
+        ratio in option::of(0.0..=1.0f64), (overhead, copies) in (option::of(0.001..=1.0f64), option::of(0..=1_000_000u32)), scheduling in option::of(("[a-z][a-z0-9-]{0,9}", 0..4)),
     ) -> pb::RunSpec {
         let balanced = weights.is_none() && flags.1;
         pb::RunSpec {
@@ -108,7 +108,7 @@ prop_compose! {
                 Some((factor, patience)) => pb::LrScheduler { r#type: 7, warmup_ratio: ratio, factor, patience, ..Default::default() },
                 None => pb::LrScheduler { warmup_ratio: ratio, ..Default::default() },
             }),
-            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, ..Default::default() }),
+            checkpoint: Some(pb::Checkpoint { max_overhead: overhead, host_snapshot_steps: copies, ..Default::default() }),
             scheduling: scheduling.map(|(tenant, priority)| pb::Scheduling { tenant, priority }),
             ..Default::default()
         }

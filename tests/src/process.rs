@@ -121,8 +121,19 @@ pub fn kill_by_id(id: u32) {
 /// The trainers below a process, by id, ascending.
 #[must_use]
 pub fn trainers_below(id: u32) -> Vec<u32> {
+    below(id, b"trainer")
+}
+
+/// The agents below a process, by id, ascending.
+#[must_use]
+pub fn agents_below(id: u32) -> Vec<u32> {
+    below(id, b"agent")
+}
+
+/// The processes below one that have `role` among their arguments.
+fn below(id: u32, role: &[u8]) -> Vec<u32> {
     let mut parents = std::collections::BTreeMap::new();
-    let mut trainers = Vec::new();
+    let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().map_while(Result::ok) {
         let Some(process) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let Ok(status) = std::fs::read_to_string(entry.path().join("status")) else { continue };
@@ -130,17 +141,17 @@ pub fn trainers_below(id: u32) -> Vec<u32> {
         let zombie = status.lines().any(|line| line.starts_with("State:") && line.contains('Z'));
         parents.insert(process, parent.unwrap_or(0));
         let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if !zombie && arguments.split(|byte| *byte == 0).any(|argument| argument == b"trainer") {
-            trainers.push(process);
+        if !zombie && arguments.split(|byte| *byte == 0).any(|argument| argument == role) {
+            found.push(process);
         }
     }
-    let is_below = |trainer: &u32| {
-        let ancestors = std::iter::successors(Some(*trainer), |process| parents.get(process).copied());
+    let is_below = |one: &u32| {
+        let ancestors = std::iter::successors(Some(*one), |process| parents.get(process).copied());
         ancestors.take_while(|process| *process != 0).any(|process| process == id)
     };
-    trainers.retain(is_below);
-    trainers.sort_unstable();
-    trainers
+    found.retain(is_below);
+    found.sort_unstable();
+    found
 }
 
 /// SIGSTOP to a process that is not our child, by its id.

@@ -79,7 +79,7 @@ fn each_state_is_stored_once_and_groups_that_never_trained_not_at_all() {
 #[test]
 fn a_run_that_resumes_in_a_harmful_stage_still_ends_with_the_best_weights() {
     let undisturbed = Sandbox::new();
-    let spec = text_spec(&format!("{HARMED}checkpoint: {{save_steps: 2}}\n"));
+    let spec = text_spec(&format!("{HARMED}checkpoint: {{save_steps: 2, host_snapshot_steps: 0}}\n"));
     let expected = undisturbed.train_summary(&undisturbed.spec(&spec), 1, &[]);
     let stages = expected["stages"].as_array().unwrap();
     let first = stages[0]["steps"].as_u64().unwrap();

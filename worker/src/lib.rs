@@ -6,5 +6,6 @@ pub mod agent;
 pub mod checkpoint;
 pub mod collective;
 pub mod device;
+pub mod host_snapshot;
 pub mod pipe;
 pub mod trainer;

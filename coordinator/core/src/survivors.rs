@@ -2,15 +2,22 @@
 //!
 //! ```text
 //! all ranks: what each holds (step, moves, digest) ─▶ the furthest, if their digests agree ─▶ lowest of them ── sealed chunks ─▶ all others
+//!       ▲ nobody anything of use: who has the furthest snapshot of its host loads it │
+//!       └────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! - KEEP-1: a generation goes on from the furthest state that any of its ranks holds, if that is no older than the head; else from the head.
 //! - KEEP-2: ranks that have come equally far must hold the same, to the last bit; where they do not, nothing is guessed and the run ends.
 //! - KEEP-3: a rank takes over a peer's state whole, after every chunk's hash and its weights' own have been checked, or not at all.
+//! - KEEP-4: a snapshot that a host has kept counts where no rank holds a state of use, and then the furthest; one that is older than the head,
+//!   by its step or by its generation, is of no use: a later generation that has moved the head has left that line of training.
+//! - KEEP-5: only ranks that have exactly the snapshot that was chosen load it, each whole or not at all. From then on it is what they hold, and
+//!   all rules above hold of it; where none of them could load it, the next one is chosen, and at last the head.
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use thaw_mutants::planted;
-use thaw_proto::ids::{Rank, Step};
+use thaw_proto::ids::{Generation, Rank, Step};
 
 /// What a trainer holds of its run's training. Ordered by how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -33,6 +40,31 @@ impl Held {
     pub fn is(&self, digest: &str) -> bool {
         self.digest == digest || planted("copy-unchecked")
     }
+}
+
+/// A state that lies in the memory of a host. Ordered by how far it has come; of those alike, the later generation's comes last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The last step that is applied in it.
+    pub step: Step,
+    /// As of [`Held::moves`].
+    pub moves: u64,
+    /// Whose state it is.
+    pub generation: Generation,
+}
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step {} of generation {}", self.step, self.generation)
+    }
+}
+
+/// The checkpoint that the head pointer names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    pub step: Step,
+    /// That has written it.
+    pub generation: Generation,
 }
 
 /// What the ranks of a generation go on from.
@@ -78,6 +110,18 @@ pub fn agree(rank: Rank, all: &[Option<Held>], head: Option<Step>) -> Result<Agr
     let is_left = |rank: &Rank| planted("laggard-goes-on") && holders().any(|(other, _)| other == *rank);
     let in_need = (0..).map(Rank).take(all.len()).filter(|rank| !has_it(rank) && !is_left(rank)).collect();
     Ok(Agreed::Kept { source, held: first.clone(), in_need })
+}
+
+/// The snapshot that whoever has it is to load before [`agree`] (KEEP-4), from what all ranks hold and have; `None` where none is to be.
+#[must_use]
+pub fn to_load(held: &[Option<Held>], snapshots: &[Option<Snapshot>], head: Option<Head>) -> Option<Snapshot> {
+    let is_old = |step: Step| head.is_some_and(|head| step < head.step);
+    if held.iter().flatten().any(|held| !is_old(held.step)) {
+        return None;
+    }
+    let is_left = |generation: Generation| head.is_some_and(|head| generation < head.generation);
+    let of_use = |one: &Snapshot| !is_old(one.step) && !is_left(one.generation);
+    snapshots.iter().flatten().copied().filter(of_use).max()
 }
 
 /// The bytes of a chunk, and their hash behind them.
@@ -138,6 +182,65 @@ mod tests {
         let all = [held(2, 1, "old"), held(3, 1, "a"), held(3, 1, "b"), held(3, 1, "a"), held(3, 1, "c")];
         let differ = Disagreement::Differ { step: Step(3), rank: Rank(1), ranks: vec![Rank(2), Rank(4)] };
         assert!((0..5).all(|rank| agree(Rank(rank), &all, None) == Err(differ.clone())));
+    }
+
+    fn snapshot(step: u64, moves: u64, generation: u64) -> Option<Snapshot> {
+        Some(Snapshot { step: Step(step), moves, generation: Generation(generation) })
+    }
+
+    fn head(step: u64, generation: u64) -> Option<Head> {
+        Some(Head { step: Step(step), generation: Generation(generation) })
+    }
+
+    #[test]
+    fn keep_4_a_snapshot_counts_where_nobody_holds_a_state_of_use() {
+        let snapshots = [snapshot(9, 1, 2), None, snapshot(8, 9, 2)];
+        let nobody = [None, None, None];
+        assert_eq!(to_load(&nobody, &snapshots, head(4, 2)), snapshots[0]);
+        assert_eq!(to_load(&nobody, &snapshots, None), snapshots[0]);
+        assert_eq!(to_load(&nobody, &[None, None, None], None), None);
+        // Also one that has not come as far as the snapshot: nobody goes back behind what lives.
+        let alive = [None, held(5, 1, "a"), None];
+        assert_eq!(to_load(&alive, &snapshots, head(5, 2)), None);
+        assert_eq!(to_load(&alive, &snapshots, None), None);
+        assert_eq!(to_load(&alive, &snapshots, head(6, 2)), snapshots[0], "it is older than the head");
+    }
+
+    #[test]
+    fn keep_4_what_is_older_than_the_head_is_of_no_use() {
+        let nobody = [None, None];
+        let snapshots = [snapshot(9, 1, 2), snapshot(7, 1, 3)];
+        assert_eq!(to_load(&nobody, &snapshots, head(9, 2)), snapshots[0], "as old as the head is old enough");
+        assert_eq!(to_load(&nobody, &snapshots, head(10, 2)), None);
+        // The third generation has begun before step 9, and its head is on another line.
+        assert_eq!(to_load(&nobody, &snapshots, head(6, 3)), snapshots[1]);
+        assert_eq!(to_load(&nobody, &snapshots, head(6, 4)), None);
+    }
+
+    #[test]
+    fn keep_4_the_furthest_is_chosen_and_of_those_alike_the_later_generations() {
+        let nobody = [None, None, None, None];
+        let chosen = |all: [Option<Snapshot>; 4]| to_load(&nobody, &all, None);
+        assert_eq!(chosen([snapshot(9, 1, 1), snapshot(9, 2, 1), snapshot(8, 7, 9), None]), snapshot(9, 2, 1));
+        assert_eq!(chosen([snapshot(9, 2, 3), snapshot(9, 2, 5), snapshot(9, 2, 4), None]), snapshot(9, 2, 5));
+    }
+
+    /// KEEP-5: once one is loaded it is a state like any other, and one that could not be is not claimed again.
+    #[test]
+    fn keep_5_what_was_loaded_is_held_and_copied_by_the_others() {
+        let snapshots = [None, snapshot(9, 1, 2), snapshot(9, 1, 2), snapshot(7, 1, 2)];
+        let nobody = [None, None, None, None];
+        let chosen = to_load(&nobody, &snapshots, head(4, 2));
+        assert_eq!(chosen, snapshots[1]);
+        // The second has loaded it, the third could not.
+        let loaded = [None, held(9, 1, "a"), None, None];
+        assert_eq!(to_load(&loaded, &[None, None, None, snapshots[3]], head(4, 2)), None);
+        assert_eq!(agree(Rank(3), &loaded, Some(Step(4))), kept(1, held(9, 1, "a"), &[0, 2, 3]));
+        // Neither could.
+        assert_eq!(to_load(&nobody, &[None, None, None, snapshots[3]], head(4, 2)), snapshots[3]);
+        let differ = [None, held(9, 1, "a"), held(9, 1, "b"), None];
+        let found = agree(Rank(0), &differ, Some(Step(4)));
+        assert_eq!(found, Err(Disagreement::Differ { step: Step(9), rank: Rank(1), ranks: vec![Rank(2)] }));
     }
 
     #[test]

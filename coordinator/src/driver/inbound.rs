@@ -77,6 +77,7 @@ fn event_of(event: Event, trainer: Trainer, generation: Generation) -> Result<Re
         }
         Event::Interrupted(raw) => Input::TrainerInterrupted { trainer, generation, message: raw.message },
         Event::Pong(pb::Pong {}) => return Err(Violations::one("pong", "is for the agent alone")),
+        Event::HostSnapshot(_) => return Err(Violations::one("host_snapshot", "is for the agent alone")),
         Event::Exited(exited) => Input::TrainerExited { trainer, ending: ending(&exited) },
     }))
 }

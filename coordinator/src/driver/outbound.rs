@@ -58,6 +58,8 @@ fn start(trainer: &Trainer, record: &RunRecord, traceparent: Option<&str>) -> pb
         traceparent: traceparent.unwrap_or_default().to_owned(),
         // The trainer's default.
         collective_timeout_ms: 0,
+        // The agent's.
+        host_snapshot: None,
     }
 }
 

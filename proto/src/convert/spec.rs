@@ -238,6 +238,12 @@ fn checkpoint(at: &mut Checker, raw: &pb::Checkpoint) -> Checkpoint {
         save_steps: at.whole_or_none("save_steps", raw.save_steps, 1..=1_000_000, "an interval by cost"),
         save_total_limit: at.whole("save_total_limit", raw.save_total_limit, 1..=1000, 3),
         max_overhead: at.real("max_overhead", raw.max_overhead, Interval::LeftOpen(0.0, 1.0), 0.03),
+        host_snapshot_steps: at.whole_or_none(
+            "host_snapshot_steps",
+            raw.host_snapshot_steps,
+            0..=1_000_000,
+            "a copy with every checkpoint",
+        ),
     }
 }
 

@@ -36,6 +36,7 @@ mod upkeep;
 pub use entry::{MAX_DIMS, MAX_TENSORS, Tensor};
 pub use index::Record;
 pub use key::{Key, KeyTextError};
+pub use room::memory_room;
 pub use store::{Put, Stats, Store, TierStats};
 pub use tier::{Config, Tier, TierName};
 pub use upkeep::{Cleared, Fit, Which, clear, held_bytes, would_fit};

@@ -36,12 +36,19 @@ pub(crate) fn room(tier: TierName, folder: &Path) -> io::Result<u64> {
     match tier {
         TierName::Disk => Ok(disk.free.saturating_sub((disk.total / 20).min(8 * GIB))),
         TierName::Memory => {
-            let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| machine_room(&text));
-            let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_room(&text));
             let own = less_margin(disk.free, disk.total);
-            Ok(own.min(machine.unwrap_or(u64::MAX)).min(group.unwrap_or(u64::MAX)))
+            Ok(own.min(memory_room().unwrap_or(u64::MAX)))
         }
     }
+}
+
+/// Bytes of memory that this process may still take, with a margin left for everybody else: the least of the machine's and the control
+/// group's. `None` where neither says.
+#[must_use]
+pub fn memory_room() -> Option<u64> {
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| machine_room(&text));
+    let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_room(&text));
+    machine.into_iter().chain(group).min()
 }
 
 fn less_margin(free: u64, total: u64) -> u64 {

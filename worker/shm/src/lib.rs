@@ -13,16 +13,57 @@ mod arena;
 pub use arena::{Arena, Lease};
 
 use bytemuck::Pod;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
+use std::os::unix::fs::FileExt as _;
 use std::ptr::NonNull;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Of the system's memory.
 const PAGE: usize = 4096;
 const LARGE_PAGE: usize = 2 << 20;
+
+/// Where another process of this host finds a segment: `process:descriptor`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentAddress {
+    process: u32,
+    descriptor: u32,
+}
+
+impl From<(u32, u32)> for SegmentAddress {
+    /// From what [`Segment::address`] gives.
+    fn from((process, descriptor): (u32, u32)) -> Self {
+        Self { process, descriptor }
+    }
+}
+
+impl From<SegmentAddress> for (u32, u32) {
+    /// For [`Segment::open`].
+    fn from(address: SegmentAddress) -> Self {
+        (address.process, address.descriptor)
+    }
+}
+
+impl fmt::Display for SegmentAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.process, self.descriptor)
+    }
+}
+
+impl FromStr for SegmentAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once(':').and_then(|(one, other)| Some((one.parse().ok()?, other.parse().ok()?)));
+        numbers
+            .map(|(process, descriptor)| Self { process, descriptor })
+            .ok_or_else(|| format!("`{text}` is not process:descriptor"))
+    }
+}
 
 /// A mapped segment.
 #[derive(Debug)]
@@ -73,6 +114,30 @@ impl Segment {
     #[must_use]
     pub fn address(&self) -> (u32, u32) {
         (std::process::id(), u32::try_from(self.file.as_raw_fd()).unwrap_or(u32::MAX))
+    }
+
+    /// Bytes of it.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Puts bytes into pages that nobody has used, which so need not be zeroed and mapped first; else as [`Segment::write`].
+    ///
+    /// # Errors
+    /// What the system says: there is no memory left.
+    ///
+    /// # Panics
+    /// If they are outside.
+    pub fn fill(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        let _inside = self.at(offset, bytes.len(), 1);
+        self.file.write_all_at(bytes, offset as u64)
     }
 
     /// Maps the file where large pages begin, so that it can have them.
@@ -278,6 +343,16 @@ mod tests {
         own.forget(1 << 35, 6 << 20);
         assert_eq!(pages(), 0);
         assert_eq!(other.numbers::<u64>(1 << 35, 1), [0]);
+    }
+
+    #[test]
+    fn what_it_is_filled_with_is_seen_like_what_is_written() {
+        let own = Segment::create(8192).unwrap();
+        own.fill(4090, b"over two pages").unwrap();
+        let address: SegmentAddress = SegmentAddress::from(own.address()).to_string().parse().unwrap();
+        let other = Segment::open(address.into(), 8192).unwrap();
+        assert_eq!((other.numbers::<u8>(4090, 14), other.len()), (&b"over two pages"[..], 8192));
+        assert!(own.numbers::<u8>(0, 4090).iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -18,6 +18,8 @@
 //! - `AGENT-8`: a trainer that answers, and whose training stands still (RING-4) for the spec's `workers.stall_timeout_seconds`, is reported
 //!   and killed too. Time counts while the agent runs and the trainer has answered its last ping: a machine that is paused or too busy is no
 //!   standstill.
+//! - `AGENT-9`: of each run it holds the last state that a trainer of this host has put into shared memory, and no other: until the run needs none,
+//!   no trainer of it has lived here for long, or the agent ends.
 //!
 //! It decides nothing about runs, and every wait in it has a deadline.
 
@@ -25,6 +27,7 @@ mod child;
 pub mod launch;
 mod outbox;
 mod session;
+mod snapshots;
 mod still;
 #[cfg(test)]
 mod tests;
@@ -161,7 +164,11 @@ pub async fn run_among(config: Config, surroundings: Surroundings, shutdown: Can
     // Not a child of `shutdown`: the tasks that watch the trainers end when those have ended.
     let tasks = Tasks::new(CancellationToken::new());
     let trainers = trainers::Trainers::new(&config, surroundings.launch, tasks.clone());
-    let outcome = keep_session(&config, &surroundings.dial, first, &trainers, &shutdown).await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = keep_session(&config, &surroundings.dial, first, &trainers, &shutdown) => outcome,
+        never = trainers.let_go_of_old_states() => match never {},
+    };
     trainers.kill_all();
     let joined = tasks.join(KILL_LIMIT).await.map_err(Error::Trainers);
     outcome.and(joined)

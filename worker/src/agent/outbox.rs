@@ -25,7 +25,7 @@ pub(super) enum Delivery {
 
 pub(super) fn delivery(report: &TrainerReport) -> Delivery {
     match &report.event {
-        Some(Event::Progress(_) | Event::Pong(_)) | None => Delivery::BestEffort,
+        Some(Event::Progress(_) | Event::Pong(_) | Event::HostSnapshot(_)) | None => Delivery::BestEffort,
         Some(Event::Log(_) | Event::Evaluation(_) | Event::Operations(_)) => Delivery::Once,
         Some(
             Event::Ready(_)

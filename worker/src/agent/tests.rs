@@ -3,10 +3,12 @@
 
 use super::*;
 use crate::collective::{Record, Ring};
+use crate::host_snapshot::HostSnapshot;
 use std::collections::VecDeque;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use thaw_proto::ids::Generation;
+use thaw_core::survivors::Snapshot;
+use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb::coordinator_message::Message as Down;
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::pb::worker_message::Message as Up;
@@ -35,6 +37,7 @@ fn fake_trainer() {
     let (mut hangs, mut hangs_now) = (false, false);
     let pulse = crate::collective::Pulse::of(Some(Arc::clone(&ring)));
     let mut _waits = None;
+    let mut kept = None;
     for message in &messages {
         if let Some(Down::Start(start)) = &message.message {
             hangs = start.run == "hang";
@@ -42,6 +45,20 @@ fn fake_trainer() {
                 pulse.beat();
             }
             _waits = (start.run == "wait").then(|| pulse.wait());
+            if start.run == "keep" {
+                let found = start.host_snapshot.as_ref().map(|told| HostSnapshot::open("keep", told).unwrap());
+                let found = found.map(|found| (found.snapshot().step.0, found.read().unwrap().1));
+                eprintln!("found {found:?}");
+                kept = Some(written_by(std::process::id()));
+            }
+        }
+        if let (Some(Down::Propose(_)), Some(kept)) = (&message.message, &kept) {
+            let event = Some(Event::HostSnapshot(kept.told()));
+            pipe.sender().send(TrainerReport { event, ..TrainerReport::default() }).unwrap();
+        }
+        if let (Some(Down::Suspend(_)), Some(_)) = (&message.message, &kept) {
+            let event = Some(Event::HostSnapshot(pb::HostSnapshot::default()));
+            pipe.sender().send(TrainerReport { event, ..TrainerReport::default() }).unwrap();
         }
         let (event, generation) = match message.message.unwrap() {
             Down::Start(start) if start.run == "crash" => {
@@ -73,6 +90,15 @@ fn fake_trainer() {
         let report = TrainerReport { generation, event: Some(event), ..TrainerReport::default() };
         pipe.sender().send(report).unwrap();
     }
+}
+
+/// The state of a trainer of the run `keep`, whose process id is its step and its body.
+fn written_by(process: u32) -> HostSnapshot {
+    let step = Step(process.into());
+    let snapshot = Snapshot { step, moves: 1, generation: Generation(1) };
+    let body = bytes::Bytes::copy_from_slice(&process.to_le_bytes());
+    HostSnapshot::create("keep", snapshot, thaw_proto::run::Position { step, ..Default::default() }, b"{}", vec![body])
+        .unwrap()
 }
 
 /// One session as the coordinator sees it.
@@ -197,6 +223,15 @@ impl Peer {
     async fn failed(&mut self) -> TrainerFailed {
         self.report(|report| match &report.event {
             Some(Event::Failed(failed)) => Some(failed.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// What follows `begin` in the next line of a log that begins so.
+    async fn line(&mut self, begin: &str) -> String {
+        self.report(|report| match &report.event {
+            Some(Event::Log(line)) => line.text.strip_prefix(begin).map(str::to_owned),
             _ => None,
         })
         .await
@@ -387,6 +422,43 @@ async fn what_a_trainer_did_last_is_told_once_as_its_generation_ends() {
     let told = |report: &TrainerReport| matches!(report.event, Some(Event::Operations(_)));
     let of_last = peer.seen.iter().filter(|report| told(report)).map(|report| report.generation).collect::<Vec<_>>();
     assert_eq!(of_last, [5], "it ended after it was stopped, and is not told twice");
+    bench.stop().await;
+}
+
+/// AGENT-9: what one trainer has put into memory the next one finds, however the first has ended.
+#[tokio::test]
+async fn a_state_in_memory_outlives_its_trainer_until_the_run_needs_it_no_more() {
+    let mut bench = Bench::start().await;
+    let (mut peer, _) = bench.session(1).await;
+    peer.say(1, start("keep", 0, "a")).await;
+    peer.ready().await;
+    assert_eq!(peer.line("found ").await, "None");
+    peer.say(1, propose("keep", "a", 1, 0)).await;
+    peer.report(|report| matches!(report.event, Some(Event::Built(_))).then_some(())).await;
+    let pid = peer.heartbeat(1).await;
+    let stop = |slot: u32, incarnation: &str| {
+        let (run, incarnation) = ("keep".to_owned(), incarnation.to_owned());
+        Down::Stop(StopTrainer { run, slot, incarnation, generation: 9 })
+    };
+    peer.say(1, stop(0, "a")).await;
+    assert_eq!(peer.exited("a").await, (None, Some(9)));
+    // In another slot, while a trainer of another run is there.
+    peer.say(1, start("demo", 0, "other")).await;
+    peer.ready().await;
+    peer.say(1, start("keep", 1, "b")).await;
+    peer.ready().await;
+    let body = bytes::Bytes::copy_from_slice(&pid.to_le_bytes());
+    assert_eq!(peer.line("found ").await, format!("{:?}", Some((u64::from(pid), body))));
+    let (run, incarnation) = ("keep".to_owned(), "b".to_owned());
+    peer.say(1, Down::Suspend(SuspendTrainer { run, slot: 1, incarnation, generation: 1 })).await;
+    peer.report(|report| matches!(report.event, Some(Event::Suspended(_))).then_some(())).await;
+    peer.say(1, stop(1, "b")).await;
+    assert_eq!(peer.exited("b").await, (None, Some(9)));
+    peer.say(1, start("keep", 1, "c")).await;
+    peer.ready().await;
+    assert_eq!(peer.line("found ").await, "None");
+    let heard = |report: &TrainerReport| matches!(report.event, Some(Event::HostSnapshot(_)));
+    assert!(!peer.seen.iter().any(heard), "it is for the agent alone");
     bench.stop().await;
 }
 

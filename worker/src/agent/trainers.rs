@@ -3,10 +3,13 @@
 use super::child;
 use super::launch::{Launch, Running};
 use super::outbox::{Delivery, Outbox, delivery};
+use super::snapshots::Snapshots;
 use super::still::Still;
 use super::{Config, KILL_LIMIT, POLICY};
 use crate::collective::{Movement, Ring};
-use std::collections::{BTreeMap, VecDeque};
+use crate::host_snapshot::HostSnapshot;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::convert::Infallible;
 use std::io;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,8 +23,10 @@ use thaw_proto::pb::{
 use thaw_proto::peers::Peers;
 use thaw_proto::spec::DEFAULT_STALL_TIMEOUT_SECONDS;
 use thaw_proto::worker::RecentOperations;
+use thaw_runtime::surroundings;
 use thaw_runtime::tasks::Tasks;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Messages that may wait for a trainer; a trainer reads all the time, so more mean that it does not.
@@ -30,6 +35,8 @@ const MAX_WAITING_MESSAGES: usize = 64;
 const PING: Duration = Duration::from_millis(250);
 /// Pings without an answer after which it is given up.
 const MOST_UNANSWERED: u32 = 6;
+/// Between two looks for states that nobody comes for.
+const LOOK: Duration = Duration::from_secs(30);
 /// Last lines of a trainer that are kept for the agent's own log.
 const KEPT_LINES: usize = 20;
 
@@ -62,6 +69,7 @@ struct Shared {
     outbox: Outbox,
     /// The last trainer of each slot, alive or not.
     by_slot: Mutex<BTreeMap<u32, Trainer>>,
+    snapshots: Mutex<Snapshots>,
 }
 
 #[derive(Debug)]
@@ -194,6 +202,7 @@ impl Trainer {
                 | Event::Interrupted(_)
                 | Event::Operations(_)
                 | Event::Pong(_)
+                | Event::HostSnapshot(_)
                 | Event::Exited(_)
                 | Event::Log(_),
             )
@@ -208,8 +217,14 @@ impl Trainer {
 
 impl Trainers {
     pub(super) fn new(config: &Config, launch: Arc<dyn Launch>, tasks: Tasks) -> Self {
-        let shared =
-            Shared { slots: config.slots, launch, tasks, outbox: Outbox::default(), by_slot: Mutex::default() };
+        let shared = Shared {
+            slots: config.slots,
+            launch,
+            tasks,
+            outbox: Outbox::default(),
+            by_slot: Mutex::default(),
+            snapshots: Mutex::default(),
+        };
         Self { shared: Arc::new(shared) }
     }
 
@@ -270,8 +285,11 @@ impl Trainers {
         }
     }
 
-    fn adopt(&self, id: TrainerId, running: Running, message: CoordinatorMessage) {
+    fn adopt(&self, id: TrainerId, running: Running, mut message: CoordinatorMessage) {
         let Running { child, stdin, stdout, stderr, ring } = running;
+        if let Some(pb::coordinator_message::Message::Start(start)) = &mut message.message {
+            start.host_snapshot = self.snapshots().of(&id.run);
+        }
         let (messages, waiting) = mpsc::channel(MAX_WAITING_MESSAGES);
         let still = Still::new(most_looks(&message));
         messages.try_send(message).expect("the queue is empty");
@@ -412,6 +430,12 @@ impl Trainers {
                 trainer.unanswered = 0;
                 return;
             }
+            if let Some(Event::HostSnapshot(told)) = &report.event {
+                drop(by_slot);
+                let before = self.snapshots().hear(&id.run, told, Instant::now());
+                self.let_go(before);
+                return;
+            }
             trainer.observe(&report);
             if delivery(&report) == Delivery::AtLeastOnce {
                 trainer.keep(&report);
@@ -423,6 +447,30 @@ impl Trainers {
         };
         self.tell(id, recent);
         self.shared.outbox.push(report);
+    }
+
+    /// Lets go of states that nobody comes for (AGENT-9), for as long as the agent lives.
+    pub(super) async fn let_go_of_old_states(&self) -> Infallible {
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let now = looks.tick().await;
+            let alive: BTreeSet<String> = self.statuses().into_iter().map(|trainer| trainer.run).collect();
+            let old = self.snapshots().take_old(&alive, now);
+            self.let_go(old);
+        }
+    }
+
+    /// Gives memory back, of which there may be much, where nothing waits for it.
+    fn let_go(&self, states: impl IntoIterator<Item = HostSnapshot>) {
+        for state in states {
+            let name = format!("memory of {}", state.snapshot());
+            self.shared.tasks.spawn(name, POLICY, |_| surroundings::blocking(move || drop(state)));
+        }
+    }
+
+    fn snapshots(&self) -> MutexGuard<'_, Snapshots> {
+        self.shared.snapshots.lock().expect("no code that holds the lock panics")
     }
 
     /// Takes a line that a trainer wrote to stderr.

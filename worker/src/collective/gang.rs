@@ -206,6 +206,10 @@ impl Collective for Tree {
         self.peers.world_size()
     }
 
+    fn first_of_host(&self) -> Rank {
+        Rank(self.hosts.host_of(self.peers.rank())[0])
+    }
+
     fn shards(&self) -> u32 {
         self.hosts.shards()
     }

@@ -54,6 +54,9 @@ pub trait Collective: Send + Sync {
     /// How many trainers the gang has.
     fn world_size(&self) -> u32;
 
+    /// The lowest of the ranks that share this rank's memory; itself where it shares none.
+    fn first_of_host(&self) -> Rank;
+
     /// How many logical shards the reductions add over.
     fn shards(&self) -> u32;
 

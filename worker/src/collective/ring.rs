@@ -15,16 +15,14 @@
 //!
 //! It says what an operation was and never what it carried. Without memory to write to, recording does nothing.
 
-use std::fmt;
 use std::io;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::UNIX_EPOCH;
 use thaw_proto::ids::{Generation, StageIndex, Step};
 use thaw_proto::worker::{CollectiveKind, CollectiveOperation, OperationEnd};
 use thaw_runtime::surroundings;
-use thaw_shm::Segment;
+use thaw_shm::{Segment, SegmentAddress};
 
 /// Entries kept: a training step of many layer groups has some dozens.
 const ENTRIES: u64 = 256;
@@ -60,24 +58,8 @@ const KINDS: [CollectiveKind; 5] = [
     CollectiveKind::GpuSum,
 ];
 
-/// Where another process of this host finds a ring: `process:descriptor`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingAddress(u32, u32);
-
-impl fmt::Display for RingAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.0, self.1)
-    }
-}
-
-impl FromStr for RingAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let numbers = text.split_once(':').and_then(|(one, other)| Some((one.parse().ok()?, other.parse().ok()?)));
-        numbers.map(|(process, file)| Self(process, file)).ok_or_else(|| format!("`{text}` is not process:descriptor"))
-    }
-}
+/// Where another process of this host finds a ring.
+pub type RingAddress = SegmentAddress;
 
 /// See the module.
 #[derive(Debug)]
@@ -99,14 +81,13 @@ impl Ring {
     /// # Errors
     /// What the system says: that process is not on this host, or is gone.
     pub fn open(address: RingAddress) -> io::Result<Self> {
-        Ok(Self { segment: Segment::open((address.0, address.1), SEGMENT_BYTES)? })
+        Ok(Self { segment: Segment::open(address.into(), SEGMENT_BYTES)? })
     }
 
     /// Under which [`Ring::open`] finds it while this process lives.
     #[must_use]
     pub fn address(&self) -> RingAddress {
-        let (process, descriptor) = self.segment.address();
-        RingAddress(process, descriptor)
+        self.segment.address().into()
     }
 
     /// The last operations of a generation, oldest first.

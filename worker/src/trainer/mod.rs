@@ -39,16 +39,19 @@ use crate::collective::{
     self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Pulse, Ring, RingAddress,
 };
 use crate::device::DeviceOptions;
+use crate::host_snapshot::HostSnapshot;
 use crate::pipe::{TrainerPipe, die_with_parent};
 use job::Job;
 use outbox::{Identity, Outbox};
 use reduce::Links;
 use replica::{Replica, Settings};
+use save::{Begun, Hosted};
 use session::{Ending, Session, State};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
+use thaw_core::survivors::Head;
 use thaw_proto::ids::{Generation, Rank, Step};
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::{self, FailureClass};
@@ -226,6 +229,8 @@ fn train(
     if !thaw_torch::runtime::keep_memory() {
         tracing::warn!("malloc did not take its settings; scratch memory may be mapped anew at each step");
     }
+    // Now, before the agent comes to hold another.
+    let snapshot = start.host_snapshot.as_ref().and_then(|told| open_snapshot(&start.run, told));
     let ring = node.ring.and_then(open_ring);
     let pulse = Pulse::of(ring.clone());
     let job = Job::load(start, node.cache, pulse.clone())?;
@@ -253,7 +258,14 @@ fn train(
     let proposed = Arc::clone(&latest);
     // Never joined: it listens until the agent is gone, and with the agent this process ends (TRN-2).
     std::thread::Builder::new().name("note".to_owned()).spawn(move || note(&messages, &orders, &noting, &proposed))?;
-    let mut trainer = Trainer { job: &job, outbox, hold, held: Held::Model(Box::new(model)) };
+    let mut trainer = Trainer {
+        job: &job,
+        outbox,
+        hold,
+        held: Held::Model(Box::new(model)),
+        snapshot,
+        hosted: Hosted::new(&job, device, outbox),
+    };
     loop {
         let step = trainer.step();
         let waits = pulse.wait();
@@ -286,6 +298,17 @@ fn open_ring(address: RingAddress) -> Option<Arc<Ring>> {
         .inspect_err(|error| tracing::warn!(%error, "what this trainer waits for will not be known"))
         .ok()
         .map(Arc::new)
+}
+
+/// Its agent's; without it a trainer begins with what its peers have, or the head.
+fn open_snapshot(run: &str, told: &pb::HostSnapshot) -> Option<HostSnapshot> {
+    match HostSnapshot::open(run, told) {
+        Ok(snapshot) => Some(snapshot),
+        Err(error) => {
+            tracing::warn!(error = thaw_runtime::chain(&error), "the state that this host has kept cannot be used");
+            None
+        }
+    }
 }
 
 /// Whether an error ends the generation alone (TRN-4). The state is as it was before what failed (TRAIN-5).
@@ -414,6 +437,10 @@ struct Trainer<'a> {
     outbox: &'a Arc<Outbox>,
     hold: Option<Hold>,
     held: Held,
+    /// That its host had kept of the run, until it holds a state itself.
+    snapshot: Option<HostSnapshot>,
+    /// What it copies to its host.
+    hosted: Hosted,
 }
 
 impl Trainer<'_> {
@@ -433,11 +460,18 @@ impl Trainer<'_> {
         let resume = resume
             .map_err(|problem| Error::Proposal { generation: proposal.generation, problem: problem.to_string() })?;
         let (mut replica, mut state) = self.take_place(links)?;
-        let head = resume.as_ref().map(|head| head.position.step);
+        let head = resume.as_ref().map(|head| Head { step: head.position.step, generation: head.generation });
         let mut ledger = save::Ledger::default();
-        let begun = match save::agree(self.job, &mut replica, &mut state, head) {
-            Ok(true) => Ok(true),
-            Ok(false) => {
+        let begun = match save::agree(self.job, &mut replica, &mut state, &mut self.snapshot, head) {
+            Ok(Begun::Kept) => Ok(true),
+            Ok(Begun::Loaded(snapshot)) => {
+                if proposal.rank == 0 {
+                    let beyond = snapshot.step.0 - head.map_or(0, |head| head.step.0);
+                    tracing::info!(%snapshot, "goes on from what a host has kept in memory, {beyond} step(s) beyond the head");
+                }
+                Ok(true)
+            }
+            Ok(Begun::Head) => {
                 let given_up = || self.outbox.is_superseded(Generation(proposal.generation));
                 begin(self.job, &mut replica, resume.as_ref(), &mut ledger, &given_up).map(|begun| {
                     state = Some(Box::new(begun));
@@ -456,7 +490,9 @@ impl Trainer<'_> {
         };
         let ended = self.train((&mut replica, &mut state, kept), proposal, resume.as_ref(), ledger);
         self.held = Held::Replica(replica, Some(state));
-        match ended? {
+        let ended = ended?;
+        self.hosted.end();
+        match ended {
             Ending::Finished { result, reason } if proposal.rank == 0 => {
                 self.outbox.send(Outbox::finished(&result, reason));
             }
@@ -485,13 +521,13 @@ impl Trainer<'_> {
     }
 
     fn train(
-        &self,
+        &mut self,
         (replica, state, kept): (&mut Replica, &mut State, bool),
         proposal: &pb::Propose,
         resume: Option<&CheckpointRef>,
         ledger: save::Ledger,
     ) -> Result<Ending, Error> {
-        let Self { job, outbox, hold, .. } = self;
+        let Self { job, outbox, hold, hosted, .. } = self;
         let leads = proposal.rank == 0;
         if leads {
             // The coordinator may have missed what the last generation said just before it ended.
@@ -516,6 +552,7 @@ impl Trainer<'_> {
             prefix: None,
             evaluated: prefix::Counts::default(),
             saver,
+            hosted,
             restored_in: Duration::ZERO,
             trace,
         };

@@ -106,6 +106,11 @@ impl Exchange {
         self.spare.iter().position(fits).map(|place| self.spare.swap_remove(place))
     }
 
+    /// The lowest of the ranks that share this rank's memory.
+    pub(crate) fn first_of_host(&self) -> Rank {
+        self.host.first_of_host()
+    }
+
     /// Whether there is no other rank.
     pub(crate) fn is_alone(&self) -> bool {
         self.alone

@@ -14,7 +14,7 @@ use super::outbox::Outbox;
 use super::pace::Pace;
 use super::prefix::{self, Prefix};
 use super::replica::{self, Extent, Replica, StepPlan, StepReport, Votes};
-use super::save::{self, Saver};
+use super::save::{self, Hosted, Saver};
 use super::snapshot::GroupSnapshot;
 use super::statistics;
 use super::trace::{Trace, TraceStep, Traced};
@@ -140,6 +140,7 @@ pub(crate) struct Session<'a> {
     /// Samples of evaluations since the last measurement; their time is not a step's.
     pub(crate) evaluated: prefix::Counts,
     pub(crate) saver: Saver,
+    pub(crate) hosted: &'a mut Hosted,
     /// How long putting back the best weights took when the last stage ended.
     pub(crate) restored_in: Duration,
     /// Where the spec asks for it.
@@ -252,7 +253,7 @@ impl Session<'_> {
             self.state.position.stage_step += 1;
             self.state.position.step = at.step.next();
             self.state.move_to(Point::Deciding);
-            let saved = self.saver.after_step(&report);
+            let saved = self.saver.after_step(&report, self.hosted.is_idle_of_checkpoints());
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             pace.add(&report, data_wait, counts, plan.samples);
             pace.add_evaluated(std::mem::take(&mut self.evaluated));
@@ -264,12 +265,16 @@ impl Session<'_> {
             }
             self.state.stage_seconds = before + started.elapsed().as_secs_f64();
             let Votes { suspend, save, busy } = report.votes;
-            if suspend || (save && !busy) {
-                pace.stall(self.save(Vec::new())?);
-            }
             if suspend {
+                // Nobody goes on from a host's memory after that.
+                let place = (&mut *self.replica, &*self.state);
+                pace.stall(self.saver.save(self.job, place, None, Vec::new(), Instant::now())?);
                 return Ok(None);
             }
+            if save && !busy {
+                pace.stall(self.save(Vec::new())?);
+            }
+            pace.stall(self.copy_to_host());
         }
     }
 
@@ -483,7 +488,23 @@ impl Session<'_> {
     }
 
     fn save(&mut self, then: Vec<super::outbox::Event>) -> Result<Duration, Error> {
-        Ok(self.saver.save(self.job, self.replica, self.state, then)?)
+        let began = Instant::now();
+        let hosting = self.hosted.at_checkpoint(self.job, self.replica, self.state, self.generation);
+        let copied = hosting.as_ref().map(|hosting| &hosting.copies);
+        let stall = self.saver.save(self.job, (self.replica, self.state), copied, then, began)?;
+        if let Some(hosting) = hosting {
+            self.hosted.write(hosting);
+        }
+        Ok(stall)
+    }
+
+    /// Copies the state to the host's memory, where that is due apart from checkpoints; how long that took.
+    fn copy_to_host(&mut self) -> Duration {
+        let began = Instant::now();
+        if let Some(hosting) = self.hosted.after_step(self.job, self.replica, self.state, self.generation) {
+            self.hosted.write(hosting);
+        }
+        began.elapsed()
     }
 
     /// Restores the best weights unless a next stage goes on from the last ones: what nobody will read need not be saved, and a run that ends

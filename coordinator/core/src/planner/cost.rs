@@ -75,11 +75,15 @@ pub(super) fn of_stage(
     }
 }
 
-/// Bytes of the copies from which the trainer with the most to write writes its share of a checkpoint within the stage.
+/// Bytes of the copies from which the trainer with the most to write writes its share of a checkpoint within the stage: all of the state, where
+/// one of each host puts it into memory too.
 fn save_bytes(spec: &RunSpec, graph: &GraphFacts, groups: &[usize]) -> u64 {
     let states = 1 + states_per_parameter(spec) + u64::from(spec.ema.is_some());
     let whole = |&group: &usize| graph.groups[group].parameters * states + graph.groups[group].buffers;
     let sizes: Vec<u64> = groups.iter().map(whole).collect();
+    if spec.checkpoint.host_snapshot_steps != Some(0) {
+        return sizes.into_iter().sum::<u64>() * element_bytes(spec.precision);
+    }
     let world_size = spec.workers.max.max(1);
     let mut shares = vec![0; world_size as usize];
     writers::assign(&sizes, world_size).into_iter().zip(&sizes).for_each(|(rank, size)| shares[rank as usize] += size);

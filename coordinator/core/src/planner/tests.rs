@@ -228,9 +228,12 @@ fn costs_follow_format_and_optimizer() {
     // A trainer alone adds its two shards up in a copy.
     assert_eq!(plan_of(&other).stages[1].memory_bytes, 4 * 11_036 + (4 + 3) * 4144 + activations);
     assert!(!cost::gives_several_parts(&other));
-    // MEM-5: it writes all of a checkpoint, weights and moments; two share that.
-    let (alone, shared) = (plan_of(&other).stages[1].cost.save_bytes, single.cost.save_bytes);
-    assert_eq!(alone, 3 * 4144);
+    // MEM-5: it writes all of a checkpoint, weights and moments; two share that, unless the host gets a copy too.
+    let (alone, hosted) = (plan_of(&other).stages[1].cost.save_bytes, single.cost.save_bytes);
+    assert_eq!((alone, hosted), (3 * 4144, 3 * 4144));
+    let mut apart = spec(json!({}));
+    apart.checkpoint.host_snapshot_steps = Some(0);
+    let shared = plan_of(&apart).stages[1].cost.save_bytes;
     assert!(shared < alone && 2 * shared >= alone, "{shared} of {alone}");
     (other.workers.max, other.logical_shards) = (2, 3);
     assert!(cost::gives_several_parts(&other), "the second one has shards 1 and 2, and the tree joins 0 and 1 first");

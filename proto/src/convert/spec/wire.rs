@@ -209,6 +209,7 @@ impl From<&Checkpoint> for pb::Checkpoint {
             save_steps: checkpoint.save_steps,
             save_total_limit: Some(checkpoint.save_total_limit),
             max_overhead: Some(checkpoint.max_overhead),
+            host_snapshot_steps: checkpoint.host_snapshot_steps,
         }
     }
 }

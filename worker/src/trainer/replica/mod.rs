@@ -193,6 +193,11 @@ impl Replica {
         self.world_size
     }
 
+    /// Whether it does for its host what one rank of each host does.
+    pub(crate) fn leads_host(&self) -> bool {
+        self.exchange.first_of_host().0 == self.rank
+    }
+
     /// The logical shards this rank computes.
     pub(crate) fn shards(&self) -> Range<u32> {
         self.shards.clone()

@@ -28,6 +28,11 @@ impl Piece {
         Self { stamp: snapshot.stamp, name: group.name.clone(), buffers, layout: group.layout(), snapshot }
     }
 
+    /// The state that it is made of: the same memory.
+    pub(super) fn share(&self) -> GroupSnapshot {
+        self.snapshot.share()
+    }
+
     /// Both blobs' bytes, once the snapshot has its values.
     pub(super) fn encode(&self) -> Result<Encoded, Error> {
         if !self.snapshot.wait() {
@@ -116,10 +121,13 @@ pub(super) fn snapshot(
 ) -> Result<Result<GroupSnapshot, String>, Error> {
     let layout = group.layout();
     let missing = |what: &str| Ok(Err(format!("group {} has no {what}", group.name)));
-    let Some(flat) = weights.get("weights") else { return missing("weights") };
+    let fits = |own: &Tensor, saved: &&Tensor| own.size() == saved.size() && own.kind() == saved.kind();
+    let flat = weights.get("weights").filter(|saved| fits(&group.flat, saved));
+    let Some(flat) = flat else { return missing("weights that fit") };
     let mut buffers = Vec::with_capacity(group.buffers.len());
-    for (name, _) in &group.buffers {
-        let Some(buffer) = weights.get(&format!("buffer.{name}")) else { return missing(name) };
+    for (name, own) in &group.buffers {
+        let buffer = weights.get(&format!("buffer.{name}")).filter(|saved| fits(own, saved));
+        let Some(buffer) = buffer else { return missing(&format!("{name} that fits")) };
         buffers.push(buffer.shallow_clone());
     }
     let state = match state {

@@ -6,17 +6,23 @@
 //! SAVE-3: every rank takes the same decisions about a save from what all ranks know alike (stamps, sizes, votes), so that each writes its
 //!         share, and rank 0 the manifest once it knows of every share.
 //! SAVE-4: training waits for no storage: for the copy of what it is about to change at most.
+//! SAVE-5: into the memory of a host copies one trainer, the lowest rank of those that share it, and one copy at a time; where the last is still
+//!         being written, or memory is short, the next is left out and counted.
+//! SAVE-6: that trainer keeps its last copy until the next is told: until then its agent may not have opened it.
 
 mod blob;
 mod cadence;
+mod contents;
+mod host;
 mod load;
 mod model;
 mod peer;
 mod share;
 
+pub(crate) use host::Hosted;
 pub(crate) use load::load;
 pub(crate) use model::{StoredAs, weights_blake3, write_archive, write_model, write_weights};
-pub(crate) use peer::agree;
+pub(crate) use peer::{Begun, agree};
 
 use super::hold::{Hold, HoldPoint};
 use super::job::Job;
@@ -28,6 +34,7 @@ use crate::checkpoint::{self, CheckpointStore, Keep, Writer};
 use crate::collective::Pulse;
 use blob::Piece;
 use cadence::Cadence;
+use contents::Copies;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
@@ -193,9 +200,9 @@ impl Saver {
         self.of_stage
     }
 
-    /// Takes note of a step, and of saves that have ended meanwhile.
-    pub(crate) fn after_step(&mut self, report: &StepReport) -> Result<(), Error> {
-        self.cadence.step(report.seconds.whole, self.writer.is_idle());
+    /// Takes note of a step, and of saves that have ended meanwhile. `else_idle`: whether all that was copied with them is written too.
+    pub(crate) fn after_step(&mut self, report: &StepReport, else_idle: bool) -> Result<(), Error> {
+        self.cadence.step(report.seconds.whole, self.writer.is_idle() && else_idle);
         if report.votes.save && report.votes.busy {
             self.skipped += 1;
             if self.lead.is_some() {
@@ -215,16 +222,16 @@ impl Saver {
         Ok(())
     }
 
-    /// Hands the present state to the writers; all ranks call it at the same step. `then` is reported after the checkpoint. Returns how long
-    /// it held up training.
+    /// Hands the present state to the writers; all ranks call it at the same step. `copied` is what of it was copied already, `then` is
+    /// reported after the checkpoint. Returns how long it held up training since `began`.
     pub(crate) fn save(
         &mut self,
         job: &Job,
-        replica: &mut Replica,
-        state: &State,
+        (replica, state): (&mut Replica, &State),
+        copied: Option<&Copies>,
         then: Vec<Event>,
+        began: Instant,
     ) -> Result<Duration, Error> {
-        let began = Instant::now();
         self.reap()?;
         let step = state.position.step;
         if self.last == Some(step) {
@@ -242,7 +249,8 @@ impl Saver {
         let mut pieces = Vec::new();
         let rank = replica.rank();
         for ((stamp, group), _) in new.iter().zip(&writers).filter(|(_, writer)| **writer == rank) {
-            let snapshot = copy(replica, best, *group, *stamp);
+            let known = copied.and_then(|copied| copied.find(*group, *stamp));
+            let snapshot = known.unwrap_or_else(|| copy(replica, best, *group, *stamp));
             pieces.push(Piece::new(&replica.model().groups()[*group], snapshot));
         }
         self.written = stamps.into_keys().collect();
