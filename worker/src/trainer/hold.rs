@@ -1,7 +1,6 @@
 //! A place to stand still: lets a test stop a trainer at a known point of a known step, to kill it there.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -28,9 +27,14 @@ impl Hold {
     /// Holds the calling thread if this is its point. Gives up after a minute, so that a test that failed to kill leaves nothing behind.
     pub(crate) fn at(hold: Option<&Self>, point: HoldPoint, step: u64) {
         let Some(hold) = hold.filter(|hold| hold.point == point && hold.step == step) else { return };
-        let Ok(mut file) = fs::OpenOptions::new().write(true).create_new(true).open(&hold.path) else { return };
-        // Who to kill.
-        let _ = writeln!(file, "{}", std::process::id());
+        let id = std::process::id();
+        let own = hold.path.with_extension(id.to_string());
+        // Who to kill. Linked, so that whoever sees the file finds that in it.
+        let appears = fs::write(&own, format!("{id}\n")).and_then(|()| fs::hard_link(&own, &hold.path));
+        let _gone = fs::remove_file(&own);
+        if appears.is_err() {
+            return;
+        }
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             std::thread::park_timeout(deadline - Instant::now());
