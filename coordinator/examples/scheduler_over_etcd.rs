@@ -33,6 +33,8 @@ use thaw_proto::pb::worker_message::Message as Up;
 use thaw_proto::spec::{Priority, RunSpec};
 use thaw_proto::{convert, pb};
 use thaw_runtime::surroundings;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use workload::{Book, SLOTS, SLOTS_A_WORKER, TICK_MS, worker};
 
@@ -63,6 +65,7 @@ async fn measure() -> anyhow::Result<ExitCode> {
         cluster.round(folder.path()).await?;
     }
     cluster.report();
+    report_bytes(bytes_in_use(&etcd.address).await?, cluster.book.runs());
     Ok(if cluster.book.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -313,6 +316,35 @@ impl Cluster {
             self.book.row(),
         );
     }
+}
+
+/// What etcd holds once the history is gone, by its own word, and two looks in a row agree.
+async fn bytes_in_use(etcd: &str) -> anyhow::Result<f64> {
+    const METRIC: &str = "etcd_mvcc_db_total_size_in_use_in_bytes ";
+    common::compact(etcd.to_owned()).await;
+    let mut last = None;
+    for _ in 0..60 {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let mut stream = TcpStream::connect(etcd).await?;
+        stream.write_all(format!("GET /metrics HTTP/1.0\r\nHost: {etcd}\r\n\r\n").as_bytes()).await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        let found = text.lines().find_map(|line| line.strip_prefix(METRIC)).context("etcd does not show its size")?;
+        let now: f64 = found.trim().parse()?;
+        if last.replace(now) == Some(now) {
+            return Ok(now);
+        }
+    }
+    bail!("etcd is not done with its history")
+}
+
+#[expect(clippy::print_stdout, reason = "a measurement is its output")]
+fn report_bytes(bytes: f64, runs: u32) {
+    let goal = f64::from(runs) / 10_000.0 * 100.0 * 1024.0 * 1024.0;
+    let met = if bytes <= goal { "yes" } else { "no" };
+    println!(
+        "chaos etcd_bytes.scheduled_runs p50={bytes:.0} p99={bytes:.0} n=1 goal=<={goal:.0} met={met} unit=B runs={runs}"
+    );
 }
 
 fn find<'a>(trainers: &'a mut BTreeMap<u32, Trainer>, slot: u32, incarnation: &str) -> Option<&'a mut Trainer> {

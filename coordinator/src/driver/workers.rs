@@ -3,8 +3,9 @@
 //!
 //! WORKER-1: a name has one session at a time, and a live one is not taken over.
 //! WORKER-2: a session whose outbox is full, or that was silent for [`HEARTBEAT_DEADLINE`], is over.
-//! WORKER-3: silence is the worker's, not ours: there is none while a message of it waits for the loop, nor in the first [`TAKEOVER`] of a
-//!           term, when all workers come at once and what they say may lie unread.
+//! WORKER-3: silence is the worker's, not ours: there is none while a message of it waits for the loop, nor for [`CROWD_LIMIT`] after so many
+//!           workers came at once that what others say may lie unread, as they do when a term begins. A few that come are no crowd: of those
+//!           one that is lost in a term's first seconds is missed as soon as any.
 
 use crate::clock::timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,8 +25,10 @@ pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(400);
 /// Silence after which a worker is lost.
 pub(super) const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(2);
 
-/// From the start of a term until silence counts.
-const TAKEOVER: Duration = Duration::from_secs(8);
+/// Workers that come within a [`HEARTBEAT_INTERVAL`], above which they are a crowd.
+const CROWD: u32 = 64;
+/// From the last of a crowd until silence counts.
+const CROWD_LIMIT: Duration = Duration::from_secs(4);
 
 /// Where commands to one worker go. Dropping it ends the worker's stream.
 #[derive(Debug)]
@@ -72,8 +75,31 @@ impl SessionId {
 pub(super) struct Workers {
     sessions: BTreeMap<WorkerName, Session>,
     next: u64,
-    /// Since when silence counts (WORKER-3).
+    arrivals: Arrivals,
+}
+
+/// Workers that come, and since when silence counts (WORKER-3).
+#[derive(Debug)]
+struct Arrivals {
+    since: Instant,
+    count: u32,
     attentive_from: Instant,
+}
+
+impl Arrivals {
+    fn new(now: Instant) -> Self {
+        Self { since: now, count: 0, attentive_from: now }
+    }
+
+    fn note(&mut self, now: Instant) {
+        if now - self.since >= HEARTBEAT_INTERVAL {
+            (self.since, self.count) = (now, 0);
+        }
+        self.count += 1;
+        if self.count > CROWD {
+            self.attentive_from = now + CROWD_LIMIT;
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -85,7 +111,6 @@ struct Session {
     trainers: Vec<TrainerStatus>,
     /// Whether it did not take its commands.
     is_given_up: bool,
-    attentive_from: Instant,
 }
 
 /// Why a worker was not taken in.
@@ -95,20 +120,22 @@ pub(super) struct NameTaken;
 impl Workers {
     /// Of a term that starts now.
     pub(super) fn new() -> Self {
-        Self { sessions: BTreeMap::new(), next: 0, attentive_from: Instant::now() + TAKEOVER }
+        Self { sessions: BTreeMap::new(), next: 0, arrivals: Arrivals::new(Instant::now()) }
     }
 
     pub(super) fn open(&mut self, hello: Hello, outbox: Outbox) -> Result<SessionId, NameTaken> {
         // WORKER-1: its own older stream may not have ended here yet.
         let held = self.sessions.get(&hello.worker);
-        if held.is_some_and(|held| held.hello.incarnation != hello.incarnation && !held.is_over()) {
+        if held.is_some_and(|held| held.hello.incarnation != hello.incarnation && !self.is_over(held)) {
             return Err(NameTaken);
         }
         self.next += 1;
-        let seen = Arc::new(Mutex::new(Some(Instant::now())));
+        let now = Instant::now();
+        self.arrivals.note(now);
+        let seen = Arc::new(Mutex::new(Some(now)));
         let id = SessionId { worker: hello.worker.clone(), number: self.next, seen };
-        let (trainers, attentive_from) = (hello.trainers.clone(), self.attentive_from);
-        let session = Session { id: id.clone(), trainers, hello, outbox, is_given_up: false, attentive_from };
+        let trainers = hello.trainers.clone();
+        let session = Session { id: id.clone(), trainers, hello, outbox, is_given_up: false };
         self.sessions.insert(id.worker.clone(), session);
         Ok(id)
     }
@@ -128,9 +155,18 @@ impl Workers {
         self.sessions.remove(worker);
     }
 
+    fn is_over(&self, session: &Session) -> bool {
+        let is_silent = || session.id.silence() > HEARTBEAT_DEADLINE && Instant::now() >= self.arrivals.attentive_from;
+        session.is_given_up || session.outbox.commands.is_closed() || is_silent()
+    }
+
     /// Workers to be given up (WORKER-2).
     pub(super) fn over(&self) -> Vec<WorkerName> {
-        self.sessions.values().filter(|session| session.is_over()).map(|session| session.id.worker.clone()).collect()
+        self.sessions
+            .values()
+            .filter(|session| self.is_over(session))
+            .map(|session| session.id.worker.clone())
+            .collect()
     }
 
     pub(super) fn heard(&mut self, worker: &WorkerName, trainers: Vec<TrainerStatus>) {
@@ -167,7 +203,7 @@ impl Workers {
     pub(super) fn free(&self, held: &BTreeSet<FreeSlot>) -> Vec<FreeSlot> {
         let mut free = Vec::new();
         for (worker, session) in &self.sessions {
-            if session.is_over() {
+            if self.is_over(session) {
                 continue;
             }
             for slot in (0..session.hello.slots).map(Slot) {
@@ -186,7 +222,7 @@ impl Workers {
         let is_ending = |worker: &WorkerName, status: &&TrainerStatus| {
             !held.contains(&FreeSlot { worker: worker.clone(), slot: status.trainer.slot })
         };
-        let sessions = self.sessions.iter().filter(|(_, session)| !session.is_over());
+        let sessions = self.sessions.iter().filter(|(_, session)| !self.is_over(session));
         let ending =
             sessions.map(|(worker, session)| session.trainers.iter().filter(|one| is_ending(worker, one)).count());
         u32::try_from(ending.sum::<usize>()).unwrap_or(u32::MAX)
@@ -222,13 +258,6 @@ impl Workers {
     }
 }
 
-impl Session {
-    fn is_over(&self) -> bool {
-        let is_silent = || self.id.silence() > HEARTBEAT_DEADLINE && Instant::now() >= self.attentive_from;
-        self.is_given_up || self.outbox.commands.is_closed() || is_silent()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,20 +289,24 @@ mod tests {
         assert_eq!(workers.free(&held), vec![FreeSlot { worker: "a".into(), slot: Slot(1) }]);
     }
 
+    /// WORKER-3
     #[test]
-    fn worker_3_silence_is_the_workers_own() {
-        let long = 2 * HEARTBEAT_DEADLINE;
-        let past = Instant::now().checked_sub(long).unwrap();
+    fn silence_is_the_workers_own_and_counts_from_the_first_second_unless_a_crowd_comes() {
+        let past = Instant::now().checked_sub(2 * HEARTBEAT_DEADLINE).unwrap();
         let (sender, _commands) = mpsc::channel(1);
-        for (attentive_from, is_over) in [(Instant::now() + TAKEOVER, false), (past, true)] {
-            let mut workers = Workers { attentive_from, ..Workers::new() };
-            let session = workers.open(hello("a", '1'), Outbox::new(sender.clone())).unwrap();
+        let name = |index: u32| format!("worker-{index}");
+        for (arrive, is_over) in [(1, true), (CROWD, true), (CROWD + 1, false)] {
+            let mut workers = Workers::new();
+            let open = |index| workers.open(hello(&name(index), '1'), Outbox::new(sender.clone())).unwrap();
+            let sessions: Vec<SessionId> = (0..arrive).map(open).collect();
             assert_eq!(workers.over(), vec![]);
-            *session.seen.lock().unwrap() = Some(past);
-            assert_eq!(!workers.over().is_empty(), is_over, "it may have spoken to a coordinator that is late itself");
-            session.hold();
+            *sessions[0].seen.lock().unwrap() = Some(past);
+            assert_eq!(!workers.over().is_empty(), is_over, "{arrive} have come");
+            workers.arrivals.attentive_from = past;
+            assert_eq!(workers.over(), vec![WorkerName::from(name(0).as_str())], "whoever came before");
+            sessions[0].hold();
             assert_eq!(workers.over(), vec![], "it has spoken");
-            session.stamp();
+            sessions[0].stamp();
             assert_eq!(workers.over(), vec![]);
         }
     }

@@ -274,6 +274,11 @@ impl Book {
         broken == 0
     }
 
+    /// Runs that have come.
+    pub(crate) fn runs(&self) -> u32 {
+        self.found.runs
+    }
+
     /// What was found, as the rest of a row of `make chaos`. Times are virtual.
     pub(crate) fn row(&self) -> String {
         let found = &self.found;
@@ -283,7 +288,7 @@ impl Book {
             "runs={} grants={} yields={} shrinks={} quota_breaches={} partly_held={} slots_given_twice={} reclaim_cycles={} \
              overdue={} overdue_passed={} waits_beyond_bound={} longest_wait_s={} tightest_wait_s={} its_bound_s={} \
              mean_wait_s_low={} mean_wait_s_normal={} mean_wait_s_high={}",
-            found.runs,
+            self.runs(),
             found.grants,
             found.yields,
             found.shrinks,
