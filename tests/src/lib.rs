@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "the harness is only used by tests, which may panic")]
 
+pub mod cluster;
 pub mod fixtures;
 pub mod process;
 pub mod sandbox;

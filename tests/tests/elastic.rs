@@ -5,76 +5,40 @@
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use thaw_tests::process::{self, Process};
+use thaw_tests::cluster::Cluster;
+use thaw_tests::process;
 use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
 
-/// Four workers on this machine, and a coordinator to talk to.
-struct Cluster {
-    sandbox: Sandbox,
-    up: Process,
-    server: String,
+/// Waits until the run's gangs have had these sizes and the last one trains: the ids of all trainers then.
+fn until_sizes(cluster: &Cluster, run: &str, sizes: &Value) -> BTreeSet<u32> {
+    process::eventually(&format!("{run} with gangs of {sizes}"), DEADLINE, || {
+        let found = cluster.verb(&["get", run]);
+        let had = found["world_sizes"].as_array()?;
+        assert!(sizes.as_array().unwrap().starts_with(had), "{found}");
+        (had.len() == sizes.as_array().unwrap().len() && found["state"] == "RUN_STATE_RUNNING").then_some(())
+    });
+    trainers(cluster)
 }
 
-impl Cluster {
-    fn start() -> Self {
-        let sandbox = Sandbox::new();
-        let up = Process::start(sandbox.thaw().args(["up", "--workers", "4", "--listen", "127.0.0.1:0"]));
-        let server = process::eventually("the coordinator's address", DEADLINE, || {
-            let stderr = up.stderr();
-            Some(stderr.split_once("coordinator at ")?.1.split_whitespace().next()?.to_owned())
-        });
-        let cluster = Self { sandbox, up, server };
-        process::eventually("four workers", DEADLINE, || {
-            (cluster.verb(&["workers"])["workers"].as_array()?.len() == 4).then_some(())
-        });
-        cluster
-    }
+fn trainers(cluster: &Cluster) -> BTreeSet<u32> {
+    process::trainers_below(cluster.up.id()).into_iter().collect()
+}
 
-    /// `thaw VERB ... -o json`.
-    fn verb(&self, arguments: &[&str]) -> Value {
-        let mut command = self.sandbox.thaw();
-        let ended =
-            Process::start(command.args(["--server", &self.server]).args(arguments).arg("-ojson")).wait(DEADLINE);
-        assert!(ended.status.success(), "thaw {arguments:?}: {}", ended.stderr);
-        serde_json::from_str(&ended.stdout).unwrap()
-    }
+/// Waits until so many trainers live: their ids.
+fn until_trainers(cluster: &Cluster, count: usize) -> BTreeSet<u32> {
+    process::eventually(&format!("{count} trainers"), DEADLINE, || {
+        Some(trainers(cluster)).filter(|trainers| trainers.len() == count)
+    })
+}
 
-    fn submit(&self, file: &str, text: &str) -> String {
-        let spec = self.sandbox.file(file, text).display().to_string();
-        self.verb(&["submit", &spec])["name"].as_str().unwrap().to_owned()
-    }
-
-    /// Waits until the run's gangs have had these sizes and the last one trains: the ids of all trainers then.
-    fn until_sizes(&self, run: &str, sizes: &Value) -> BTreeSet<u32> {
-        process::eventually(&format!("{run} with gangs of {sizes}"), DEADLINE, || {
-            let found = self.verb(&["get", run]);
-            let had = found["world_sizes"].as_array()?;
-            assert!(sizes.as_array().unwrap().starts_with(had), "{found}");
-            (had.len() == sizes.as_array().unwrap().len() && found["state"] == "RUN_STATE_RUNNING").then_some(())
-        });
-        self.trainers()
-    }
-
-    fn trainers(&self) -> BTreeSet<u32> {
-        process::trainers_below(self.up.id()).into_iter().collect()
-    }
-
-    /// Waits until so many trainers live: their ids.
-    fn until_trainers(&self, count: usize) -> BTreeSet<u32> {
-        process::eventually(&format!("{count} trainers"), DEADLINE, || {
-            Some(self.trainers()).filter(|trainers| trainers.len() == count)
-        })
-    }
-
-    /// Waits for the run's end, and shows it.
-    fn ended(self, run: &str) -> Value {
-        let ended = self.verb(&["watch", run]);
-        assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
-        self.until_trainers(0);
-        self.up.terminate();
-        assert!(self.up.wait(Duration::from_secs(30)).status.success());
-        ended
-    }
+/// Waits for the run's end, and shows it.
+fn ended(cluster: Cluster, run: &str) -> Value {
+    let ended = cluster.verb(&["watch", run]);
+    assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
+    until_trainers(&cluster, 0);
+    cluster.up.terminate();
+    assert!(cluster.up.wait(Duration::from_secs(30)).status.success());
+    ended
 }
 
 fn undisturbed(spec: &str) -> Value {
@@ -97,25 +61,25 @@ verification: {digest_steps: 10}
 #[test]
 fn a_run_that_is_scaled_keeps_its_processes_and_its_weights() {
     let expected = undisturbed(SCALED);
-    let cluster = Cluster::start();
+    let cluster = Cluster::start(4);
     // Holds two of the four slots.
     let other =
         text_spec("until: {max_steps: 1000000}\neval_steps: 1000000").replace("min: 1, max: 4", "min: 2, max: 2");
     let other = cluster.submit("other.yaml", &other);
-    let others = cluster.until_sizes(&other, &json!([2]));
+    let others = until_sizes(&cluster, &other, &json!([2]));
     let run = cluster.submit("spec.yaml", &text_spec(SCALED));
-    let first: BTreeSet<u32> = cluster.until_sizes(&run, &json!([2])).difference(&others).copied().collect();
+    let first: BTreeSet<u32> = until_sizes(&cluster, &run, &json!([2])).difference(&others).copied().collect();
     assert_eq!(first.len(), 2);
     // Its wish is four: it grows as soon as there are slots.
     let _ = cluster.verb(&["cancel", &other]);
-    let grown = cluster.until_sizes(&run, &json!([2, 4]));
+    let grown = until_sizes(&cluster, &run, &json!([2, 4]));
     assert!(grown.len() == 4 && grown.is_superset(&first), "{first:?} became {grown:?}");
     let scaled = cluster.verb(&["scale", &run, "1"]);
     assert_eq!(scaled["wanted_world_size"], 1);
-    let _ = cluster.until_sizes(&run, &json!([2, 4, 1]));
-    let last = cluster.until_trainers(1);
+    let _ = until_sizes(&cluster, &run, &json!([2, 4, 1]));
+    let last = until_trainers(&cluster, 1);
     assert!(last.is_subset(&grown), "{grown:?} became {last:?}");
-    let ended = cluster.ended(&run);
+    let ended = ended(cluster, &run);
     assert_eq!((&ended["attempt"], &ended["generation"]), (&json!(1), &json!("3")));
     assert_eq!(ended["result"]["weights_blake3"], expected);
 }
@@ -135,16 +99,16 @@ verification: {digest_steps: 10}
 #[test]
 fn stages_have_sizes_of_their_own() {
     let expected = undisturbed(STAGES);
-    let cluster = Cluster::start();
+    let cluster = Cluster::start(4);
     let run = cluster.submit("spec.yaml", &text_spec(STAGES));
-    let first = cluster.until_sizes(&run, &json!([1]));
+    let first = until_sizes(&cluster, &run, &json!([1]));
     assert_eq!(first.len(), 1);
-    let grown = cluster.until_sizes(&run, &json!([1, 4]));
+    let grown = until_sizes(&cluster, &run, &json!([1, 4]));
     assert!(grown.len() == 4 && grown.is_superset(&first), "{first:?} became {grown:?}");
-    let _ = cluster.until_sizes(&run, &json!([1, 4, 2]));
-    let last = cluster.until_trainers(2);
+    let _ = until_sizes(&cluster, &run, &json!([1, 4, 2]));
+    let last = until_trainers(&cluster, 2);
     assert!(last.is_subset(&grown) && last.is_superset(&first), "{grown:?} became {last:?}");
-    let ended = cluster.ended(&run);
+    let ended = ended(cluster, &run);
     assert_eq!((&ended["attempt"], &ended["world_sizes"]), (&json!(1), &json!([1, 4, 2])));
     assert_eq!(ended["result"]["weights_blake3"], expected);
 }

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use thaw_tests::cluster::Cluster;
 use thaw_tests::process::{self, Process};
 use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
 
@@ -26,54 +27,24 @@ fn hung(run: &Path) -> Vec<String> {
     said.filter(|message| message.starts_with("rank 0 ")).collect()
 }
 
-/// Two workers on this machine, and a coordinator to talk to.
-struct Cluster {
-    sandbox: Sandbox,
-    up: Process,
-    server: String,
-}
-
-impl Cluster {
-    fn start() -> Self {
-        let sandbox = Sandbox::new();
-        let up = Process::start(sandbox.thaw().args(["up", "--workers", "2", "--listen", "127.0.0.1:0"]));
-        let server = process::eventually("the coordinator's address", DEADLINE, || {
-            let stderr = up.stderr();
-            Some(stderr.split_once("coordinator at ")?.1.split_whitespace().next()?.to_owned())
-        });
-        Self { sandbox, up, server }
-    }
-
-    /// `thaw VERB ... -o json`.
-    fn verb(&self, arguments: &[&str]) -> Value {
-        let mut command = self.sandbox.thaw();
-        let command = command.args(["--server", &self.server]).args(arguments).arg("-ojson");
-        let ended = Process::start(command).wait(DEADLINE);
-        assert!(ended.status.success(), "thaw {arguments:?}: {}", ended.stderr);
-        serde_json::from_str(&ended.stdout).unwrap()
-    }
-
-    fn submit(&self, file: &str, workers: &str, more: &str) -> String {
-        let text = text_spec(more).replace("{min: 1, max: 4}", workers);
-        let spec = self.sandbox.file(file, &text).display().to_string();
-        self.verb(&["submit", &spec])["name"].as_str().unwrap().to_owned()
-    }
+fn submit(cluster: &Cluster, file: &str, workers: &str, more: &str) -> String {
+    cluster.submit(file, &text_spec(more).replace("{min: 1, max: 4}", workers))
 }
 
 /// AGENT-8, RUN-14: rank 0 opens its trace for writing, which is a pipe that nobody reads: the training thread sits in that call, its process
 /// answers. It happens to two trainers in one slot. The third, elsewhere, finds a file.
 #[test]
 fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
-    let cluster = Cluster::start();
+    let cluster = Cluster::start(2);
     // Holds both slots until the pipe lies there.
     let long = "until: {max_steps: 1000000}\neval_steps: 1000000";
-    let other = cluster.submit("other.yaml", "{min: 2, max: 2}", long);
+    let other = submit(&cluster, "other.yaml", "{min: 2, max: 2}", long);
     process::eventually("the first run trains", DEADLINE, || {
         (cluster.verb(&["get", &other])["state"] == "RUN_STATE_RUNNING").then_some(())
     });
     let workers = format!("{{min: 1, max: 1, stall_timeout_seconds: {LIMIT}}}");
     let short = "until: {max_steps: 20}\nstrategy: full_fine_tuning\nverification: {trace: true}";
-    let id = cluster.submit("spec.yaml", &workers, short);
+    let id = submit(&cluster, "spec.yaml", &workers, short);
     let run = cluster.sandbox.data_dir().join(&id);
     let trace = run.join("trace/steps.jsonl");
     fs::create_dir_all(trace.parent().unwrap()).unwrap();
