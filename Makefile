@@ -36,7 +36,7 @@ SEEDS ?= 10000
 MOST ?= 400
 
 sim: setup ## Simulate 10,000 seeds of the cluster, then plant bugs that some seed must notice; SEEDS=n, or SEED=n for one with its log.
-	@cargo build --quiet -p thaw-sim --features mutants
+	@cargo build -p thaw-sim --features mutants
 	@target/debug/thaw-sim $(if $(SEED),--seed $(SEED) $(MUTANT),0 $(SEEDS) $(MOST))
 
 fmt: setup ## Format the Rust code.

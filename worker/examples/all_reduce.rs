@@ -8,11 +8,11 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use thaw_node::collective::{Abort, Collective as _, HostId, Listener, Membership, Options, Record, Ring};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::worker::CollectiveKind;
 use thaw_torch::runtime::{tensor_in, with_slice_f32_mut};
 use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_worker::collective::{Abort, Collective as _, HostId, Listener, Membership, Options, Record, Ring};
 
 const LIMIT: Duration = Duration::from_secs(60);
 

@@ -13,10 +13,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use thaw_node::collective::{Abort, Collective, HostId, Listener, Membership, Options};
 use thaw_proto::ids::{Generation, Rank};
 use thaw_torch::cuda;
 use thaw_torch::tch::{Device, Kind, Tensor};
-use thaw_worker::collective::{Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options};
+use thaw_worker::gpus::{Gpus, Limits};
 
 const CONNECT: Duration = Duration::from_secs(60);
 /// Far beyond what a sum takes; a stalled peer that is killed must be noticed sooner.

@@ -1,11 +1,7 @@
-//! The worker: the agent of a node, and the trainers it starts.
+//! The worker: the trainers that an agent ([`thaw_node::agent`]) starts, and the GPUs they use.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
-pub mod agent;
-pub mod checkpoint;
-pub mod collective;
 pub mod device;
-pub mod host_snapshot;
-pub mod pipe;
+pub mod gpus;
 pub mod trainer;

@@ -4,11 +4,11 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use thaw_node::agent;
+use thaw_node::collective::RingAddress;
 use thaw_runtime::tls::TlsOptions;
-use thaw_worker::collective::RingAddress;
 use thaw_worker::device::DeviceOptions;
-use thaw_worker::trainer::{CacheFolders, Hold, Node};
-use thaw_worker::{agent, trainer};
+use thaw_worker::trainer::{self, CacheFolders, Hold, Node};
 
 /// The worker of a Thaw cluster.
 #[derive(Debug, Parser)]

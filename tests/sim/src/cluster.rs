@@ -17,10 +17,10 @@ use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::server::{ServeConfig, Server};
 use thaw_coordinator::store::{EtcdAccess, OPERATION_DEADLINE, StoreUrl};
 use thaw_core::scheduler::Share;
+use thaw_node::agent;
 use thaw_proto::convert::WireEnum;
 use thaw_proto::pb;
 use thaw_runtime::surroundings;
-use thaw_worker::agent;
 use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
 

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// One seed in so many is simulated twice, and has to have one log.
 const TWICE: u64 = 20;
+/// Progress is said after so many seeds.
+const SAY: u64 = 500;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -94,7 +96,7 @@ fn on_all_cores(work: impl Fn() + Sync) {
 
 /// Simulates seeds; how many were violated.
 fn many(first: u64, count: u64) -> u64 {
-    let (next, violated) = (AtomicU64::new(first), AtomicU64::new(0));
+    let (next, violated, done) = (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0));
     on_all_cores(|| {
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -112,6 +114,10 @@ fn many(first: u64, count: u64) -> u64 {
                 println!("seed {seed}: play it again with `make sim SEED={seed}`");
             }
             violated.fetch_add(u64::from(differs || !is_well), Ordering::Relaxed);
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            if done.is_multiple_of(SAY) {
+                eprintln!("sim: {done} of {count} seeds, {} violated", violated.load(Ordering::Relaxed));
+            }
         }
     });
     violated.into_inner()

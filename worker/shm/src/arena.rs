@@ -3,6 +3,7 @@
 //! ARENA-1: two leases never overlap; the pages of one that is dropped go back to the system.
 
 use super::{LARGE_PAGE, PAGE, Segment};
+use bytemuck::Pod;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -91,6 +92,15 @@ impl Lease {
     #[must_use]
     pub fn start(&self) -> *mut u8 {
         self.arena.segment.at(self.offset, self.bytes, 1)
+    }
+
+    /// It as numbers, as many as fit. Nobody else may use it meanwhile, but in an operation that these are given to.
+    #[must_use]
+    pub fn numbers_mut<E: Pod>(&mut self) -> &mut [E] {
+        const { assert!(align_of::<E>() <= PAGE) };
+        let numbers = self.bytes / size_of::<E>().max(1);
+        // SAFETY: the memory is mapped as long as the lease lives, begins at a page, and overlaps no other lease; any bytes are such numbers.
+        unsafe { std::slice::from_raw_parts_mut(self.start().cast::<E>(), numbers) }
     }
 
     /// Its length.

@@ -1,14 +1,14 @@
 //! What a trainer is to do, made ready: the checked spec and plan, the data, the graph with its new head.
 
 use super::prefix::CacheFolders;
-use crate::checkpoint::CheckpointStore;
-use crate::collective::Pulse;
 use std::path::PathBuf;
 use thaw_core::manifest::Fingerprints;
 use thaw_data::batch::Dataset;
 use thaw_data::fit;
 use thaw_data::index::Index;
 use thaw_graph::{Archive, SegmentedGraph};
+use thaw_node::checkpoint::CheckpointStore;
+use thaw_node::collective::Pulse;
 use thaw_proto::ids::{RunId, StageIndex};
 use thaw_proto::pb;
 use thaw_proto::plan::Plan;
@@ -36,7 +36,7 @@ pub(crate) enum Error {
     #[error("the data was indexed as {found}, the plan was made for {planned}; submit the run again")]
     OtherData { found: String, planned: String },
     #[error("cannot open the run's folder")]
-    Store(#[from] crate::checkpoint::Error),
+    Store(#[from] thaw_node::checkpoint::Error),
 }
 
 pub(crate) struct Job {

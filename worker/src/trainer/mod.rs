@@ -34,13 +34,8 @@ mod trace;
 pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
-use crate::checkpoint;
-use crate::collective::{
-    self, Abort, Collective, Gpus, HostId, Limits, Listener, Membership, Options, Pulse, Ring, RingAddress,
-};
 use crate::device::DeviceOptions;
-use crate::host_snapshot::HostSnapshot;
-use crate::pipe::{TrainerPipe, die_with_parent};
+use crate::gpus::{Gpus, Limits};
 use job::Job;
 use outbox::{Identity, Outbox};
 use reduce::Links;
@@ -52,6 +47,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 use thaw_core::survivors::Head;
+use thaw_node::checkpoint;
+use thaw_node::collective::{self, Abort, Collective, HostId, Listener, Membership, Options, Pulse, Ring, RingAddress};
+use thaw_node::host_snapshot::HostSnapshot;
+use thaw_node::pipe::{TrainerPipe, die_with_parent};
 use thaw_proto::ids::{Generation, Rank, Step};
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::{self, FailureClass};

@@ -2,9 +2,9 @@
 
 use super::pace::PaceReport;
 use super::replica::StepReport;
-use crate::pipe::ReportSender;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use thaw_node::pipe::ReportSender;
 use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb;
 use thaw_proto::pb::trainer_report::Event as Payload;

@@ -1,11 +1,12 @@
 //! Sums and gathers over ranks, on a thread of their own, so that they overlap with what the caller computes meanwhile.
 
-use crate::collective::{Collective, DeviceTicket, Error, Gpus, Pulse, ReduceQueue, Ticket};
+use crate::gpus::{DeviceTicket, Gpus};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thaw_core::sampler::ranks_shards;
 use thaw_core::sampler::tree::maximal_subtrees;
+use thaw_node::collective::{Collective, Error, Pulse, ReduceQueue, Ticket};
 use thaw_proto::ids::Rank;
 use thaw_proto::run::Position;
 use thaw_torch::runtime::{tensor_in, with_slice_f32_mut, with_slice_f64_mut, with_slices_f32, with_slices_f64};

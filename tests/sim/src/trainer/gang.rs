@@ -14,8 +14,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use thaw_node::collective::{Error, Links, Tree};
 use thaw_proto::ids::Rank;
-use thaw_worker::collective::{Error, Links, Tree};
 use tokio::time::sleep;
 
 type Frames = Result<Vec<Vec<u8>>, (Rank, io::Error)>;

@@ -5,9 +5,9 @@ use super::{Over, PEER_LIMIT, Toy};
 use crate::world::Weights;
 use serde::{Deserialize, Serialize};
 use thaw_core::survivors::{self, Agreed, Disagreement, Held, open, seal};
+use thaw_node::collective::Collective as _;
 use thaw_proto::ids::{Rank, Step};
 use thaw_proto::pb;
-use thaw_worker::collective::Collective as _;
 use tokio::time::timeout;
 
 /// Of a copy; so small that there are several.

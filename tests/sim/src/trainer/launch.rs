@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
-use thaw_worker::agent::launch::{Launch, Life, Running};
+use thaw_node::agent::launch::{Launch, Life, Running};
 use tokio::io::duplex;
 use tokio::task::{JoinError, JoinHandle};
 

@@ -1,10 +1,10 @@
 //! What a toy hears from its agent, noted as it comes, and what it says.
 
 use crate::world::World;
+use thaw_node::pipe;
 use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
 use thaw_proto::pb::trainer_report::Event;
-use thaw_worker::pipe;
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
 

@@ -4,11 +4,11 @@ use super::pipes::hear;
 use super::{Over, Toy};
 use crate::one_stage::{evaluation, position};
 use crate::world::{ToyManifest, Weights};
+use thaw_node::checkpoint::{self, CheckpointStore};
 use thaw_proto::ids::{Generation, Step};
 use thaw_proto::pb;
 use thaw_proto::pb::trainer_report::Event;
 use thaw_proto::run::CheckpointRef;
-use thaw_worker::checkpoint::{self, CheckpointStore};
 use tokio::time::sleep;
 
 impl Toy {

@@ -23,7 +23,6 @@ pub(crate) use source::Source;
 
 use super::job::Job;
 use super::replica::Replica;
-use crate::collective::Pulse;
 use chunk::Shapes;
 use shelf::{Form, Known, Shelf};
 use std::collections::BTreeMap;
@@ -35,6 +34,7 @@ use thaw_data::batch::{Batch, Dataset};
 use thaw_data::index::Part;
 use thaw_data::prefetch::Work;
 use thaw_graph::{Boundary, CutDim, InputNeed};
+use thaw_node::collective::Pulse;
 use thaw_proto::plan::PlannedStage;
 use thaw_torch::SegmentedModel;
 use thaw_torch::model::Entry;

@@ -19,13 +19,13 @@ use super::optimizer::{Optimizer, OptimizerState};
 use super::reduce::{self, Exchange, Links, bytes_of};
 use super::regularize::Pull;
 use super::snapshot::{Copier, Stamp};
-use crate::collective::{Collective, Pulse};
 use buffers::NormBuffers;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use thaw_core::sampler;
 use thaw_data::batch::{ArrayData, Batch};
+use thaw_node::collective::{Collective, Pulse};
 use thaw_proto::ids::{Rank, Step};
 use thaw_proto::run::Position;
 use thaw_proto::spec;
@@ -38,7 +38,7 @@ pub(crate) enum Error {
     #[error("step {asked} is to be taken, and the weights are those of step {held}; this is a mistake in Thaw")]
     Miscounted { asked: Step, held: Step },
     #[error("cannot exchange with the other trainers")]
-    Collective(#[from] crate::collective::Error),
+    Collective(#[from] thaw_node::collective::Error),
     #[error("cannot run the model")]
     Model(#[from] model::Error),
     #[error("cannot update the weights")]

@@ -1,7 +1,6 @@
 //! A group's state as the bytes of its two blobs, weights with buffers and optimizer state, and back.
 
 use super::Error;
-use crate::checkpoint::{self, CheckpointStore, TensorBytes, decode, encode};
 use crate::trainer::optimizer::Optimizer;
 use crate::trainer::snapshot::{GroupSnapshot, Stamp};
 use bytes::Bytes;
@@ -10,6 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use thaw_core::manifest::{BlobRef, GroupState};
 use thaw_graph::ir::DType;
+use thaw_node::checkpoint::{self, CheckpointStore, TensorBytes, decode, encode};
 use thaw_torch::model::{FlatLayout, GroupParameters, StateTensor};
 use thaw_torch::tch::Tensor;
 

@@ -1,7 +1,6 @@
 //! Copies of the state in the memory of a host, made beside training by one of its trainers (SAVE-5, SAVE-6).
 
 use super::contents::Copies;
-use crate::host_snapshot::HostSnapshot;
 use crate::trainer::job::Job;
 use crate::trainer::outbox::{Event, Outbox};
 use crate::trainer::replica::Replica;
@@ -9,6 +8,7 @@ use crate::trainer::session::State;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use thaw_core::survivors::Snapshot;
+use thaw_node::host_snapshot::HostSnapshot;
 use thaw_proto::ids::Generation;
 use thaw_proto::run::Position;
 use thaw_runtime::BoxError;

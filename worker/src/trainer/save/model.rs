@@ -2,7 +2,6 @@
 
 use super::Error;
 use super::blob::{graph_dtype, safetensors_dtype, tensor_bytes};
-use crate::checkpoint::{self, TensorBytes};
 use crate::trainer::job::Job;
 use crate::trainer::replica::{self, Replica};
 use std::collections::{BTreeMap, HashMap};
@@ -10,6 +9,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use thaw_graph::ir::DType;
+use thaw_node::checkpoint::{self, TensorBytes};
 use thaw_torch::executor::kind_of;
 use thaw_torch::model::{self, StateTensor};
 use thaw_torch::tch::Tensor;

@@ -9,7 +9,6 @@
 
 use super::Error;
 use super::contents::{Contents, Copies, Whole, held};
-use crate::host_snapshot::HostSnapshot;
 use crate::trainer::job::Job;
 use crate::trainer::replica::Replica;
 use crate::trainer::session::{self, State};
@@ -17,6 +16,7 @@ use crate::trainer::snapshot::Stamp;
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 use thaw_core::survivors::{self, Agreed, Disagreement, Head, Held, Snapshot, seal};
+use thaw_node::host_snapshot::HostSnapshot;
 use thaw_proto::ids::Rank;
 
 /// Of a copy; each goes with its hash.

@@ -4,6 +4,8 @@ use super::*;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+use thaw_node::collective::{Abort, Error, Listener, Membership, Options, Tree};
+use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::status::ErrorClass;
 use thaw_torch::nccl::{self, Driver, State};
 
@@ -301,13 +303,32 @@ fn a_rank_that_does_not_join_runs_into_the_deadline() {
     assert_eq!(stage.events(), [Event::Join, Event::Aborted]);
 }
 
+/// The host's collectives of two ranks.
+fn gang_of_two() -> [Tree; 2] {
+    let listeners = [0, 1].map(|_| Listener::bind("127.0.0.1").unwrap());
+    let addresses = listeners.each_ref().map(|(_, address)| address.clone()).to_vec();
+    let options = Options { shards: 2, connect_deadline: SOON, operation_deadline: SOON, host: None };
+    std::thread::scope(|scope| {
+        let joining = [0, 1].map(|rank| {
+            let membership = Membership {
+                run: "demo-0badcafe".to_owned(),
+                generation: Generation(3),
+                rank: Rank(rank),
+                addresses: addresses.clone(),
+                key: b"0123456789abcdef".to_vec(),
+            };
+            let (listener, _) = &listeners[rank as usize];
+            scope.spawn(move || listener.connect(&membership, options, &Abort::default()).unwrap())
+        });
+        joining.map(|thread| thread.join().unwrap())
+    })
+}
+
 #[test]
 fn a_dead_peer_ends_a_sum_that_nccl_would_wait_for() {
-    let mut gang = super::tests::gang(2, SOON, super::tests::Placement::Apart);
-    let peer = gang.pop().unwrap();
+    let [host, peer] = gang_of_two();
     let stage = Stage::default();
-    let host: Arc<dyn Collective> = Arc::new(gang.pop().unwrap());
-    let mut sums = stage.sums_beside(host, PATIENT).unwrap();
+    let mut sums = stage.sums_beside(Arc::new(host), PATIENT).unwrap();
     let begun = Instant::now();
     let ticket = sums.submit(stage.buffer(0));
     stage.until(|world| world.looks > 0);
@@ -319,13 +340,12 @@ fn a_dead_peer_ends_a_sum_that_nccl_would_wait_for() {
 
 #[test]
 fn an_error_here_is_heard_by_the_peers() {
-    let mut gang = super::tests::gang(2, SOON, super::tests::Placement::Apart);
-    let peer = gang.pop().unwrap();
+    let [host, peer] = gang_of_two();
     let stage = Stage::default();
-    let sums = stage.sums_beside(Arc::new(gang.pop().unwrap()), PATIENT).unwrap();
+    let sums = stage.sums_beside(Arc::new(host), PATIENT).unwrap();
     sums.abort();
     assert!(matches!(peer.all_gather(&[]), Err(Error::PeerLost { rank: 0, .. })));
-    assert_eq!(peer.lost_peer(), Some(thaw_proto::ids::Rank(0)));
+    assert_eq!(peer.lost_peer(), Some(Rank(0)));
 }
 
 #[test]

@@ -9,21 +9,17 @@
 //! - `COLL-3`: all ranks call the same operations in the same order; where they do not, both sides get
 //!   [`Error::Mismatch`], never a wrong sum.
 //!
-//! Gradients on GPUs are summed by NCCL beside it ([`Gpus`]); everything small stays with the host's collective, which also tells of a dead
-//! peer and carries NCCL's id.
+//! Gradients on GPUs are summed by NCCL beside it (`thaw_worker::gpus`); everything small stays with the host's collective, which also tells
+//! of a dead peer and carries NCCL's id.
 //!
 //! It never decides who belongs to the gang, and never mends itself: after an error a new generation builds a new one.
 
 mod abort;
 mod error;
 mod gang;
-mod gpus;
 mod handshake;
 mod hosts;
 mod local;
-mod nccl;
-#[cfg(test)]
-mod nccl_tests;
 mod peers;
 mod queue;
 mod ring;
@@ -36,9 +32,7 @@ mod wire;
 pub use abort::Abort;
 pub use error::{Error, Refusal};
 pub use gang::Tree;
-pub use gpus::Gpus;
 pub use handshake::{HostId, Listener, Membership, Options};
-pub use nccl::{DeviceSums, DeviceTicket, Limits};
 pub use peers::Links;
 pub use queue::{ReduceQueue, Ticket};
 pub use ring::{Entry, Movement, Pulse, Record, Ring, RingAddress, Wait};

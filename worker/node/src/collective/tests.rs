@@ -9,8 +9,6 @@ use thaw_core::sampler::tree::{maximal_subtrees, reduce as fold};
 use thaw_proto::ids::{Generation, StageIndex, Step};
 use thaw_proto::status::ErrorClass;
 use thaw_proto::worker::{CollectiveKind, OperationEnd};
-use thaw_torch::runtime::{tensor_in, with_slice_f32, with_slice_f32_mut};
-use thaw_torch::tch::{Kind, Tensor};
 
 const WORLD_SIZES: [u32; 5] = [1, 2, 3, 4, 8];
 /// Ranks of most world sizes have several nodes of the tree over so many.
@@ -20,7 +18,7 @@ const SOON: Duration = Duration::from_secs(30);
 
 /// Where the ranks of a gang are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Placement {
+enum Placement {
     /// None shares memory: over TCP alone.
     Apart,
     /// One letter a rank, over and over: the hosts. They are all this one, under different names.
@@ -72,7 +70,7 @@ fn connect(listener: &Listener, membership: &Membership, options: Options) -> Re
     listener.connect(membership, options, &Abort::default())
 }
 
-pub(super) fn gang(world_size: u32, operation_deadline: Duration, placement: Placement) -> Vec<Tree> {
+fn gang(world_size: u32, operation_deadline: Duration, placement: Placement) -> Vec<Tree> {
     gang_over(world_size, SHARDS, operation_deadline, placement)
 }
 
@@ -137,18 +135,18 @@ fn reduce(tree: &Tree, elements: usize) -> Result<Vec<u32>, Error> {
 /// As a trainer with one part does it: in place, in leased memory where there is some.
 fn reduce_in_place(tree: &Tree, elements: usize, leased: bool) -> Result<Vec<u32>, Error> {
     let mut parts = parts(tree, elements);
-    let part = if parts.len() == 1 { parts.remove(0) } else { return reduce(tree, elements) };
-    let values = Tensor::from_slice(&part);
-    let mut values = match tree.lease(4 * elements).filter(|_| leased) {
+    let mut part = if parts.len() == 1 { parts.remove(0) } else { return reduce(tree, elements) };
+    let mut lease = tree.lease(4 * elements).filter(|_| leased);
+    let values = match &mut lease {
         Some(lease) => {
-            let mut shared = tensor_in(lease, Kind::Float, elements).unwrap();
-            shared.copy_(&values);
+            let shared = &mut lease.numbers_mut()[..elements];
+            shared.copy_from_slice(&part);
             shared
         }
-        None => values,
+        None => part.as_mut_slice(),
     };
-    with_slice_f32_mut(&mut values, |values| tree.reduce_in_place_f32(values)).unwrap()?;
-    Ok(with_slice_f32(&values, |values| values.iter().map(|value| value.to_bits()).collect()).unwrap())
+    tree.reduce_in_place_f32(values)?;
+    Ok(values.iter().map(|value| value.to_bits()).collect())
 }
 
 #[test]

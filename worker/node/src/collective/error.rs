@@ -44,8 +44,10 @@ pub enum Error {
         operation: &'static str,
         /// Counts the sums over GPUs of this generation from 0.
         sequence: u64,
+        /// What trying again can do about it.
+        class: ErrorClass,
         /// What the library says.
-        source: thaw_torch::nccl::Error,
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// [`super::Collective::abort`] was called.
     #[error("the collective was aborted")]
@@ -125,12 +127,7 @@ impl Error {
                 | Refusal::Address => ErrorClass::Retry,
             },
             Self::NotAvailable { .. } => ErrorClass::Invalid,
-            Self::Device { source, .. } => match source {
-                thaw_torch::nccl::Error::NotAvailable { .. } => ErrorClass::Invalid,
-                thaw_torch::nccl::Error::Call { misuse: true, .. } => ErrorClass::Fatal,
-                // A GPU that failed, or a peer: a new generation has new processes.
-                thaw_torch::nccl::Error::Call { misuse: false, .. } => ErrorClass::Retry,
-            },
+            Self::Device { class, .. } => *class,
             Self::Mismatch { .. } => ErrorClass::Fatal,
         }
     }

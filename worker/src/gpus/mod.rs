@@ -5,10 +5,15 @@
 //!   with the generation.
 //! - `DEV-6`: before anybody joins, all ranks know that all can: one that cannot would leave the others waiting.
 
-use super::error::Error;
-use super::nccl::{DeviceSums, DeviceTicket, Limits};
-use super::{Collective, nccl};
+mod sums;
+#[cfg(test)]
+mod sums_tests;
+
+pub use sums::{DeviceSums, DeviceTicket, Limits};
+
 use std::sync::Arc;
+use sums::{JOIN, SUM, device_error};
+use thaw_node::collective::{Collective, Error};
 use thaw_torch::nccl::{Communicator, DeviceBuffer, Gpu, UniqueId, capability};
 use thaw_torch::tch::{Device, Tensor};
 
@@ -44,7 +49,7 @@ impl Gpus {
     }
 
     fn with_id(host: &Arc<dyn Collective>, device: Device, id: UniqueId, limits: Limits) -> Result<Self, Error> {
-        let gpu = Gpu::of(device).map_err(nccl::device(nccl::JOIN, 0))?;
+        let gpu = Gpu::of(device).map_err(device_error(JOIN, 0))?;
         let communicator = Communicator::new(gpu.clone(), id, host.rank().0, host.world_size());
         let sums = DeviceSums::join(communicator, Arc::clone(host), limits)?;
         tracing::debug!(rank = host.rank().0, ?device, "GPUs joined");
@@ -56,7 +61,7 @@ impl Gpus {
     /// # Errors
     /// [`Error::Device`] for a tensor that is not contiguous, on this GPU, and fp32 or fp64.
     pub fn submit(&mut self, tensor: Tensor) -> Result<DeviceTicket, Error> {
-        let buffer = self.gpu.buffer(tensor).map_err(nccl::device(nccl::SUM, 0))?;
+        let buffer = self.gpu.buffer(tensor).map_err(device_error(SUM, 0))?;
         Ok(self.sums.submit(buffer))
     }
 

@@ -34,6 +34,9 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// Bounds of what the coordinator may ask for.
 const HEARTBEAT_BOUNDS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(60));
 
+/// A heartbeat that is late by this is worth a line in the log.
+const WORTH_SAYING: Duration = Duration::from_secs(1);
+
 /// How a session ended.
 #[derive(Debug)]
 pub(super) enum End {
@@ -139,7 +142,11 @@ impl<'a> Session<'a> {
             tokio::select! {
                 // Beats first: neither reports nor commands without end may keep the worker from being heard.
                 biased;
-                _ = beats.tick() => {
+                due = beats.tick() => {
+                    let missed = due.elapsed();
+                    if missed > WORTH_SAYING {
+                        tracing::warn!(?missed, "this agent did not run; the coordinator may hold it for lost");
+                    }
                     send(&up, Up::Heartbeat(Heartbeat { trainers: self.trainers.statuses() })).await?;
                 }
                 message = down.message(), if work.is_none() => {

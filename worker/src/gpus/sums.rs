@@ -14,12 +14,12 @@
 //! - `DEV-4`: NCCL does not say that a peer has died; the host's collective does, and what it lost ends sums here. An error here ends that
 //!   collective, so that all ranks abort together.
 
-use super::error::Error;
-use super::{Collective, Entry};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use thaw_node::collective::{Collective, Entry, Error};
+use thaw_proto::status::ErrorClass;
 use thaw_proto::worker::CollectiveKind;
 use thaw_torch::nccl::{self, Driver};
 
@@ -267,7 +267,7 @@ impl<D: Driver> Owner<D> {
 
     /// Until it is closed with nothing in flight.
     fn serve(&mut self) -> Result<(), Error> {
-        self.driver.join().map_err(device(JOIN, 0))?;
+        self.driver.join().map_err(device_error(JOIN, 0))?;
         self.settle(JOIN, 0, self.limits.join)?;
         self.shared.state().joined = true;
         self.shared.changed.notify_all();
@@ -312,9 +312,9 @@ impl<D: Driver> Owner<D> {
         let entry = self.host.record().begin(CollectiveKind::GpuSum, ticket, D::bytes(&buffer));
         self.in_flight.push_back(InFlight { ticket, buffer, mark: None, since: Instant::now(), entry });
         let started = self.in_flight.back().expect("it was pushed");
-        self.driver.start(&started.buffer).map_err(device(SUM, ticket))?;
+        self.driver.start(&started.buffer).map_err(device_error(SUM, ticket))?;
         self.settle(SUM, ticket, self.limits.operation)?;
-        let mark = self.driver.mark().map_err(device(SUM, ticket))?;
+        let mark = self.driver.mark().map_err(device_error(SUM, ticket))?;
         self.in_flight.back_mut().expect("it was pushed").mark = Some(mark);
         Ok(())
     }
@@ -322,7 +322,7 @@ impl<D: Driver> Owner<D> {
     /// Waits until the driver's last call has done its part on the host.
     fn settle(&mut self, operation: &'static str, sequence: u64, limit: Duration) -> Result<(), Error> {
         let (begun, mut pause) = (Instant::now(), PAUSE.0);
-        while self.driver.state().map_err(device(operation, sequence))? == nccl::State::Busy {
+        while self.driver.state().map_err(device_error(operation, sequence))? == nccl::State::Busy {
             self.check_time(operation, sequence, begun, limit)?;
             self.sleep(pause);
             pause = (pause * 2).min(PAUSE.1);
@@ -341,13 +341,13 @@ impl<D: Driver> Owner<D> {
     /// Gives back the oldest sum where it is over; whether it was (DEV-2).
     fn finish_oldest(&mut self) -> Result<bool, Error> {
         let Some(oldest) = self.in_flight.front() else {
-            self.driver.state().map_err(device(SUM, 0))?;
+            self.driver.state().map_err(device_error(SUM, 0))?;
             return Ok(false);
         };
         let (ticket, since) = (oldest.ticket, oldest.since);
         let mark = oldest.mark.as_ref().expect("a start that failed ended it all");
-        let reached = self.driver.reached(mark).map_err(device(SUM, ticket))?;
-        let clean = self.driver.state().map_err(device(SUM, ticket))? == nccl::State::Ready;
+        let reached = self.driver.reached(mark).map_err(device_error(SUM, ticket))?;
+        let clean = self.driver.state().map_err(device_error(SUM, ticket))? == nccl::State::Ready;
         if !reached || !clean {
             self.check_time(SUM, ticket, since, self.limits.operation)?;
             return Ok(false);
@@ -400,9 +400,15 @@ impl Loss {
     }
 }
 
-pub(super) fn device(operation: &'static str, sequence: u64) -> impl Fn(nccl::Error) -> Error {
-    move |source| match source {
-        nccl::Error::NotAvailable { what } => Error::NotAvailable { what },
-        source @ nccl::Error::Call { .. } => Error::Device { operation, sequence, source },
+/// What a call to NCCL or CUDA means to the gang.
+pub(super) fn device_error(operation: &'static str, sequence: u64) -> impl Fn(nccl::Error) -> Error {
+    move |error| {
+        let class = match error {
+            nccl::Error::NotAvailable { what } => return Error::NotAvailable { what },
+            nccl::Error::Call { misuse: true, .. } => ErrorClass::Fatal,
+            // A GPU that failed, or a peer: a new generation has new processes.
+            nccl::Error::Call { misuse: false, .. } => ErrorClass::Retry,
+        };
+        Error::Device { operation, sequence, class, source: Arc::new(error) }
     }
 }
