@@ -1,5 +1,7 @@
 //! Child processes that never outlive their test.
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -81,8 +83,7 @@ impl Process {
 
     /// SIGTERM.
     pub fn terminate(&self) {
-        let id = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+        signal(self.id(), Signal::SIGTERM);
     }
 
     /// Waits for its end; kills it and panics after `deadline`.
@@ -114,8 +115,7 @@ impl Drop for Process {
 
 /// SIGKILL to a process that is not our child, by its id.
 pub fn kill_by_id(id: u32) {
-    let id = nix::unistd::Pid::from_raw(i32::try_from(id).unwrap());
-    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGKILL).unwrap();
+    signal(id, Signal::SIGKILL);
 }
 
 /// The trainers below a process, by id, ascending.
@@ -154,10 +154,18 @@ fn below(id: u32, role: &[u8]) -> Vec<u32> {
     found
 }
 
-/// SIGSTOP to a process that is not our child, by its id.
+/// SIGSTOP to a process, by its id.
 pub fn stop_by_id(id: u32) {
-    let id = nix::unistd::Pid::from_raw(i32::try_from(id).unwrap());
-    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    signal(id, Signal::SIGSTOP);
+}
+
+/// SIGCONT to a process that was stopped, by its id.
+pub fn continue_by_id(id: u32) {
+    signal(id, Signal::SIGCONT);
+}
+
+fn signal(id: u32, signal: Signal) {
+    nix::sys::signal::kill(Pid::from_raw(i32::try_from(id).unwrap()), signal).unwrap();
 }
 
 /// Waits until `value` gives something; panics with `what` after `deadline`.

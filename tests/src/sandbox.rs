@@ -100,6 +100,13 @@ impl Sandbox {
     }
 }
 
+/// What a run's events say, oldest first; those that are whole.
+#[must_use]
+pub fn events(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
 /// Copies a folder and all below it to a new one.
 pub fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();

@@ -1,4 +1,5 @@
-//! Trainers whose process runs and whose training does not: found, killed, held against their slot; and those that are only slow, left alone.
+//! Trainers whose process runs and whose training does not: found, killed, held against their slot; and those that are only slow, or that nobody
+//! listened to, left alone.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -10,15 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use thaw_tests::cluster::Cluster;
 use thaw_tests::process::{self, Process};
-use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
+use thaw_tests::sandbox::{DEADLINE, Sandbox, events, text_spec};
 
 /// The shortest that a spec may ask for, in seconds.
 const LIMIT: u32 = 5;
-
-fn events(run: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
 
 /// What was said of trainers that hang; not whom their gangs waited for.
 fn hung(run: &Path) -> Vec<String> {
@@ -112,4 +108,28 @@ fn trainers_that_are_only_slow_are_left_alone() {
     assert!(all.iter().all(|event| event["reason"] != "TRAINER_HUNG"), "{all:?}");
     assert!(now.len() == 2 && now == trainers, "{trainers:?} became {now:?}");
     drop(training);
+}
+
+/// WORKER-4: the coordinator is stopped for longer than any silence that it puts up with, and goes on.
+#[test]
+fn a_coordinator_that_stood_still_takes_nobody_for_lost() {
+    let cluster = Cluster::start(4);
+    let id = submit(&cluster, "spec.yaml", "{min: 4, max: 4}", "until: {max_steps: 1000000}\neval_steps: 1000000");
+    process::eventually("a gang that trains", DEADLINE, || {
+        (cluster.verb(&["get", &id])["state"] == "RUN_STATE_RUNNING").then_some(())
+    });
+    let run = cluster.sandbox.data_dir().join(&id);
+    let told = || fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    for _ in 0..3 {
+        process::stop_by_id(cluster.up.id());
+        // No condition stands for it: it is the time itself that must not matter.
+        std::thread::sleep(Duration::from_secs(4));
+        process::continue_by_id(cluster.up.id());
+        let before = told();
+        process::eventually("further steps", DEADLINE, || (told() > before + 10).then_some(()));
+    }
+    let all = events(&run);
+    assert!(all.iter().all(|event| event["generation"].as_u64() <= Some(1)), "{all:?}");
+    let said = cluster.up.stderr();
+    assert!(said.contains("this coordinator did not run"), "{said}");
 }

@@ -7,13 +7,7 @@ use std::fs;
 use std::path::Path;
 use thaw_tests::fixtures;
 use thaw_tests::process::{self, Process};
-use thaw_tests::sandbox::{DEADLINE, Sandbox, copy_folder};
-
-/// What the run's events say, oldest first.
-fn events(run: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
+use thaw_tests::sandbox::{DEADLINE, Sandbox, copy_folder, events};
 
 /// RUN-7: a file goes away while a gang of four trains. Whoever comes to its step fails, the others go on without, and come to it too: the third time
 /// is the last. A trainer that somebody has killed before is not counted.

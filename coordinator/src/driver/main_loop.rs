@@ -132,6 +132,7 @@ impl MainLoop {
 
     /// Runs until told to stop, or until the term is over.
     pub async fn run(mut self, stop: CancellationToken) -> Ended {
+        let _watched = self.workers.watch_our_time();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let fenced = self.fenced.clone();

@@ -19,6 +19,7 @@
 //!
 //! Never in here: a decision about a run. Those are the machine's.
 
+mod attention;
 mod inbound;
 mod main_loop;
 mod mirror;

@@ -6,7 +6,9 @@
 //! WORKER-3: silence is the worker's, not ours: there is none while a message of it waits for the loop, nor for [`CROWD_LIMIT`] after so many
 //!           workers came at once that what others say may lie unread, as they do when a term begins. A few that come are no crowd: of those
 //!           one that is lost in a term's first seconds is missed as soon as any.
+//! WORKER-4: nor is there silence while this process does not run ([`Attention`]).
 
+use super::attention::Attention;
 use crate::clock::timestamp;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -17,6 +19,7 @@ use thaw_proto::ids::{Slot, WorkerName};
 use thaw_proto::pb;
 use thaw_proto::worker::{Hello, TrainerStatus};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -49,8 +52,9 @@ impl Outbox {
 pub struct SessionId {
     pub worker: WorkerName,
     number: u64,
-    /// When it last spoke; `None` while what it said waits for the loop.
-    seen: Arc<Mutex<Option<Instant>>>,
+    /// When it last spoke, by `clock`; `None` while what it said waits for the loop.
+    seen: Arc<Mutex<Option<Duration>>>,
+    clock: Attention,
 }
 
 impl SessionId {
@@ -61,12 +65,12 @@ impl SessionId {
 
     /// What the worker said is taken now.
     pub(super) fn stamp(&self) {
-        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
+        *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(self.clock.now());
     }
 
     fn silence(&self) -> Duration {
         let seen = *self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        seen.map_or(Duration::ZERO, |seen| seen.elapsed())
+        seen.map_or(Duration::ZERO, |seen| self.clock.now().saturating_sub(seen))
     }
 }
 
@@ -76,6 +80,7 @@ pub(super) struct Workers {
     sessions: BTreeMap<WorkerName, Session>,
     next: u64,
     arrivals: Arrivals,
+    clock: Attention,
 }
 
 /// Workers that come, and since when silence counts (WORKER-3).
@@ -120,7 +125,14 @@ pub(super) struct NameTaken;
 impl Workers {
     /// Of a term that starts now.
     pub(super) fn new() -> Self {
-        Self { sessions: BTreeMap::new(), next: 0, arrivals: Arrivals::new(Instant::now()) }
+        let arrivals = Arrivals::new(Instant::now());
+        Self { sessions: BTreeMap::new(), next: 0, arrivals, clock: Attention::new() }
+    }
+
+    /// Has no silence count in which this process does not run, until what is returned is dropped.
+    #[must_use]
+    pub(super) fn watch_our_time(&self) -> JoinSet<()> {
+        self.clock.watch()
     }
 
     pub(super) fn open(&mut self, hello: Hello, outbox: Outbox) -> Result<SessionId, NameTaken> {
@@ -130,10 +142,9 @@ impl Workers {
             return Err(NameTaken);
         }
         self.next += 1;
-        let now = Instant::now();
-        self.arrivals.note(now);
-        let seen = Arc::new(Mutex::new(Some(now)));
-        let id = SessionId { worker: hello.worker.clone(), number: self.next, seen };
+        self.arrivals.note(Instant::now());
+        let seen = Arc::new(Mutex::new(Some(self.clock.now())));
+        let id = SessionId { worker: hello.worker.clone(), number: self.next, seen, clock: self.clock.clone() };
         let trainers = hello.trainers.clone();
         let session = Session { id: id.clone(), trainers, hello, outbox, is_given_up: false };
         self.sessions.insert(id.worker.clone(), session);
@@ -261,6 +272,7 @@ impl Workers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::{advance, sleep};
 
     fn hello(worker: &str, incarnation: char) -> Hello {
         let raw = pb::Hello {
@@ -290,9 +302,9 @@ mod tests {
     }
 
     /// WORKER-3
-    #[test]
-    fn silence_is_the_workers_own_and_counts_from_the_first_second_unless_a_crowd_comes() {
-        let past = Instant::now().checked_sub(2 * HEARTBEAT_DEADLINE).unwrap();
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_the_workers_own_and_counts_from_the_first_second_unless_a_crowd_comes() {
+        let later = HEARTBEAT_DEADLINE + Duration::from_millis(1);
         let (sender, _commands) = mpsc::channel(1);
         let name = |index: u32| format!("worker-{index}");
         for (arrive, is_over) in [(1, true), (CROWD, true), (CROWD + 1, false)] {
@@ -300,15 +312,32 @@ mod tests {
             let open = |index| workers.open(hello(&name(index), '1'), Outbox::new(sender.clone())).unwrap();
             let sessions: Vec<SessionId> = (0..arrive).map(open).collect();
             assert_eq!(workers.over(), vec![]);
-            *sessions[0].seen.lock().unwrap() = Some(past);
-            assert_eq!(!workers.over().is_empty(), is_over, "{arrive} have come");
-            workers.arrivals.attentive_from = past;
-            assert_eq!(workers.over(), vec![WorkerName::from(name(0).as_str())], "whoever came before");
+            for is_over in [is_over, true, true] {
+                advance(later).await;
+                sessions[1..].iter().for_each(SessionId::stamp);
+                let over = if is_over { vec![WorkerName::from(name(0).as_str())] } else { vec![] };
+                assert_eq!(workers.over(), over, "{arrive} have come");
+            }
             sessions[0].hold();
             assert_eq!(workers.over(), vec![], "it has spoken");
             sessions[0].stamp();
             assert_eq!(workers.over(), vec![]);
         }
+    }
+
+    /// WORKER-4
+    #[tokio::test(start_paused = true)]
+    async fn who_was_not_listened_to_was_not_silent() {
+        let mut workers = Workers::new();
+        let _watched = workers.watch_our_time();
+        let (sender, _commands) = mpsc::channel(1);
+        workers.open(hello("a", '1'), Outbox::new(sender)).unwrap();
+        sleep(HEARTBEAT_INTERVAL).await;
+        // Nobody else runs while the clock is moved.
+        advance(10 * HEARTBEAT_DEADLINE).await;
+        assert_eq!(workers.over(), vec![], "this process did not run");
+        sleep(HEARTBEAT_DEADLINE).await;
+        assert_eq!(workers.over(), vec![WorkerName::from("a")], "and then it did");
     }
 
     #[test]
