@@ -12,7 +12,9 @@
 //! TRN-4: the loss of a peer, and a newer proposal, end a generation and not the process: it says that it was interrupted, and waits.
 
 mod accumulate;
+mod error;
 mod feed;
+mod forming;
 mod hold;
 mod init;
 mod job;
@@ -35,7 +37,8 @@ pub use hold::{Hold, HoldPoint};
 pub use prefix::CacheFolders;
 
 use crate::device::DeviceOptions;
-use crate::gpus::{Gpus, Limits};
+use error::Error;
+use forming::{Latest, form, note};
 use job::Job;
 use outbox::{Identity, Outbox};
 use reduce::Links;
@@ -43,21 +46,18 @@ use replica::{Replica, Settings};
 use save::{Begun, Hosted};
 use session::{Ending, Session, State};
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use thaw_core::survivors::Head;
-use thaw_node::checkpoint;
-use thaw_node::collective::{self, Abort, Collective, HostId, Listener, Membership, Options, Pulse, Ring, RingAddress};
+use thaw_node::collective::{HostId, Listener, Options, Pulse, Ring, RingAddress};
 use thaw_node::host_snapshot::HostSnapshot;
 use thaw_node::pipe::{TrainerPipe, die_with_parent};
-use thaw_proto::ids::{Generation, Rank, Step};
+use thaw_proto::ids::{Generation, Step};
+use thaw_proto::pb;
 use thaw_proto::pb::coordinator_message::Message;
-use thaw_proto::pb::{self, FailureClass};
-use thaw_proto::peers::Peers;
-use thaw_proto::run::{CheckpointRef, RunReason};
+use thaw_proto::run::CheckpointRef;
 use thaw_proto::spec::BatchNormPolicy;
-use thaw_proto::status::ErrorClass;
 use thaw_torch::SegmentedModel;
 use thaw_torch::executor::Options as ModelOptions;
 use thaw_torch::tch::Device;
@@ -65,36 +65,6 @@ use thaw_torch::tch::Device;
 const DEFAULT_COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A gang whose members do not come within this is formed anew by the coordinator.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Longer than NCCL takes to let go of a communicator, where it does.
-const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
-
-#[derive(Debug, thiserror::Error)]
-enum Error {
-    #[error("the agent sent {found} where StartTrainer was due")]
-    Protocol { found: &'static str },
-    #[error("cannot read the proposal of generation {generation}: {problem}")]
-    Proposal { generation: u64, problem: String },
-    #[error(transparent)]
-    Job(#[from] job::Error),
-    #[error("cannot train on --device cuda")]
-    Device(#[from] thaw_torch::cuda::Error),
-    #[error("cannot load the model")]
-    Model(#[from] thaw_torch::model::Error),
-    #[error("cannot set up libtorch")]
-    Runtime(#[from] thaw_torch::runtime::Error),
-    #[error("cannot join the gang")]
-    Collective(#[from] collective::Error),
-    #[error(transparent)]
-    Replica(#[from] replica::Error),
-    #[error(transparent)]
-    Save(#[from] save::Error),
-    #[error(transparent)]
-    Session(#[from] session::Error),
-    #[error("cannot start a thread")]
-    Thread(#[from] std::io::Error),
-    #[error("the agent is gone")]
-    AgentGone,
-}
 
 /// What a trainer is told about its node.
 #[derive(Debug)]
@@ -129,7 +99,7 @@ pub fn run(node: Node, hold: Option<Hold>) -> ExitCode {
     thaw_runtime::telemetry::set_parent(&span, &start.traceparent);
     let _entered = span.entered();
     let Err(error) = train(&start, node, messages, &outbox, hold) else { return ExitCode::SUCCESS };
-    let (class, reason) = classify(&error);
+    let (class, reason) = error.classify();
     outbox.send(Outbox::failed(class, reason, thaw_runtime::chain(&error)));
     drop(outbox);
     pipe.finish();
@@ -148,58 +118,6 @@ fn first_message(messages: &Receiver<pb::CoordinatorMessage>) -> Option<pb::Star
     }
 }
 
-/// The newest proposal, and what ends the forming of its gang, and the gang that trains.
-#[derive(Default)]
-struct Latest(Mutex<Proposed>);
-
-#[derive(Default)]
-struct Proposed {
-    generation: u64,
-    forming: Abort,
-    training: Option<(u64, Weak<dyn Collective>)>,
-}
-
-impl Latest {
-    fn proposed(&self) -> MutexGuard<'_, Proposed> {
-        self.0.lock().expect("no code that holds the lock panics")
-    }
-
-    /// A newer proposal ends the forming of what was proposed before, and what trains.
-    fn propose(&self, generation: u64) {
-        let mut latest = self.proposed();
-        if generation > latest.generation {
-            latest.generation = generation;
-            std::mem::take(&mut latest.forming).abort();
-            let training = latest.training.take();
-            drop(latest);
-            if let Some(collective) = training.and_then(|(_, collective)| collective.upgrade()) {
-                collective.abort();
-            }
-        }
-    }
-
-    /// What ends the forming of a generation; has ended it where a newer one is proposed.
-    fn abort_of(&self, generation: u64) -> Abort {
-        let latest = self.proposed();
-        let abort = if latest.generation == generation { latest.forming.clone() } else { Abort::default() };
-        if latest.generation > generation {
-            abort.abort();
-        }
-        abort
-    }
-
-    /// From here on a newer proposal ends this generation's collective.
-    fn train(&self, generation: u64, collective: &Arc<dyn Collective>) {
-        let mut latest = self.proposed();
-        if latest.generation > generation {
-            drop(latest);
-            collective.abort();
-        } else {
-            latest.training = Some((generation, Arc::downgrade(collective)));
-        }
-    }
-}
-
 /// What outlives a generation.
 enum Held {
     /// Loaded, and in no gang so far.
@@ -208,12 +126,6 @@ enum Held {
     Replica(Box<Replica>, Option<Box<State>>),
     /// Between two of the others.
     Nothing,
-}
-
-/// What the training thread waits for; everything else is noted as it comes.
-enum Order {
-    Propose(pb::Propose),
-    Commit(Generation),
 }
 
 fn train(
@@ -280,7 +192,7 @@ fn train(
         match outcome {
             // Leaving by itself would look like a loss; the coordinator says when.
             Ok(()) => {}
-            Err(error) if keeps_state && is_interruption(&error, outbox) => {
+            Err(error) if keeps_state && error.is_interruption(outbox) => {
                 let message = thaw_runtime::chain(&error);
                 tracing::warn!(message, "the gang is broken; waiting for the next with what this trainer holds");
                 outbox.send(Outbox::interrupted(trainer.step().max(step), message));
@@ -310,33 +222,6 @@ fn open_snapshot(run: &str, told: &pb::HostSnapshot) -> Option<HostSnapshot> {
     }
 }
 
-/// Whether an error ends the generation alone (TRN-4). The state is as it was before what failed (TRAIN-5).
-fn is_interruption(error: &Error, outbox: &Outbox) -> bool {
-    let of_collective = |error: &collective::Error| matches!(error.class(), ErrorClass::Retry | ErrorClass::Fenced);
-    match error {
-        Error::Collective(error)
-        | Error::Replica(replica::Error::Collective(error))
-        | Error::Session(session::Error::Replica(replica::Error::Collective(error))) => of_collective(error),
-        Error::Session(session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded)) => true,
-        // Of a checkpoint that nobody waits for any more.
-        Error::Save(error) | Error::Session(session::Error::Save(error)) => match error {
-            save::Error::Superseded => true,
-            save::Error::Checkpoint(checkpoint::Error::Late { .. }) => outbox.is_behind(),
-            _ => false,
-        },
-        Error::Protocol { .. }
-        | Error::Proposal { .. }
-        | Error::Job(_)
-        | Error::Device(_)
-        | Error::Model(_)
-        | Error::Runtime(_)
-        | Error::Replica(_)
-        | Error::Session(_)
-        | Error::Thread(_)
-        | Error::AgentGone => false,
-    }
-}
-
 fn load_model(job: &Job, device: Device) -> Result<SegmentedModel, Error> {
     let precision = match job.spec.precision {
         thaw_proto::spec::Precision::Fp32 => thaw_torch::Precision::Fp32,
@@ -351,83 +236,6 @@ fn load_model(job: &Job, device: Device) -> Result<SegmentedModel, Error> {
     let options = ModelOptions { memory_format, ..ModelOptions::new(precision, device) };
     let mut initial = init::Initial::new(job);
     Ok(SegmentedModel::new(job.graph.clone(), &mut |name| initial.weight(name), options)?)
-}
-
-/// Passes on what forms a gang, and notes what concerns the one in training, until the agent is gone.
-fn note(messages: &Receiver<pb::CoordinatorMessage>, orders: &Sender<Order>, outbox: &Outbox, latest: &Latest) {
-    while let Ok(message) = messages.recv() {
-        match message.message {
-            Some(Message::Propose(propose)) => {
-                outbox.note_proposal(Generation(propose.generation));
-                latest.propose(propose.generation);
-                let _ = orders.send(Order::Propose(propose));
-            }
-            Some(Message::Commit(commit)) => {
-                let _ = orders.send(Order::Commit(Generation(commit.generation)));
-            }
-            Some(Message::Committed(committed)) => {
-                if let Some(position) = committed.checkpoint.and_then(|checkpoint| checkpoint.position) {
-                    outbox.note_commit(thaw_proto::ids::Step(position.step));
-                }
-            }
-            Some(Message::Suspend(suspend)) => outbox.ask_suspension(Generation(suspend.generation)),
-            Some(Message::Ping(pb::Ping {})) => outbox.send(pb::trainer_report::Event::Pong(pb::Pong {})),
-            // The agent keeps these for itself.
-            Some(Message::Welcome(_) | Message::Start(_) | Message::Stop(_)) | None => {}
-        }
-    }
-}
-
-/// Builds the communicator of the latest proposal, until one is committed.
-fn form(
-    listener: &Listener,
-    (orders, latest): (&Receiver<Order>, &Latest),
-    outbox: &Outbox,
-    (options, device): (Options, Device),
-    run: &str,
-) -> Result<(pb::Propose, Links), Error> {
-    let mut built: Option<(pb::Propose, Links)> = None;
-    loop {
-        match orders.recv().map_err(|_| Error::AgentGone)? {
-            Order::Propose(proposal) => {
-                outbox.enter(Generation(proposal.generation));
-                let membership = Membership {
-                    run: run.to_owned(),
-                    generation: Generation(proposal.generation),
-                    rank: Rank(proposal.rank),
-                    addresses: proposal.peers.iter().flat_map(Peers::iter).map(str::to_owned).collect(),
-                    key: proposal.key.clone(),
-                };
-                let abort = latest.abort_of(proposal.generation);
-                let links = match connect(listener, &membership, options, device, &abort) {
-                    // The newer proposal is the next order.
-                    Err(_) if abort.is_asked() => continue,
-                    links => links?,
-                };
-                outbox.send(pb::trainer_report::Event::Built(pb::GangBuilt {}));
-                built = Some((proposal, links));
-            }
-            Order::Commit(generation) => {
-                if let Some(ready) = built.take_if(|(proposal, _)| proposal.generation == generation.0) {
-                    return Ok(ready);
-                }
-            }
-        }
-    }
-}
-
-/// Connects the gang, and its GPUs where it has some.
-fn connect(
-    listener: &Listener,
-    membership: &Membership,
-    options: Options,
-    device: Device,
-    abort: &Abort,
-) -> Result<Links, Error> {
-    let host: Arc<dyn Collective> = Arc::new(listener.connect(membership, options, abort)?);
-    let limits = Limits { join: options.connect_deadline, operation: options.operation_deadline, abort: ABORT_TIMEOUT };
-    let gpus = if host.world_size() > 1 { Gpus::join(&host, device, limits)? } else { None };
-    Ok(Links { host, gpus })
 }
 
 /// What this process trains, through its generations.
@@ -602,79 +410,5 @@ fn begin(
     match resume {
         Some(checkpoint) => Ok(save::load(job, checkpoint, replica, ledger)?),
         None => Ok(State::beginning(job)),
-    }
-}
-
-/// What the coordinator should do about a failure, and what to call it.
-fn classify(error: &Error) -> (FailureClass, RunReason) {
-    let of_collective = |error: &collective::Error| match error.class() {
-        ErrorClass::Retry => (FailureClass::Retry, RunReason::TrainerLost),
-        ErrorClass::Fenced => (FailureClass::Fenced, RunReason::TrainerLost),
-        ErrorClass::Invalid | ErrorClass::NotFound | ErrorClass::AlreadyExists | ErrorClass::Precondition => {
-            (FailureClass::Invalid, RunReason::TrainerError)
-        }
-        ErrorClass::Fatal => (FailureClass::Fatal, RunReason::TrainerError),
-    };
-    let of_replica = |error: &replica::Error| match error {
-        replica::Error::Collective(error) => of_collective(error),
-        replica::Error::Diverged { .. } => (FailureClass::Fatal, RunReason::ReplicasDiverged),
-        replica::Error::Model(_)
-        | replica::Error::Update(_)
-        | replica::Error::Runtime(_)
-        | replica::Error::Device(_)
-        | replica::Error::Restore { .. }
-        | replica::Error::Snapshot { .. }
-        | replica::Error::Thread(_)
-        | replica::Error::Weights { .. }
-        | replica::Error::Tally { .. }
-        | replica::Error::Miscounted { .. } => (FailureClass::Fatal, RunReason::TrainerError),
-    };
-    let of_save = |error: &save::Error| match error {
-        save::Error::Checkpoint(error) if error.is_storage() => (FailureClass::Invalid, RunReason::StorageError),
-        save::Error::File { .. } => (FailureClass::Invalid, RunReason::StorageError),
-        save::Error::NotCommitted | save::Error::Superseded | save::Error::Behind => {
-            (FailureClass::Retry, RunReason::TrainerLost)
-        }
-        save::Error::Differ { .. } => (FailureClass::Fatal, RunReason::ReplicasDiverged),
-        // A process of its own asks for another copy.
-        save::Error::Damaged { .. } => (FailureClass::Retry, RunReason::TrainerLost),
-        save::Error::Peer { .. } => (FailureClass::Fatal, RunReason::TrainerError),
-        save::Error::Checkpoint(_)
-        | save::Error::Manifest { .. }
-        | save::Error::Unfit { .. }
-        | save::Error::Model(_)
-        | save::Error::Optimizer(_)
-        | save::Error::Snapshot { .. }
-        | save::Error::Part { .. }
-        | save::Error::Archive(_)
-        | save::Error::Weights(_) => (FailureClass::Invalid, RunReason::TrainerError),
-    };
-    match error {
-        Error::Collective(error) => of_collective(error),
-        Error::Replica(error) | Error::Session(session::Error::Replica(error)) => of_replica(error),
-        Error::Save(error) | Error::Session(session::Error::Save(error)) => of_save(error),
-        Error::AgentGone
-        | Error::Thread(_)
-        | Error::Session(
-            session::Error::Superseded | session::Error::Prefix(prefix::Error::Superseded | prefix::Error::Thread(_)),
-        ) => (FailureClass::Retry, RunReason::TrainerLost),
-        // Storage may answer the next time; where it does not, the step fails again, and the coordinator ends that.
-        Error::Session(session::Error::Prefix(prefix::Error::Data(thaw_data::batch::Error::Read { .. }))) => {
-            (FailureClass::Retry, RunReason::TrainerError)
-        }
-        Error::Job(_)
-        | Error::Device(_)
-        | Error::Model(_)
-        | Error::Session(
-            session::Error::Prefix(prefix::Error::Data(_) | prefix::Error::Required { .. })
-            | session::Error::NeverFinite
-            | session::Error::Trace(_),
-        ) => (FailureClass::Invalid, RunReason::TrainerError),
-        Error::Protocol { .. }
-        | Error::Proposal { .. }
-        | Error::Runtime(_)
-        | Error::Session(
-            session::Error::DataEnded | session::Error::Prefix(prefix::Error::Model(_) | prefix::Error::Tensor(_)),
-        ) => (FailureClass::Fatal, RunReason::TrainerError),
     }
 }

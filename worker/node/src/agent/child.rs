@@ -2,7 +2,8 @@
 
 use super::Config;
 use super::launch::{Launch, Life, Running};
-use super::trainers::{TrainerId, Trainers};
+use super::trainer::TrainerId;
+use super::trainers::Trainers;
 use crate::collective::Ring;
 use crate::pipe;
 use async_trait::async_trait;

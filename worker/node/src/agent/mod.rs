@@ -31,6 +31,7 @@ mod snapshots;
 mod still;
 #[cfg(test)]
 mod tests;
+mod trainer;
 mod trainers;
 
 use std::path::PathBuf;

@@ -1,7 +1,8 @@
 //! One session after another with the coordinator.
 
 use super::Config;
-use super::trainers::{TrainerId, Trainers};
+use super::trainer::TrainerId;
+use super::trainers::Trainers;
 use futures::future::BoxFuture;
 use std::fmt;
 use std::time::Duration;
