@@ -36,7 +36,8 @@ SEEDS ?= 10000
 MOST ?= 400
 
 sim: setup ## Simulate 10,000 seeds of the cluster, then plant bugs that some seed must notice; SEEDS=n, or SEED=n for one with its log.
-	@cargo build -p thaw-sim --features mutants
+	@# Of the whole workspace, so that its dependencies are those of every other build.
+	@cargo build --workspace --bin thaw-sim --features thaw-sim/mutants
 	@target/debug/thaw-sim $(if $(SEED),--seed $(SEED) $(MUTANT),0 $(SEEDS) $(MOST))
 
 fmt: setup ## Format the Rust code.

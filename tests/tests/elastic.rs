@@ -50,7 +50,7 @@ fn undisturbed(spec: &str) -> Value {
 const SCALED: &str = "strategy: custom
 stages:
   - {name: head, thaw: [head], until: {max_steps: 200}}
-  - {name: all, thaw: [head, '/[012]$/'], until: {max_steps: 5800}}
+  - {name: all, thaw: [head, '/[012]$/'], until: {max_steps: 2800}}
 stop_when_no_gain: false
 eval_steps: 500
 ema: {decay: 0.9}
@@ -88,7 +88,7 @@ fn a_run_that_is_scaled_keeps_its_processes_and_its_weights() {
 const STAGES: &str = "strategy: custom
 stages:
   - {name: head, thaw: [head], workers: 1, until: {max_steps: 300}}
-  - {name: top, thaw: [head, '/2$/'], until: {max_steps: 4000}}
+  - {name: top, thaw: [head, '/2$/'], until: {max_steps: 2000}}
   - {name: all, thaw: [head, '/[012]$/'], workers: 2, until: {max_steps: 700}}
 stop_when_no_gain: false
 eval_steps: 500
