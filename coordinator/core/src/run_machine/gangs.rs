@@ -167,7 +167,14 @@ impl Turn {
             }
         };
         match self.record.state {
-            RunState::Admitted => note(self),
+            RunState::Admitted => {
+                note(self);
+                // A loss that was put off until all that are left listen may end this gang.
+                self.heard_from_all();
+                if self.record.state != RunState::Admitted {
+                    return Ok(());
+                }
+            }
             RunState::Resizing if self.observed.kept => {
                 note(self);
                 return Ok(());
@@ -200,8 +207,8 @@ impl Turn {
 
     /// Proposes the present generation's gang, once all its members listen. `why`: what has led to it, or nothing.
     pub(super) fn propose_if_ready(&mut self, reason: RunReason, why: &str) -> bool {
-        // Of a large gang it is asked each time that one more listens.
-        if self.observed.addresses.len() < self.record.members.len() {
+        // Of a large gang it is asked each time that one more listens. Too few may be left where a loss is put off (RUN-11).
+        if self.observed.addresses.len() < self.record.members.len() || !self.is_enough() {
             return false;
         }
         let address = |member: &Member| self.observed.addresses.get(&member.trainer.incarnation);
@@ -330,12 +337,15 @@ impl Turn {
         let is_here = |trainer: &&Trainer| workers.contains(&trainer.worker);
         self.forget_leaving(|trainer| is_here(&trainer));
         let joining: Vec<Trainer> = self.record.joining.iter().filter(is_here).cloned().collect();
-        for trainer in joining {
-            self.lose_joiner(&trainer, &message);
-        }
+        self.forget_joiners(&joining, &message);
         let members = self.record.members.iter().map(|member| &member.trainer);
         let lost: Vec<Trainer> = members.filter(is_here).cloned().collect();
-        self.lose_trainers(&lost, Fault::Other, RunReason::TrainerLost, message);
+        // One generation for all of it.
+        if !lost.is_empty() {
+            self.lose_trainers(&lost, Fault::Other, RunReason::TrainerLost, message);
+        } else if !joining.is_empty() {
+            self.join_without();
+        }
     }
 
     /// RUN-8: stops who should not be, and misses who should.
@@ -369,24 +379,34 @@ impl Turn {
         let joining =
             self.record.joining.iter().filter(|trainer| trainer.worker == *worker && !alive.contains(trainer));
         let gone = joining.filter(|trainer| self.observed.addresses.contains_key(&trainer.incarnation));
-        for trainer in gone.cloned().collect::<Vec<_>>() {
-            self.lose_joiner(&trainer, &format!("worker {worker} no longer has it"));
-        }
+        let gone: Vec<Trainer> = gone.cloned().collect();
+        self.forget_joiners(&gone, &format!("worker {worker} no longer has it"));
         self.forget_leaving(|trainer| trainer.worker == *worker && !alive.contains(trainer));
         let here = self.record.members.iter().map(|member| &member.trainer).filter(|trainer| trainer.worker == *worker);
-        let missing: Vec<Trainer> = here
+        let missing = here
             .filter(|trainer| !alive.contains(trainer))
             .filter(|trainer| stopping || self.was_heard_from(trainer) || self.is_awaited(trainer))
-            .cloned()
-            .collect();
-        for trainer in missing {
-            let message = format!("worker {worker} no longer has the trainer in slot {}", trainer.slot);
-            if self.observed.awaited.remove(&trainer.incarnation) {
-                self.record.members.retain(|member| member.trainer != trainer);
-                self.lose_taken_over(message);
-            } else {
-                self.lose_trainer(&trainer, Fault::Other, RunReason::TrainerLost, message);
+            .cloned();
+        // All of a kind at once: each loss may take a generation.
+        let (awaited, lost): (Vec<Trainer>, Vec<Trainer>) = missing.partition(|trainer| self.is_awaited(trainer));
+        let message = |trainers: &[Trainer]| {
+            let slots: Vec<String> = trainers.iter().map(|trainer| trainer.slot.to_string()).collect();
+            format!("worker {worker} no longer has the trainer in slot {}", slots.join(", "))
+        };
+        if !awaited.is_empty() {
+            self.record.members.retain(|member| !awaited.contains(&member.trainer));
+            for trainer in &awaited {
+                self.observed.awaited.remove(&trainer.incarnation);
             }
+            // Its message, unless others are lost too.
+            if lost.is_empty() {
+                self.lose_taken_over(message(&awaited));
+            }
+        }
+        if !lost.is_empty() {
+            self.lose_trainers(&lost, Fault::Other, RunReason::TrainerLost, message(&lost));
+        } else if awaited.is_empty() && !gone.is_empty() {
+            self.join_without();
         }
     }
 

@@ -61,7 +61,7 @@ impl Turn {
         true
     }
 
-    fn is_enough(&self) -> bool {
+    pub(super) fn is_enough(&self) -> bool {
         self.record.members.len() >= self.record.spec.workers.min as usize
     }
 
@@ -159,12 +159,28 @@ impl Turn {
 
     /// A trainer that was to join is gone; the gang trains on without it.
     pub(super) fn lose_joiner(&mut self, trainer: &Trainer, message: &str) {
+        self.forget_joiners(std::slice::from_ref(trainer), message);
+        self.join_without();
+    }
+
+    /// Trainers that were to join are gone. What that means to the others is for the caller, who may know of members that are gone too.
+    pub(super) fn forget_joiners(&mut self, gone: &[Trainer], message: &str) {
+        if gone.is_empty() {
+            return;
+        }
         self.changed = true;
-        self.record.joining.retain(|other| other != trainer);
-        self.event(format!("a trainer that was to join is lost: {message}"));
+        self.record.joining.retain(|trainer| !gone.contains(trainer));
+        for _ in gone {
+            self.event(format!("a trainer that was to join is lost: {message}"));
+        }
         if self.record.joining.is_empty() {
             self.join_later();
-        } else if self.record.state == RunState::Running {
+        }
+    }
+
+    /// Those that are left of the joiners may be all that were waited for.
+    pub(super) fn join_without(&mut self) {
+        if self.record.state == RunState::Running {
             self.join_if_ready();
         }
     }

@@ -1,7 +1,8 @@
 //! Gangs that break and are kept (RUN-10), and what else survivors live through.
 
-use super::script::{Script, kinds, ready, seen};
+use super::script::{Script, kinds, place, ready, seen};
 use super::*;
+use crate::gang::FreeSlot;
 use thaw_proto::ids::Slot;
 
 /// RUN-10: the survivor is proposed the next generation at once; what was lost is started meanwhile and joins at one of its own.
@@ -227,4 +228,40 @@ fn a_joiner_that_fails_leaves_the_gang_alone() {
     script.effects(tick);
     assert_eq!(kinds(&script.effects(Input::Cancel)), ["stop", "stop"]);
     assert_eq!(script.record.held_slots().count(), 0);
+}
+
+/// RUN-1: a worker has the only member and one of two joiners, of which the other listens: its loss takes one generation at most.
+#[test]
+fn a_worker_is_lost_with_a_member_and_a_joiner_at_once() {
+    let mut script = Script::keeping();
+    script.record.spec.workers.max = 3;
+    let lost = script.exited(1);
+    script.effects(lost);
+    script.effects(Input::GangBuilt { trainer: script.trainer(0), generation: Generation(2) });
+    let places = ["a", "c"].map(|worker| FreeSlot { slot: Slot(1), ..place(worker) });
+    let slots = Some(Verdict::Granted(places.to_vec()));
+    script.effects(Input::Tick { resting: None, slots, fresh: vec!["j".into(), "k".into()] });
+    let [_, listens] = &script.record.joining.clone()[..] else { panic!("{:?}", script.record.joining) };
+    script.effects(ready(listens, "h:7"));
+    let generation = script.record.generation;
+    script.effects(Input::WorkersLost { workers: vec!["a".into()] });
+    assert_eq!((script.record.state, script.record.generation), (RunState::Resizing, generation));
+}
+
+/// RUN-11: what is left of a gang that a leader before had started is too small, and its loss is put off until it is heard of.
+#[test]
+fn too_few_that_a_leader_before_has_started_are_no_gang() {
+    let mut script = Script::keeping();
+    script.record.spec.workers.min = 2;
+    let (lost, survivor) = (script.exited(1), script.trainer(0));
+    script.effects(lost);
+    let tick = Input::Tick { resting: None, slots: script.granted(&["b"]), fresh: vec!["j".into()] };
+    script.effects(tick);
+    assert_eq!((script.record.state, script.record.members.len()), (RunState::Admitted, 2));
+    script.observed = Observed::default();
+    script.effects(Input::CoordinatorStarted);
+    script.effects(seen("b", &[]));
+    assert!(script.effects(seen("a", std::slice::from_ref(&survivor))).is_empty());
+    assert!(script.effects(ready(&survivor, "h:0")).is_empty(), "it is proposed no gang");
+    assert_eq!((script.record.state, script.record.members.len()), (RunState::Resizing, 1));
 }
