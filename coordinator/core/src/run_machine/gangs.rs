@@ -387,25 +387,21 @@ impl Turn {
             .filter(|trainer| !alive.contains(trainer))
             .filter(|trainer| stopping || self.was_heard_from(trainer) || self.is_awaited(trainer))
             .cloned();
-        // All of a kind at once: each loss may take a generation.
+        // One generation for all of it.
         let (awaited, lost): (Vec<Trainer>, Vec<Trainer>) = missing.partition(|trainer| self.is_awaited(trainer));
         let message = |trainers: &[Trainer]| {
             let slots: Vec<String> = trainers.iter().map(|trainer| trainer.slot.to_string()).collect();
             format!("worker {worker} no longer has the trainer in slot {}", slots.join(", "))
         };
-        if !awaited.is_empty() {
-            self.record.members.retain(|member| !awaited.contains(&member.trainer));
-            for trainer in &awaited {
-                self.observed.awaited.remove(&trainer.incarnation);
-            }
-            // Its message, unless others are lost too.
-            if lost.is_empty() {
-                self.lose_taken_over(message(&awaited));
-            }
+        self.record.members.retain(|member| !awaited.contains(&member.trainer));
+        for trainer in &awaited {
+            self.observed.awaited.remove(&trainer.incarnation);
         }
         if !lost.is_empty() {
             self.lose_trainers(&lost, Fault::Other, RunReason::TrainerLost, message(&lost));
-        } else if awaited.is_empty() && !gone.is_empty() {
+        } else if !awaited.is_empty() {
+            self.lose_taken_over(message(&awaited));
+        } else if !gone.is_empty() {
             self.join_without();
         }
     }

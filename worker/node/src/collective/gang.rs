@@ -16,7 +16,7 @@ use super::{Collective, Element};
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thaw_proto::ids::Rank;
 use thaw_shm::{Lease, Segment};
 
@@ -76,23 +76,29 @@ impl Tree {
 
     /// Lets the ranks of each host reduce through shared memory. `host` is what ranks of one host have in common; a rank without shares
     /// nothing. Ranks are on one host where each can map the other's segment too, whatever they say. `token` is this rank's secret.
+    /// What they tell each other counts to the forming of the gang, and has its deadline.
     ///
     /// # Errors
     /// Where the ranks cannot exchange what they found.
-    pub(super) fn share_memory(&mut self, host: Option<HostId>, token: [u8; TOKEN_BYTES]) -> Result<(), Error> {
+    pub(super) fn share_memory(
+        &mut self,
+        host: Option<HostId>,
+        token: [u8; TOKEN_BYTES],
+        deadline: Instant,
+    ) -> Result<(), Error> {
         if self.world_size() == 1 {
             return Ok(());
         }
         let own = host.and_then(|host| Some((host, Segment::create(SEGMENT_BYTES).ok()?)));
         let offer = own.as_ref().map(|(host, segment)| offer(*host, segment, token)).unwrap_or_default();
-        let offers = self.all_gather(&offer)?;
+        let offers = self.all_gather_until(Some(deadline), &offer)?;
         let mut segments: Vec<Option<Segment>> = Vec::with_capacity(offers.len());
         for (other, theirs) in (0..).zip(&offers) {
             let wanted = other != self.rank().0 && own.is_some();
             segments.push(wanted.then(|| reach(&offer, theirs)).flatten());
         }
         let reached: Vec<u8> = segments.iter().map(|segment| u8::from(segment.is_some())).collect();
-        let reached = self.all_gather(&reached)?;
+        let reached = self.all_gather_until(Some(deadline), &reached)?;
         let reached: Vec<Vec<bool>> = reached.iter().map(|row| row.iter().map(|found| *found == 1).collect()).collect();
         self.hosts = Hosts::of(&reached, self.shards());
         let rank = self.rank().0;
@@ -105,6 +111,23 @@ impl Tree {
         self.columns = if self.hosts.len() == 1 { Vec::new() } else { self.reducers() };
         tracing::debug!(rank, hosts = self.hosts.len(), here = self.ranks_here(), "built the collective");
         Ok(())
+    }
+
+    /// As [`Collective::all_gather`], with a deadline of its own where it is given one.
+    fn all_gather_until(&self, deadline: Option<Instant>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        self.peers.operate_until(deadline, Kind::AllGather, 0, bytes.len(), |operation| {
+            for rank in self.peers.others() {
+                self.peers.send(operation, 0, rank, &[bytes])?;
+            }
+            let from: Vec<u32> = self.peers.others().collect();
+            let received = self.peers.receive(operation, 0, &from)?;
+            let mut gathered = vec![bytes.to_vec(); self.world_size() as usize];
+            for (rank, buffer) in from.into_iter().zip(&received) {
+                gathered[rank as usize] = Buffer::as_bytes(buffer).to_vec();
+            }
+            self.peers.recycle(received);
+            Ok(gathered)
+        })
     }
 
     fn reducers(&self) -> Vec<(usize, Reducer)> {
@@ -241,19 +264,7 @@ impl Collective for Tree {
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        self.peers.operate(Kind::AllGather, 0, bytes.len(), |operation| {
-            for rank in self.peers.others() {
-                self.peers.send(operation, 0, rank, &[bytes])?;
-            }
-            let from: Vec<u32> = self.peers.others().collect();
-            let received = self.peers.receive(operation, 0, &from)?;
-            let mut gathered = vec![bytes.to_vec(); self.world_size() as usize];
-            for (rank, buffer) in from.into_iter().zip(&received) {
-                gathered[rank as usize] = Buffer::as_bytes(buffer).to_vec();
-            }
-            self.peers.recycle(received);
-            Ok(gathered)
-        })
+        self.all_gather_until(None, bytes)
     }
 
     fn copy(&self, from: Rank, to: &[Rank], bytes: &[u8]) -> Result<Vec<u8>, Error> {

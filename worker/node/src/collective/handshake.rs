@@ -53,7 +53,7 @@ pub struct Options {
     pub shards: u32,
     /// How long the gang may take to form.
     pub connect_deadline: Duration,
-    /// How long each operation may take.
+    /// How long each operation may take, once the gang has formed.
     pub operation_deadline: Duration,
     /// Ranks with the same one reduce through shared memory, where they can map each other's; without, this rank shares nothing.
     pub host: Option<HostId>,
@@ -128,9 +128,15 @@ impl Listener {
             source: Arc::new(source),
         })?;
         abort.hold(tree.shared());
-        let shared = tree.share_memory(options.host, forming.token());
+        let shared = tree.share_memory(options.host, forming.token(), forming.deadline);
         abort.release();
-        shared.map(|()| tree)
+        match shared {
+            Ok(()) => Ok(tree),
+            Err(Error::Deadline { missing, .. }) if !missing.is_empty() => {
+                Err(forming.out_of_time(missing[0], Refusal::Deadline, None))
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -178,14 +178,27 @@ impl Peers {
         bytes: usize,
         run: impl FnOnce(&Operation) -> Result<R, Error>,
     ) -> Result<R, Error> {
+        self.operate_until(None, kind, elements, bytes, run)
+    }
+
+    /// As [`Self::operate`], with a deadline of its own where it is given one.
+    pub(super) fn operate_until<R>(
+        &self,
+        deadline: Option<Instant>,
+        kind: Kind,
+        elements: usize,
+        bytes: usize,
+        run: impl FnOnce(&Operation) -> Result<R, Error>,
+    ) -> Result<R, Error> {
         let mut sequence = self.sequence.lock().expect("no code that holds the lock panics");
         if let Some(failed) = &self.shared.inbox().failed {
             return Err(failed.clone());
         }
         let now = Instant::now();
+        let limit = deadline.map_or(self.deadline, |deadline| deadline.saturating_duration_since(now));
         // A deadline beyond the clock's end is none; a year stands for it.
-        let end = now.checked_add(self.deadline).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
-        let operation = Operation { sequence: *sequence, kind, elements: elements as u64, end, limit: self.deadline };
+        let end = now.checked_add(limit).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
+        let operation = Operation { sequence: *sequence, kind, elements: elements as u64, end, limit };
         let entry = self.record.begin(kind.recorded(), *sequence, bytes as u64);
         let result = run(&operation);
         *sequence += 1;

@@ -441,6 +441,38 @@ fn a_rank_that_does_not_come_is_named() {
     }
 }
 
+/// What ranks tell each other while a gang forms is none of its operations, however short those may be.
+#[test]
+fn forming_takes_the_time_that_it_has() {
+    over_all(|placement| drop(gang(4, Duration::ZERO, placement)));
+    let (ours, addresses) = listeners(3);
+    let mut elsewhere = addresses.clone();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    elsewhere[1] = silent.local_addr().unwrap().to_string();
+    let short = Options { connect_deadline: Duration::from_millis(300), ..options(2 * SOON) };
+    let begun = Instant::now();
+    // Ranks 1 and 2 join rank 0 but not each other, so neither says anything more.
+    let errors = std::thread::scope(|scope| {
+        let joining: Vec<_> = [&addresses, &addresses, &elsewhere]
+            .into_iter()
+            .zip(&ours)
+            .enumerate()
+            .map(|(rank, (addresses, listener))| {
+                scope.spawn(move || connect(listener, &membership(rank, addresses), short).unwrap_err())
+            })
+            .collect();
+        joining.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    for error in &errors {
+        assert!(
+            matches!(error, Error::Handshake { reason: Refusal::Deadline, .. } | Error::PeerLost { .. }),
+            "{error}"
+        );
+    }
+    assert!(errors.iter().any(|error| matches!(error, Error::Handshake { .. })), "{errors:?}");
+    assert!(begun.elapsed() < SOON);
+}
+
 #[test]
 fn a_newer_generation_waits_for_a_peer_that_is_behind() {
     let (listeners, addresses) = listeners(2);
