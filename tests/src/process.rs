@@ -164,6 +164,11 @@ pub fn continue_by_id(id: u32) {
     signal(id, Signal::SIGCONT);
 }
 
+/// Lets time pass, where it is the time itself that must not matter: no condition stands for it.
+pub fn let_pass(time: Duration) {
+    std::thread::sleep(time);
+}
+
 fn signal(id: u32, signal: Signal) {
     nix::sys::signal::kill(Pid::from_raw(i32::try_from(id).unwrap()), signal).unwrap();
 }

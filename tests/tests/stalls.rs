@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use thaw_tests::cluster::Cluster;
 use thaw_tests::process::{self, Process};
 use thaw_tests::sandbox::{DEADLINE, Sandbox, events, text_spec};
@@ -96,11 +96,7 @@ fn trainers_that_are_only_slow_are_left_alone() {
                 }
             });
         }
-        // No condition stands for it: it is the time itself that must not matter.
-        let end = Instant::now() + Duration::from_secs(u64::from(2 * LIMIT));
-        while Instant::now() < end {
-            std::thread::park_timeout(Duration::from_millis(200));
-        }
+        process::let_pass(Duration::from_secs(u64::from(2 * LIMIT)));
         busy.store(false, Ordering::Relaxed);
     });
     let now: BTreeSet<u32> = process::trainers_below(training.id()).into_iter().collect();
@@ -122,8 +118,7 @@ fn a_coordinator_that_stood_still_takes_nobody_for_lost() {
     let told = || fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
     for _ in 0..3 {
         process::stop_by_id(cluster.up.id());
-        // No condition stands for it: it is the time itself that must not matter.
-        std::thread::sleep(Duration::from_secs(4));
+        process::let_pass(Duration::from_secs(4));
         process::continue_by_id(cluster.up.id());
         let before = told();
         process::eventually("further steps", DEADLINE, || (told() > before + 10).then_some(()));

@@ -15,6 +15,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 const TWICE: u64 = 20;
 /// Progress is said after so many seeds.
 const SAY: u64 = 500;
+/// This program as it was started, also where a build has replaced its file since.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+/// How a process ends that has seen a violation. Every other end but 0 says nothing of the seed.
+const VIOLATED: u8 = 1;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -48,11 +52,14 @@ fn one(seed: u64, mutant: Option<&str>) -> ExitCode {
         println!("{name} is no bug that this build can plant");
         return ExitCode::from(2);
     }
-    let outcome = thaw_sim::simulate(seed);
+    let Ok(outcome) = std::panic::catch_unwind(|| thaw_sim::simulate(seed)) else {
+        println!("seed {seed}: VIOLATION SIM: it panicked");
+        return ExitCode::from(VIOLATED);
+    };
     outcome.log.iter().for_each(|line| println!("{line}"));
     println!("seed {seed}: {:?} simulated, log {}", outcome.lasted, outcome.digest());
     outcome.violations.iter().for_each(|violation| println!("seed {seed}: {violation}"));
-    ExitCode::from(u8::from(!outcome.violations.is_empty()))
+    ExitCode::from(if outcome.violations.is_empty() { 0 } else { VIOLATED })
 }
 
 #[cfg(feature = "mutants")]
@@ -67,21 +74,32 @@ fn plant(_: &str) -> bool {
     false
 }
 
-/// What a process of its own says of a seed: the lines about the seed itself, and whether all was well.
-fn apart(seed: u64, mutant: Option<&str>) -> (Vec<String>, bool) {
+/// What a process of its own says of a seed.
+#[derive(PartialEq, Eq)]
+struct Said {
+    /// Those about the seed itself.
+    lines: Vec<String>,
+    violated: bool,
+}
+
+/// Simulates a seed in a process of its own.
+///
+/// # Errors
+/// Where that process did not get to a verdict.
+fn apart(seed: u64, mutant: Option<&str>) -> Result<Said, String> {
     let words = ["--seed".to_owned(), seed.to_string()].into_iter().chain(mutant.map(str::to_owned));
-    let said = std::env::current_exe().and_then(|program| Command::new(program).args(words).output());
-    match said {
-        Ok(said) => {
-            let text = String::from_utf8_lossy(&said.stdout).into_owned();
-            let mut lines: Vec<String> =
-                text.lines().filter(|line| line.starts_with("seed ")).map(str::to_owned).collect();
-            if lines.is_empty() {
-                lines.push(format!("seed {seed}: VIOLATION SIM: {}", String::from_utf8_lossy(&said.stderr)));
-            }
-            (lines, said.status.success())
-        }
-        Err(error) => (vec![format!("seed {seed}: VIOLATION SIM: {error}")], false),
+    let said = Command::new(THIS_PROGRAM).args(words).output();
+    let said = said.map_err(|error| format!("seed {seed} could not be simulated: {error}"))?;
+    let text = String::from_utf8_lossy(&said.stdout);
+    let lines = text.lines().filter(|line| line.starts_with("seed ")).map(str::to_owned).collect();
+    match said.status.code() {
+        Some(0) => Ok(Said { lines, violated: false }),
+        Some(code) if code == i32::from(VIOLATED) => Ok(Said { lines, violated: true }),
+        _ => Err(format!(
+            "seed {seed} was not simulated to its end: {}; {text}{}",
+            said.status,
+            String::from_utf8_lossy(&said.stderr)
+        )),
     }
 }
 
@@ -103,17 +121,14 @@ fn many(first: u64, count: u64) -> u64 {
             if seed >= first + count {
                 return;
             }
-            let (lines, is_well) = apart(seed, None);
-            let again = seed.is_multiple_of(TWICE).then(|| apart(seed, None).0);
-            let differs = again.as_ref().is_some_and(|again| *again != lines);
-            if differs {
-                println!("seed {seed}: VIOLATION SIM-1: {lines:?}, and again: {again:?}");
-            }
-            if !is_well {
-                lines.iter().for_each(|line| println!("{line}"));
-                println!("seed {seed}: play it again with `make sim SEED={seed}`");
-            }
-            violated.fetch_add(u64::from(differs || !is_well), Ordering::Relaxed);
+            let is_well = match simulate_checked(seed) {
+                Ok(()) => true,
+                Err(lines) => {
+                    println!("{}\nseed {seed}: play it again with `make sim SEED={seed}`", lines.join("\n"));
+                    false
+                }
+            };
+            violated.fetch_add(u64::from(!is_well), Ordering::Relaxed);
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
             if done.is_multiple_of(SAY) {
                 eprintln!("sim: {done} of {count} seeds, {} violated", violated.load(Ordering::Relaxed));
@@ -121,6 +136,18 @@ fn many(first: u64, count: u64) -> u64 {
         }
     });
     violated.into_inner()
+}
+
+/// Simulates a seed, and some of them twice; what is wrong, where something is.
+fn simulate_checked(seed: u64) -> Result<(), Vec<String>> {
+    let first = apart(seed, None).map_err(|broken| vec![broken])?;
+    if seed.is_multiple_of(TWICE) {
+        let again = apart(seed, None).map_err(|broken| vec![broken])?;
+        if again != first {
+            return Err(vec![format!("seed {seed}: VIOLATION SIM-1: {:?}, and again: {:?}", first.lines, again.lines)]);
+        }
+    }
+    if first.violated { Err(first.lines) } else { Ok(()) }
 }
 
 /// Plants each bug, and looks for a seed that notices it; how many were caught, of how many.
@@ -131,16 +158,22 @@ fn gate(first: u64, most: u64) -> (usize, usize) {
     let (next, caught) = (AtomicUsize::new(0), AtomicUsize::new(0));
     on_all_cores(|| {
         while let Some(name) = thaw_mutants::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let noticed = (first..first + most).find_map(|seed| {
-                let (lines, is_well) = apart(seed, Some(name));
-                (!is_well).then(|| lines.into_iter().find(|line| line.contains("VIOLATION")).unwrap_or_default())
-            });
-            match noticed {
-                Some(line) => {
-                    caught.fetch_add(1, Ordering::Relaxed);
-                    println!("mutant {name}: {line}");
+            let mut broken = None;
+            let noticed = (first..first + most).find_map(|seed| match apart(seed, Some(name)) {
+                Ok(said) => said.violated.then_some(said.lines),
+                Err(why) => {
+                    broken = Some(why);
+                    None
                 }
-                None => println!("mutant {name}: not caught by {most} seeds"),
+            });
+            match (noticed, broken) {
+                (Some(lines), _) => {
+                    caught.fetch_add(1, Ordering::Relaxed);
+                    let line = lines.into_iter().find(|line| line.contains("VIOLATION"));
+                    println!("mutant {name}: {}", line.unwrap_or_default());
+                }
+                (None, Some(why)) => println!("mutant {name}: not caught; {why}"),
+                (None, None) => println!("mutant {name}: not caught by {most} seeds"),
             }
         }
     });

@@ -61,6 +61,14 @@ fn a_seed_has_one_log() {
     }
 }
 
+/// A bug counts as noticed only where a seed says so: a process that ends otherwise has noticed nothing.
+#[test]
+fn what_is_no_verdict_is_no_violation() {
+    let output = simulate(&["--seed", "1", "no-such-bug"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(text(&output), "no-such-bug is no bug that this build can plant\n");
+}
+
 /// The feature that plants bugs is nobody's default, so no ordinary build has it.
 #[test]
 fn ordinary_builds_plant_nothing() {
