@@ -1,13 +1,15 @@
 """The rows: a spec, a schedule for `thaw chaos`, and which of its lines belong to the row.
 
-Runs are long enough for their schedules at about 50 steps a second of eight trainers on two cores; one that is shorter has a smaller n.
+A run is as long as its schedule takes at the pace that the trainers have here and now; one that gets faster meanwhile may end early, with a smaller n.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,10 @@ from chaos import control_plane, elastic
 ROOT = Path(__file__).resolve().parents[2]
 THAW = ROOT / "target/debug/thaw"
 TRAINERS = 8
-# Updates while one fault is injected, recovered from and followed by a checkpoint.
-STEPS_A_FAULT = 80
+# Of training, while one fault is injected, recovered from and followed by a checkpoint.
+SECONDS_A_FAULT = 1.6
+# Updates by which the trainers' pace is known.
+PACE_STEPS = 300
 STAGES = 6
 
 
@@ -38,10 +42,12 @@ class Row:
     faults: str = ""
     count: int = 0
     every: float = 0.0
-    # Updates for each of the faults.
-    steps: int = STEPS_A_FAULT
-    # An option that says how many seconds a fault lasts, and updates for each of them.
-    lasts: tuple[str, int, int] | None = None
+    # Of training, for each of the faults.
+    seconds: float = SECONDS_A_FAULT
+    # Updates for each of the faults, where it is stages that count.
+    steps: int = 0
+    # An option that says how many seconds a fault lasts, and how many of training there are for each of them.
+    lasts: tuple[str, int, float] | None = None
     more: tuple[str, ...] = ()
     # Lines that belong to the row.
     lines: tuple[str, ...] = ()
@@ -58,11 +64,12 @@ class Row:
             yield from self.beside(0)
             return
         tenth = lambda number: max(number // 10, 1) if quick and number else number
-        count, steps = tenth(self.count), tenth(self.count) * self.steps
+        count = tenth(self.count)
+        steps = count * (self.steps or round(self.seconds * pace(fixtures)))
         command = [THAW, "chaos", folder / "spec.json", "--workers", TRAINERS, "--count", count, "--every", self.every]
         if self.lasts:
-            option, seconds, pace = self.lasts
-            steps = tenth(seconds) * pace
+            option, seconds, share = self.lasts
+            steps = round(tenth(seconds) * share * pace(fixtures))
             command += [option, tenth(seconds)]
         if self.faults:
             command += ["--faults", self.faults]
@@ -96,6 +103,23 @@ def stream(command: list) -> Iterator[str]:
     if process.returncode != 0:
         problem = Refused if process.returncode == 2 else Broken
         raise problem(f"{Path(command[0]).name} ended with {process.returncode}")
+
+
+@functools.cache
+def pace(fixtures: Path) -> float:
+    """Updates a second of all trainers, undisturbed, after the first quarter of a short run."""
+    with tempfile.TemporaryDirectory(prefix="thaw-chaos-pace-") as folder:
+        spec, data = Path(folder) / "spec.json", Path(folder) / "data"
+        workers = {"workers": {"min": TRAINERS, "max": TRAINERS}}
+        spec.write_text(json.dumps(text_spec(fixtures, PACE_STEPS) | workers))
+        # Its progress is of no interest here.
+        list(stream([THAW, "train", spec, "--workers", TRAINERS, "--data-dir", data]))
+        metrics = next(data.glob("runs/*/metrics.jsonl")).read_text().splitlines()
+    told = [line for line in map(json.loads, metrics) if line["kind"] == "progress"]
+    first, last = told[len(told) // 4], told[-1]
+    found = 1000 * (last["step"] - first["step"]) / (last["time_ms"] - first["time_ms"])
+    print(f"chaos: {TRAINERS} trainers make {found:.1f} steps a second here", file=sys.stderr, flush=True)
+    return found
 
 
 def text_spec(fixtures: Path, steps: int) -> dict:
@@ -160,7 +184,7 @@ ROWS = (
         "stop-trainer,stop-agent",
         20,
         0.5,
-        300,
+        6.0,
         lines=("stop_",),
         more=("--no-reference",),
     ),
@@ -170,7 +194,7 @@ ROWS = (
         "partition",
         20,
         0.5,
-        300,
+        6.0,
         lines=("partition",),
         more=("--no-reference",),
         needs="no network namespaces can be made here",
@@ -181,7 +205,7 @@ ROWS = (
         "load",
         1,
         1.0,
-        lasts=("--load", 1200, 30),
+        lasts=("--load", 1200, 0.6),
         lines=("false_verdict",),
         more=("--no-reference",),
     ),
@@ -191,17 +215,17 @@ ROWS = (
         "kill-leader",
         30,
         3.0,
-        300,
+        6.0,
         lines=("kill_leader", "ledger", "weights"),
     ),
-    Row("hand_over", "SIGTERM to the leading coordinator until the next serves", "hand-over", 30, 0.5, 120, lines=("hand_over",)),
+    Row("hand_over", "SIGTERM to the leading coordinator until the next serves", "hand-over", 30, 0.5, 2.4, more=("--no-reference",), lines=("hand_over",)),
     Row(
         "outage",
         "all coordinators and etcd stopped for 300 s",
         "outage",
         1,
         1.0,
-        lasts=("--outage", 300, 75),
+        lasts=("--outage", 300, 1.5),
         lines=("outage", "ledger", "weights"),
         spec=staged,
     ),
@@ -211,13 +235,22 @@ ROWS = (
         "kill-trainer",
         20,
         0.0,
-        125,
+        steps=125,
         lines=("stage_change", "ledger", "weights"),
         more=("--at", "stage-change"),
         spec=deeper,
     ),
-    Row("faults", "weights and samples after 200 faults of all kinds", ALL_FAULTS, 200, 0.5, 220, lines=("weights", "ledger")),
-    Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 1500, lines=("goodput", "weights")),
+    Row(
+        "faults",
+        "weights and samples after 200 faults of all kinds",
+        ALL_FAULTS,
+        200,
+        0.5,
+        3.5,
+        lines=("weights", "ledger"),
+        more=("--reference-workers", "1"),
+    ),
+    Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 30.0, lines=("goodput", "weights")),
     Row(
         "requests",
         "submission, cancellation, and what a run costs etcd",
@@ -231,7 +264,7 @@ ROWS = (
         "kill-leader,hand-over,kill-trainer",
         30,
         0.5,
-        200,
+        4.0,
         lines=("watch",),
         more=("--no-reference", "--watchers", "8"),
     ),

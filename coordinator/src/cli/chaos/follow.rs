@@ -17,6 +17,8 @@ use tokio::task::JoinHandle;
 
 /// Between two looks at the trace: what a step's time may be off by.
 const LOOK: Duration = Duration::from_millis(2);
+/// Between two words on how far a run is.
+const SAY: Duration = Duration::from_secs(30);
 /// Before a watch is opened again.
 const REOPEN: Duration = Duration::from_millis(50);
 
@@ -127,12 +129,17 @@ impl Followed {
     /// The run once it has ended, and its steps. Gives up after `limit` without an update.
     pub(super) async fn end(self, limit: Duration) -> Result<(pb::Run, Steps), Failure> {
         let mut last = (self.sight.next(), Instant::now());
+        let mut said = Instant::now();
         let mut watching = self.watching;
         let run = loop {
             match tokio::time::timeout(Duration::from_millis(200), &mut watching).await {
                 Ok(ended) => break ended.map_err(|error| Failure::from_error(&error))??,
                 Err(_elapsed) => {
                     let next = self.sight.next();
+                    if said.elapsed() > SAY {
+                        said = Instant::now();
+                        super::say(&format!("at step {next} of {}", self.sight.planned()));
+                    }
                     if next != last.0 {
                         last = (next, Instant::now());
                     } else if last.1.elapsed() > limit {
@@ -162,6 +169,12 @@ impl Sight {
 
     pub(super) fn next(&self) -> u64 {
         self.reached.borrow().next
+    }
+
+    /// Updates that its stages have at most.
+    fn planned(&self) -> u64 {
+        let stages = self.run().plan.map(|plan| plan.stages).unwrap_or_default();
+        stages.iter().map(|stage| u64::from(stage.max_steps)).sum()
     }
 
     /// When the run was first seen as `wanted`, or had ended. `None` after `limit`.

@@ -110,7 +110,9 @@ async fn experiment(
         None
     } else {
         say("the run without faults");
-        let (_, followed) = submit(cluster, spec.clone()).await?;
+        let workers = options.reference_workers;
+        let undisturbed = workers.map_or_else(|| spec.clone(), |workers| over_workers(spec.clone(), workers));
+        let (_, followed) = submit(cluster, undisturbed).await?;
         let observing = stages::observe(cluster, followed.sight.clone());
         let (kept, ended) = tokio::join!(observing, ended(cluster, followed));
         let ended = ended?;
@@ -128,9 +130,13 @@ async fn experiment(
     };
     let done = disturb(cluster, &followed.sight, options).await?;
     let disturbed = ended(cluster, followed).await?;
-    outcome::faults(report, &done, reference.as_ref(), &disturbed);
+    let timed = reference.as_ref().filter(|_| options.reference_workers.is_none());
+    outcome::faults(report, &done, timed, &disturbed);
+    if let Some(timed) = timed {
+        outcome::goodput(report, &done, timed, &disturbed);
+    }
     if let Some(reference) = &reference {
-        outcome::compare(report, &done, reference, &disturbed);
+        outcome::weights(report, &done, reference, &disturbed);
     }
     if let Some(watchers) = watchers {
         watchers.finish(report).await?;
@@ -140,6 +146,16 @@ async fn experiment(
 
 fn say(text: &str) {
     eprintln!("chaos: {text}");
+}
+
+/// The same run over so many workers: its shards, and so its sums, stay those that the spec comes to.
+fn over_workers(mut spec: pb::RunSpec, number: u32) -> pb::RunSpec {
+    let workers = spec.workers.get_or_insert_default();
+    let most = workers.max.unwrap_or_else(|| workers.min.unwrap_or(1));
+    (workers.min, workers.max) = (Some(number), Some(number));
+    spec.logical_shards.get_or_insert(most);
+    spec.stages.iter_mut().for_each(|stage| stage.workers = None);
+    spec
 }
 
 /// The run as it was made, and how it is followed.

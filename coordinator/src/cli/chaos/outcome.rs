@@ -169,8 +169,8 @@ fn load_rows(report: &mut Report, all: &[&Done]) {
     }
 }
 
-/// Goodput and weights.
-pub(super) fn compare(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &Ended) {
+/// Time of the undisturbed run over that of the other.
+pub(super) fn goodput(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &Ended) {
     let span = |steps: &Steps| {
         let firsts = steps.firsts();
         let (first, last) = (firsts.first_key_value()?.1, firsts.last_key_value()?.1);
@@ -182,6 +182,10 @@ pub(super) fn compare(report: &mut Report, done: &[Done], reference: &Ended, dis
         let share = share.with("faults", done.len()).with("seconds_a_fault", format!("{between:.1}"));
         report.row(share.with("steps", disturbed.steps.next()));
     }
+}
+
+/// Whether both runs came to the same weights.
+pub(super) fn weights(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &Ended) {
     let weights = |ended: &Ended| ended.run.result.as_ref().map(|result| result.weights_blake3.clone());
     let equal = weights(reference).is_some() && weights(reference) == weights(disturbed);
     report
@@ -244,7 +248,7 @@ mod tests {
         let reference = made("aa", &[&first, &second], 2);
         let problems = |disturbed: &Ended| {
             let mut report = Report::default();
-            compare(&mut report, &[], &reference, disturbed);
+            weights(&mut report, &[], &reference, disturbed);
             ledger(&mut report, Some(&reference), disturbed);
             report.problems.len()
         };
