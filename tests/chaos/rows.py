@@ -6,6 +6,7 @@ A run is as long as its schedule takes at the pace that the trainers have here a
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def stream(command: list) -> Iterator[str]:
 
 @functools.cache
 def pace(fixtures: Path) -> float:
-    """Updates a second of all trainers, undisturbed, after the first quarter of a short run."""
+    """Updates a second of all trainers in the best quarter of a short run: what slows this machine down for a while must not cut a schedule short."""
     with tempfile.TemporaryDirectory(prefix="thaw-chaos-pace-") as folder:
         spec, data = Path(folder) / "spec.json", Path(folder) / "data"
         workers = {"workers": {"min": TRAINERS, "max": TRAINERS}}
@@ -116,9 +117,9 @@ def pace(fixtures: Path) -> float:
         list(stream([THAW, "train", spec, "--workers", TRAINERS, "--data-dir", data]))
         metrics = next(data.glob("runs/*/metrics.jsonl")).read_text().splitlines()
     told = [line for line in map(json.loads, metrics) if line["kind"] == "progress"]
-    first, last = told[len(told) // 4], told[-1]
-    found = 1000 * (last["step"] - first["step"]) / (last["time_ms"] - first["time_ms"])
-    print(f"chaos: {TRAINERS} trainers make {found:.1f} steps a second here", file=sys.stderr, flush=True)
+    ends = [told[quarter * (len(told) - 1) // 4] for quarter in range(5)]
+    found = max(1000 * (end["step"] - begin["step"]) / (end["time_ms"] - begin["time_ms"]) for begin, end in itertools.pairwise(ends))
+    print(f"chaos: {TRAINERS} trainers make up to {found:.1f} steps a second here", file=sys.stderr, flush=True)
     return found
 
 
