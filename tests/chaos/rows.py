@@ -249,7 +249,7 @@ ROWS = (
         0.5,
         3.5,
         lines=("weights", "ledger"),
-        more=("--reference-workers", "1"),
+        more=("--reference-workers", "2"),
     ),
     Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 30.0, lines=("goodput", "weights")),
     Row(
