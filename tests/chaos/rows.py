@@ -66,7 +66,8 @@ class Row:
             return
         tenth = lambda number: max(number // 10, 1) if quick and number else number
         count = tenth(self.count)
-        steps = count * (self.steps or round(self.seconds * pace(fixtures)))
+        # Without faults nothing is trained for them, so that no pace is needed.
+        steps = count and count * (self.steps or round(self.seconds * pace(fixtures)))
         command = [THAW, "chaos", folder / "spec.json", "--workers", TRAINERS, "--count", count, "--every", self.every]
         if self.lasts:
             option, seconds, share = self.lasts

@@ -45,6 +45,8 @@ fn faults_are_measured_and_change_neither_weights_nor_samples() {
     let report: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!(report["problems"], serde_json::json!([]));
     assert_eq!(row(&report, "weights_equal").0, &[1.0]);
+    // The undisturbed run had fewer workers, so its time says nothing.
+    assert!(!ended.stdout.contains("goodput") && !ended.stdout.contains("outage.step_rate"), "{report:#}");
     let (ledger, more) = row(&report, "ledger");
     assert_eq!(ledger, &[0.0], "{more}");
     assert!(more.contains("\"800\""), "{more}");
@@ -73,6 +75,7 @@ fn stages_change_under_a_kill_and_watches_that_are_resumed_see_each_event_once()
     let (pauses, more) = row(&report, "stage_change");
     assert!(pauses.len() == 2 && more.contains("3/3"), "{pauses:?} {more}");
     assert_eq!(row(&report, "weights_equal").0, &[1.0]);
+    assert!(row(&report, "goodput").0[0].as_f64().unwrap() > 0.0);
     for name in ["watch.missed", "watch.repeated"] {
         let (values, more) = row(&report, name);
         assert_eq!(values, &[0.0, 0.0, 0.0], "{name}");
