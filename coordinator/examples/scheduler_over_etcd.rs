@@ -57,7 +57,9 @@ async fn measure() -> anyhow::Result<ExitCode> {
     let Some(etcd) = common::EtcdProcess::start() else { bail!("etcd is not on the path") };
     let now_ms = Rc::new(Cell::new(BEGIN_MS));
     let clock = Rc::clone(&now_ms);
-    let _simulated = surroundings::simulate(1, move || SystemTime::UNIX_EPOCH + Duration::from_millis(clock.get()));
+    let since_epoch = move || Duration::from_millis(clock.get());
+    let wall = since_epoch.clone();
+    let _simulated = surroundings::simulate(1, move || SystemTime::UNIX_EPOCH + wall(), since_epoch);
     // Run folders in memory where there is such a place: what is measured is the store.
     let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
     let mut cluster = Cluster::start(&etcd.address, folder.path(), now_ms).await?;

@@ -1,6 +1,8 @@
-//! Wall-clock time for people, in milliseconds since the epoch. Deadlines use `Instant`, never this.
+//! Wall-clock time for people, in milliseconds since the epoch. No wait is counted by it.
 
 use std::time::UNIX_EPOCH;
+use thaw_core::run_machine::Now;
+use thaw_mutants::planted;
 use thaw_runtime::surroundings;
 
 /// Milliseconds since the epoch, by this machine's clock.
@@ -8,6 +10,15 @@ use thaw_runtime::surroundings;
 pub fn now_ms() -> i64 {
     let since = surroundings::wall_clock().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// By both clocks.
+#[must_use]
+pub fn now() -> Now {
+    let steady_ms = u64::try_from(surroundings::steady_clock().as_millis()).unwrap_or(u64::MAX);
+    // A mutant's waits follow the wall clock.
+    let unix_ms = now_ms().unsigned_abs();
+    Now { unix_ms, steady_ms: if planted("waits-by-wall-clock") { unix_ms } else { steady_ms } }
 }
 
 /// As protobuf writes it.

@@ -188,7 +188,7 @@ async fn request_ids_are_forgotten_after_a_day() {
     let folder = tempfile::tempdir().unwrap();
     let now = Rc::new(Cell::new(SystemTime::UNIX_EPOCH + 1000 * DAY));
     let clock = Rc::clone(&now);
-    let _simulated = surroundings::simulate(1, move || clock.get());
+    let _simulated = surroundings::simulate(1, move || clock.get(), || Duration::ZERO);
     let mut led = Led::start(folder.path()).await;
     for (index, id) in ["a", "b"].into_iter().enumerate() {
         led.create(&format!("run-0000000{index}"), Some(id), folder.path()).await;

@@ -1,4 +1,4 @@
-//! Chance, the wall clock and blocking work: what a process takes from the machine it runs on, and a simulation from its seed.
+//! Chance, the clocks and blocking work: what a process takes from the machine it runs on, and a simulation from its seed.
 //!
 //! Law: on a thread that a simulation has entered, equal seeds give equal answers, and no other thread is used.
 
@@ -6,9 +6,13 @@ use std::cell::RefCell;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher};
 use std::marker::PhantomData;
-use std::time::SystemTime;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinError;
 use uuid::Uuid;
+
+/// Before any reading of [`steady_clock`].
+static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 thread_local! {
     static SIMULATED: RefCell<Option<Simulated>> = const { RefCell::new(None) };
@@ -17,6 +21,7 @@ thread_local! {
 struct Simulated {
     random: u64,
     wall: Box<dyn Fn() -> SystemTime>,
+    steady: Box<dyn Fn() -> Duration>,
 }
 
 /// A thread that is simulated until this is dropped.
@@ -37,10 +42,14 @@ impl Drop for Entered {
     }
 }
 
-/// Simulates this thread: chance comes from `seed`, the wall clock is `wall`.
+/// Simulates this thread: chance comes from `seed`, the clocks are `wall` and `steady`.
 #[must_use]
-pub fn simulate(seed: u64, wall: impl Fn() -> SystemTime + 'static) -> Entered {
-    SIMULATED.set(Some(Simulated { random: seed, wall: Box::new(wall) }));
+pub fn simulate(
+    seed: u64,
+    wall: impl Fn() -> SystemTime + 'static,
+    steady: impl Fn() -> Duration + 'static,
+) -> Entered {
+    SIMULATED.set(Some(Simulated { random: seed, wall: Box::new(wall), steady: Box::new(steady) }));
     Entered { here: PhantomData }
 }
 
@@ -64,11 +73,18 @@ pub fn uuid() -> Uuid {
     }
 }
 
-/// The wall clock, for people.
+/// The wall clock, for people: anybody may set it.
 #[must_use]
 pub fn wall_clock() -> SystemTime {
     let simulated = SIMULATED.with_borrow(|simulated| simulated.as_ref().map(|it| (it.wall)()));
     simulated.unwrap_or_else(SystemTime::now)
+}
+
+/// Since an instant of this process; never set, so what waits are counted by.
+#[must_use]
+pub fn steady_clock() -> Duration {
+    let simulated = SIMULATED.with_borrow(|simulated| simulated.as_ref().map(|it| (it.steady)()));
+    simulated.unwrap_or_else(|| BEGIN.elapsed())
 }
 
 /// Does what may block for long on a thread made for that; in a simulation, at once.
@@ -93,27 +109,28 @@ impl Simulated {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn equal_seeds_give_equal_answers_and_the_thread_is_freed() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(7);
         let draw = |seed| {
-            let _entered = simulate(seed, move || at);
-            assert_eq!(wall_clock(), at);
+            let _entered = simulate(seed, move || at, || Duration::from_secs(3));
+            assert_eq!((wall_clock(), steady_clock()), (at, Duration::from_secs(3)));
             (uuid(), random())
         };
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));
         assert_ne!(uuid(), draw(1).0);
         assert!(wall_clock() > at);
+        let before = steady_clock();
+        assert!(steady_clock() >= before);
     }
 
     #[tokio::test(flavor = "current_thread")]
     async fn simulated_work_stays_on_its_thread() {
         let here = std::thread::current().id();
         assert_ne!(blocking(|| std::thread::current().id()).await.unwrap(), here);
-        let _entered = simulate(1, || SystemTime::UNIX_EPOCH);
+        let _entered = simulate(1, || SystemTime::UNIX_EPOCH, || Duration::ZERO);
         assert_eq!(blocking(|| std::thread::current().id()).await.unwrap(), here);
     }
 }

@@ -296,7 +296,7 @@ impl MainLoop {
     /// What an input makes of a run. `None`: there is no such run.
     fn step(&mut self, id: &RunId, input: &Input) -> Result<Option<Step>, Rejection> {
         let Some(run) = self.runs.get_mut(id) else { return Ok(None) };
-        let now = clock::now_ms().unsigned_abs();
+        let now = clock::now();
         // Given away, and back with the outcome.
         let observed = std::mem::take(&mut run.observed);
         let outcome = match run_machine::take_step(&self.policy, &run.stored.record, observed, now, input) {
@@ -447,7 +447,7 @@ impl MainLoop {
     pub(super) async fn judge(&mut self, id: &RunId) -> Result<(), Error> {
         let Some(run) = self.runs.get_mut(id) else { return Ok(()) };
         let Some(lost) = run.observed.unexplained() else { return Ok(()) };
-        let Some(judgement) = run.inquest.judge(lost, clock::now_ms().unsigned_abs()) else { return Ok(()) };
+        let Some(judgement) = run.inquest.judge(lost, clock::now().steady_ms) else { return Ok(()) };
         for (rank, text) in judgement.lines() {
             let line = pb::LogLine { time: None, source: format!("rank {rank}"), text };
             self.journal.append(id, &run.folder, Lines::Logs, lines::log(line));

@@ -20,7 +20,7 @@ pub type Tenants = BTreeMap<String, Share>;
 impl MainLoop {
     /// What becomes of every run that wants slots, now.
     pub(super) fn schedule(&self) -> Decided {
-        let now = clock::now_ms().unsigned_abs();
+        let now = clock::now();
         let wants = |run: &super::main_loop::Run| wants_slots(&run.stored.record, &run.observed, now);
         let waiting: Vec<Waiting> = self.runs.values().filter_map(wants).collect();
         if waiting.is_empty() {
@@ -36,13 +36,13 @@ impl MainLoop {
             coming: given_up + self.workers.ending(&held),
         };
         let held = self.held_by_tenant();
-        scheduler::decide(&Policy::default(), now, &self.tenants, &held, &waiting, &free, &running)
+        scheduler::decide(&Policy::default(), now.unix_ms, &self.tenants, &held, &waiting, &free, &running)
     }
 
     /// Slots that nobody is given now (QUAR-3).
     pub(super) fn quarantined(&self) -> BTreeMap<FreeSlot, Quarantine> {
         let blames = self.runs.values().flat_map(|run| &run.stored.record.blames);
-        quarantine::quarantined(&quarantine::Policy::default(), clock::now_ms().unsigned_abs(), blames)
+        quarantine::quarantined(&quarantine::Policy::default(), clock::now().unix_ms, blames)
     }
 
     /// Those of them that would be free.

@@ -53,6 +53,7 @@ pub const ALL: &[&str] = &[
     "two-ranks-commit",
     "unapplied-step-kept",
     "unknown-is-applied",
+    "waits-by-wall-clock",
     "yield-for-good",
 ];
 

@@ -61,8 +61,9 @@ struct Links {
 pub fn simulate(seed: u64) -> Outcome {
     let plan = Plan::draw(seed);
     let world = World::new();
-    let of_clock = world.clone();
-    let _entered = surroundings::simulate(Dice::new(seed, "surroundings").draw(), move || of_clock.wall());
+    let (wall, steady) = (world.clone(), world.clone());
+    let chance = Dice::new(seed, "surroundings").draw();
+    let _entered = surroundings::simulate(chance, move || wall.wall(), move || steady.now());
     // In memory, where there is such a place: what is durable is the simulation's to say.
     let shm = Path::new("/dev/shm");
     let folder = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
@@ -97,8 +98,8 @@ impl Cluster {
             world.set_workload(name, workload.clone());
         }
         world.set_quotas(plan.quotas.clone());
-        let clock = world.clone();
-        let model = Arc::new(Model::new(move || clock.now()));
+        let (clock, second_ms) = (world.clone(), plan.store_second_ms);
+        let model = Arc::new(Model::new(move || clock.now() * second_ms / 1000));
         model.set_witness(world.clone());
         Self { seed, plan, world, model, links: Arc::default(), calm: Arc::default(), folder }
     }

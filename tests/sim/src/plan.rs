@@ -52,6 +52,8 @@ pub(crate) struct Plan {
     pub(crate) store_trouble: u64,
     /// Milliseconds one way.
     pub(crate) store_slowest_ms: u64,
+    /// What the store's clock, which ends leases, goes forward in a second of everybody else's.
+    pub(crate) store_second_ms: u32,
     /// How long faults may happen.
     pub(crate) storm: Duration,
     /// Whether calm follows, in which every run has to end.
@@ -91,14 +93,29 @@ impl Plan {
             },
             store_trouble: if calm_seed || dice.permille(400) { 0 } else { dice.within(1..60) },
             store_slowest_ms: if dice.permille(250) { 300 } else { 8 },
+            store_second_ms: 1000,
             storm,
             liveness,
             slowest_message_ms: if dice.permille(250) { 200 } else { 20 },
         };
         let count = if calm_seed { 0 } else { dice.within(1..12) };
         plan.faults = (0..count).map(|_| plan.draw_fault(&mut dice)).collect();
+        plan.set_clocks(&mut Dice::new(seed, "clocks"));
         plan.faults.sort_by_key(|planned| planned.at);
         plan
+    }
+
+    /// The store's clock goes wrong, by far more than one does that is not broken; wall clocks are set while something else is being mended.
+    fn set_clocks(&mut self, dice: &mut Dice) {
+        if dice.permille(400) {
+            self.store_second_ms = 900 + dice.below(201) as u32;
+        }
+        if dice.permille(200) && !self.faults.is_empty() {
+            let beside = &self.faults[dice.below(self.faults.len() as u64) as usize];
+            let at = beside.at + dice.millis(20..4_000);
+            let fault = Fault::Jump(dice.below(3_600_000));
+            self.faults.push(Planned { at, lasts: Duration::ZERO, fault });
+        }
     }
 
     fn host(&self, dice: &mut Dice) -> String {

@@ -94,7 +94,7 @@ fn who_is_stuck_is_left_out_also_where_the_others_are_too_few_without_it() {
 }
 
 fn messages(script: &mut Script, input: &Input) -> Vec<String> {
-    let outcome = step(&Policy::default(), &script.record, &script.observed, script.now_ms, input).unwrap();
+    let outcome = step(&Policy::default(), &script.record, &script.observed, Now::at(script.now_ms), input).unwrap();
     assert!(!outcome.changed && outcome.effects.is_empty(), "it is told and nothing else");
     script.observed = outcome.observed;
     outcome.events.into_iter().map(|event| event.message).collect()

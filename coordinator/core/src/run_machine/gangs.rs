@@ -132,7 +132,7 @@ impl Turn {
             self.record.attempt = Attempt(1);
         }
         if self.record.state == RunState::Pending {
-            self.record.placed_ms = self.now_ms;
+            self.record.placed_ms = self.now.unix_ms;
         }
         let trainers = places.into_iter().zip(fresh).map(|(place, incarnation)| Trainer {
             worker: place.worker,
@@ -265,7 +265,7 @@ impl Turn {
         self.observed.avoid.clear();
         self.observed.judged.clear();
         self.note_holders();
-        self.record.start_ms.get_or_insert(self.now_ms);
+        self.record.start_ms.get_or_insert(self.now.unix_ms);
         self.observed.broken = None;
         let message = match &self.record.head {
             _ if self.record.carries => {

@@ -72,7 +72,7 @@ impl Turn {
             self.record.generation = self.record.generation.next();
         }
         if self.record.joining.is_empty() {
-            self.observed.join_ms = self.observed.restart_ms.max(self.now_ms);
+            self.observed.join_ms = self.observed.restart_ms.max(self.now.steady_ms);
         }
         // What they were to copy they may not have.
         for one in std::mem::take(&mut self.observed.copying) {
@@ -118,7 +118,7 @@ impl Turn {
             self.effect(Effect::StartTrainer { trainer, generation });
         }
         self.changed = true;
-        self.observed.join_ms = self.now_ms + self.policy.start_timeout_ms;
+        self.observed.join_ms = self.now.steady_ms + self.policy.start_timeout_ms;
         self.event(format!("starting {} trainer(s) to join", places.len()));
         Ok(())
     }
@@ -131,7 +131,7 @@ impl Turn {
     pub(super) fn join_if_ready(&mut self) {
         let listens = |trainer: &Trainer| self.observed.addresses.contains_key(&trainer.incarnation);
         let ready = self.record.joining.iter().filter(|trainer| listens(trainer)).count();
-        let late = self.now_ms >= self.observed.join_ms;
+        let late = self.now.steady_ms >= self.observed.join_ms;
         if self.record.joining.is_empty() || (ready < self.record.joining.len() && !late) {
             return;
         }
@@ -154,7 +154,8 @@ impl Turn {
     /// Others are started in place of those that did not join, once a while has passed (RUN-13).
     fn join_later(&mut self) {
         self.observed.joiners_lost += 1;
-        self.observed.join_ms = self.now_ms + self.backoff_ms(self.policy.rejoin_wait_ms, self.observed.joiners_lost);
+        self.observed.join_ms =
+            self.now.steady_ms + self.backoff_ms(self.policy.rejoin_wait_ms, self.observed.joiners_lost);
     }
 
     /// A trainer that was to join is gone; the gang trains on without it.
@@ -196,7 +197,7 @@ impl Turn {
             RunState::Forming | RunState::Running => {
                 if self.observed.broken.is_none() {
                     let message = format!("rank {rank} on {} slot {}: {message}", trainer.worker, trainer.slot);
-                    let at_ms = self.now_ms + self.policy.broken_timeout_ms;
+                    let at_ms = self.now.steady_ms + self.policy.broken_timeout_ms;
                     let (fault, reason) = (Fault::Other, RunReason::TrainerLost);
                     self.observed.broken = Some(Broken { at_ms, fault, reason, message });
                 }
@@ -223,7 +224,9 @@ impl Turn {
     /// A leader that has just taken a gang over does not know who of it survives: it goes on once all have said that they listen, or their
     /// time is over.
     pub(super) fn waits_for_word(&mut self, fault: Fault, reason: RunReason, message: &str) -> bool {
-        let Some(at_ms) = self.observed.reattach_deadline_ms.filter(|at_ms| self.now_ms < *at_ms) else { return false };
+        let Some(at_ms) = self.observed.reattach_deadline_ms.filter(|at_ms| self.now.steady_ms < *at_ms) else {
+            return false;
+        };
         if self.record.members.is_empty() || self.all_listen() {
             return false;
         }
@@ -245,7 +248,7 @@ impl Turn {
     pub(super) fn heard_from_all(&mut self) {
         if self.observed.awaited.is_empty() && self.observed.reattach_deadline_ms.is_some() && self.all_listen() {
             if let Some(broken) = &mut self.observed.broken {
-                broken.at_ms = self.now_ms;
+                broken.at_ms = self.now.steady_ms;
             }
             self.mend_broken();
         }
@@ -253,7 +256,9 @@ impl Turn {
 
     /// Forms a gang again that says it is broken, where nobody was lost; whether it did.
     pub(super) fn mend_broken(&mut self) -> bool {
-        let Some(broken) = self.observed.broken.take_if(|broken| self.now_ms >= broken.at_ms) else { return false };
+        let Some(broken) = self.observed.broken.take_if(|broken| self.now.steady_ms >= broken.at_ms) else {
+            return false;
+        };
         match broken.reason {
             RunReason::CoordinatorRestarted => self.lose_taken_over(broken.message),
             reason => {

@@ -47,11 +47,13 @@
 //! - RUN-14: a trainer that crashes or hangs is held against its slot, once; one that ends because another did is not. A run that ends
 //!   because of a step takes back what it held against slots at that step. One that its gang waited for in vain, and that is stuck for certain
 //!   (CULPRIT-4), hangs: the next generation, where it has not built that yet, goes on without it.
+//! - RUN-15: no wait follows the wall clock: whoever sets it neither ends one nor makes it longer.
 //!
 //! The machine never reads a clock, draws a random number or talks to anyone.
 
 mod gangs;
 mod keeping;
+mod now;
 mod record;
 mod reports;
 mod requests;
@@ -77,6 +79,7 @@ mod tests;
 #[cfg(test)]
 mod verdicts_tests;
 
+pub use now::Now;
 pub use record::{Member, Observed, RunRecord, Trainer};
 pub use verdicts::Ending;
 
@@ -359,20 +362,20 @@ impl Rejection {
 
 /// What the run asks the scheduler for; `None` where it has its slots, needs none, or has yet to give up those it had.
 #[must_use]
-pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Option<Waiting> {
+pub fn wants_slots(record: &RunRecord, observed: &Observed, now: Now) -> Option<Waiting> {
     let members = u32::try_from(record.members.len()).unwrap_or(u32::MAX);
     let (least, wanted) = (record.spec.workers.min, record.wanted_size());
     let (claim, since_ms, min, max) = match record.state {
         RunState::Pending => (Claim::Start, record.queued_ms, least, wanted),
         // Survivors first: nobody is started for a gang that may have nobody left.
-        RunState::Resizing if now_ms < observed.restart_ms || !observed.awaited.is_empty() => return None,
+        RunState::Resizing if now.steady_ms < observed.restart_ms || !observed.awaited.is_empty() => return None,
         RunState::Resizing if observed.kept => {
             (Claim::Repair, record.queued_ms, least.saturating_sub(members), wanted.saturating_sub(members))
         }
         RunState::Resizing => {
             let gone = thaw_mutants::planted("members-not-awaited")
                 || record.members.is_empty()
-                || observed.deadline_ms.is_some_and(|deadline| now_ms >= deadline);
+                || observed.deadline_ms.is_some_and(|deadline| now.steady_ms >= deadline);
             if !gone {
                 return None;
             }
@@ -384,14 +387,14 @@ pub fn wants_slots(record: &RunRecord, observed: &Observed, now_ms: u64) -> Opti
                 0 => (Claim::Growth, wanted.saturating_sub(members)),
                 lost => (Claim::Repair, lost),
             };
-            if missing == 0 || !record.joining.is_empty() || now_ms < observed.join_ms {
+            if missing == 0 || !record.joining.is_empty() || now.steady_ms < observed.join_ms {
                 return None;
             }
             if !record.members.iter().all(|member| observed.keepers.contains(&member.trainer.incarnation)) {
                 return None;
             }
             // It trains, so it can wait: nothing is kept free for it.
-            (claim, now_ms, 1, missing)
+            (claim, now.unix_ms, 1, missing)
         }
         RunState::Admitted
         | RunState::Forming
@@ -478,7 +481,7 @@ pub struct Refused {
     pub observed: Observed,
 }
 
-/// Takes one step. `now_ms`: Unix milliseconds.
+/// Takes one step.
 ///
 /// # Errors
 /// When the input is stale or not legal in the run's state; nothing has changed then.
@@ -486,10 +489,10 @@ pub fn step(
     policy: &Policy,
     record: &RunRecord,
     observed: &Observed,
-    now_ms: u64,
+    now: Now,
     input: &Input,
 ) -> Result<Outcome, Rejection> {
-    take_step(policy, record, observed.clone(), now_ms, input).map_err(|refused| {
+    take_step(policy, record, observed.clone(), now, input).map_err(|refused| {
         debug_assert_eq!(refused.observed, *observed, "a rejection changes nothing");
         refused.rejection
     })
@@ -503,10 +506,10 @@ pub fn take_step(
     policy: &Policy,
     record: &RunRecord,
     observed: Observed,
-    now_ms: u64,
+    now: Now,
     input: &Input,
 ) -> Result<Outcome, Box<Refused>> {
-    let mut turn = Turn::new(*policy, record, observed, now_ms);
+    let mut turn = Turn::new(*policy, record, observed, now);
     match apply(&mut turn, input) {
         Ok(()) => Ok(turn.outcome()),
         Err(rejection) => Err(Box::new(Refused { rejection, observed: turn.observed })),

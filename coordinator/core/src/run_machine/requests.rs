@@ -81,7 +81,7 @@ impl Turn {
             RunState::Suspended => {
                 self.record.attempt = self.record.attempt.next();
                 self.made_progress();
-                self.record.queued_ms = self.now_ms;
+                self.record.queued_ms = self.now.unix_ms;
                 self.record.whole = 0;
                 self.record.ceded = None;
                 self.enter(RunState::Pending, RunReason::WaitingForWorkers, String::new(), None);
@@ -120,7 +120,7 @@ impl Turn {
             RunState::Resizing if self.record.carries => {
                 self.await_members();
                 self.observed.kept = true;
-                self.observed.deadline_ms = Some(self.now_ms + self.policy.keep_timeout_ms);
+                self.observed.deadline_ms = Some(self.now.steady_ms + self.policy.keep_timeout_ms);
             }
             RunState::Admitted | RunState::Forming | RunState::Resizing => {
                 self.release_members();
@@ -142,12 +142,14 @@ impl Turn {
         let members = self.record.members.iter();
         self.observed.awaited = members.map(|member| member.trainer.incarnation.clone()).collect();
         self.observed.holders = self.observed.awaited.clone();
-        self.observed.reattach_deadline_ms = Some(self.now_ms + self.policy.reattach_timeout_ms);
+        self.observed.reattach_deadline_ms = Some(self.now.steady_ms + self.policy.reattach_timeout_ms);
     }
 
     /// Takes those for lost who have not come back to a new leader in time; whether there were any.
     pub(super) fn give_up_awaited(&mut self) -> bool {
-        if self.observed.awaited.is_empty() || self.observed.reattach_deadline_ms.is_none_or(|end| self.now_ms < end) {
+        if self.observed.awaited.is_empty()
+            || self.observed.reattach_deadline_ms.is_none_or(|end| self.now.steady_ms < end)
+        {
             return false;
         }
         let awaited = std::mem::take(&mut self.observed.awaited);

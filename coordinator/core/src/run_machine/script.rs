@@ -27,7 +27,7 @@ impl Script {
     }
 
     pub(super) fn send(&mut self, input: Input) -> Result<(Vec<Effect>, Vec<Event>), Rejection> {
-        let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, &input)?;
+        let outcome = step(&Policy::default(), &self.record, &self.observed, Now::at(self.now_ms), &input)?;
         assert_eq!(outcome.changed, outcome.record != self.record, "changed is wrong after {input:?}");
         self.record = outcome.record;
         self.observed = outcome.observed;
@@ -41,7 +41,8 @@ impl Script {
     /// What the scheduler says where these workers have a slot each.
     pub(super) fn granted(&self, workers: &[&str]) -> Option<Verdict> {
         let free: Vec<FreeSlot> = workers.iter().map(|worker| place(worker)).collect();
-        let waiting: Vec<Waiting> = wants_slots(&self.record, &self.observed, self.now_ms).into_iter().collect();
+        let waiting: Vec<Waiting> =
+            wants_slots(&self.record, &self.observed, Now::at(self.now_ms)).into_iter().collect();
         let none = BTreeMap::new();
         let verdicts =
             scheduler::schedule(&scheduler::Policy::default(), self.now_ms, &none, &BTreeMap::new(), &waiting, &free);

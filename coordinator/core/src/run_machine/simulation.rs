@@ -85,6 +85,8 @@ struct SimWorker {
 struct World {
     dice: Dice,
     now_ms: u64,
+    /// Sets the wall clock before every step, where somebody does.
+    setter: Option<Dice>,
     minted: u64,
     workers: Vec<SimWorker>,
     record: RunRecord,
@@ -116,6 +118,7 @@ impl World {
             shrunk: 0,
             grown: 0,
             now_ms: 0,
+            setter: None,
             minted: 0,
             workers,
             record: RunRecord::new("demo-00000001".into(), spec, plan, "file:///d".into(), 0),
@@ -126,9 +129,14 @@ impl World {
         }
     }
 
+    fn now(&mut self) -> Now {
+        let unix_ms = self.setter.as_mut().map_or(self.now_ms, |setter| setter.below(2 * self.now_ms + 1));
+        Now { unix_ms, steady_ms: self.now_ms }
+    }
+
     fn send(&mut self, input: &Input) {
-        let before = self.record.clone();
-        let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, input);
+        let (before, now) = (self.record.clone(), self.now());
+        let outcome = step(&Policy::default(), &self.record, &self.observed, now, input);
         self.log.push(format!(
             "{} ms {input:?} -> {}",
             self.now_ms,
@@ -177,8 +185,8 @@ impl World {
             worker.inbox.clear();
             worker.outbox.clear();
         }
-        let outcome =
-            step(&Policy::default(), &self.record, &self.observed, self.now_ms, &Input::CoordinatorStarted).unwrap();
+        let now = self.now();
+        let outcome = step(&Policy::default(), &self.record, &self.observed, now, &Input::CoordinatorStarted).unwrap();
         check(&self.record, &outcome.record, &Input::CoordinatorStarted, &outcome.effects, self.last_step);
         self.record = outcome.record;
         self.observed = outcome.observed;
@@ -199,10 +207,11 @@ impl World {
         }
         let fresh = (0..3).map(|extra| Incarnation(format!("i{}", self.minted + extra))).collect();
         self.minted += 3;
-        let waiting: Vec<Waiting> = wants_slots(&self.record, &self.observed, self.now_ms).into_iter().collect();
+        let now = self.now();
+        let waiting: Vec<Waiting> = wants_slots(&self.record, &self.observed, now).into_iter().collect();
         let none = BTreeMap::new();
         let limits = scheduler::Policy::default();
-        let verdicts = scheduler::schedule(&limits, self.now_ms, &none, &BTreeMap::new(), &waiting, &free);
+        let verdicts = scheduler::schedule(&limits, now.unix_ms, &none, &BTreeMap::new(), &waiting, &free);
         self.send(&Input::Tick { resting: None, slots: verdicts.into_values().next(), fresh });
     }
 
@@ -585,6 +594,23 @@ fn random_lives_keep_the_invariants_and_end() {
     }
     assert!(carried > 100, "survivors went on {carried} times only");
     assert!(ends.iter().all(|count| *count > 0) && ends[0] > ends[1], "succeeded, failed, cancelled: {ends:?}");
+}
+
+#[test]
+fn nothing_that_a_run_waits_for_follows_the_wall_clock() {
+    let life = |seed, setter| {
+        let mut world = World { setter, ..World::new(seed) };
+        for _ in 0..ACTIONS {
+            world.random_action();
+        }
+        world.end(seed);
+        world.log
+    };
+    for seed in 0..SEEDS / 4 {
+        let (quiet, set) = (life(seed, None), life(seed, Some(Dice(seed))));
+        let differs = quiet.iter().zip(&set).find(|(one, other)| one != other);
+        assert!(quiet.len() == set.len() && differs.is_none(), "RUN-15: seed {seed}: {differs:?}");
+    }
 }
 
 /// RUN-11, RUN-12: a gang that is asked for another size again and again, loses trainers and leaders in the middle, and yields now and then.

@@ -36,8 +36,8 @@ impl Turn {
         if is_repair || members + granted >= wanted {
             return false;
         }
-        let since = *self.observed.gathering_since_ms.get_or_insert(self.now_ms);
-        self.now_ms < since + self.policy.gather_ms
+        let since = *self.observed.gathering_since_ms.get_or_insert(self.now.steady_ms);
+        self.now.steady_ms < since + self.policy.gather_ms
     }
 
     /// Stops trainers that were to join and are not wanted any more, and begins a smaller generation where the present one is too large; whether it
@@ -50,7 +50,7 @@ impl Turn {
             self.changed = true;
             self.stop(trainer);
             if self.record.joining.is_empty() {
-                self.observed.join_ms = self.now_ms;
+                self.observed.join_ms = self.now.steady_ms;
             }
         }
         let members = self.record.members.len();

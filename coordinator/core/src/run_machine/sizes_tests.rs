@@ -41,7 +41,7 @@ impl Gang {
     }
 
     fn send(&mut self, input: Input) -> Result<Vec<Effect>, Rejection> {
-        let outcome = step(&Policy::default(), &self.record, &self.observed, self.now_ms, &input)?;
+        let outcome = step(&Policy::default(), &self.record, &self.observed, Now::at(self.now_ms), &input)?;
         assert_eq!(outcome.changed, outcome.record != self.record, "changed is wrong after {input:?}");
         self.record = outcome.record;
         self.observed = outcome.observed;
@@ -72,7 +72,7 @@ impl Gang {
     }
 
     fn wants(&self) -> Option<Waiting> {
-        wants_slots(&self.record, &self.observed, self.now_ms)
+        wants_slots(&self.record, &self.observed, Now::at(self.now_ms))
     }
 
     fn scale(&mut self, workers: u32) -> Vec<Effect> {

@@ -49,12 +49,17 @@ fn run_4_the_table_of_transitions() {
     ];
     let mut table = String::from("\n");
     for (name, script) in states {
-        let shown =
-            |input: Input| match step(&Policy::default(), &script.record, &script.observed, script.now_ms, &input) {
-                Err(_) => "-".to_owned(),
-                Ok(outcome) if outcome.record.state == script.record.state => "=".to_owned(),
-                Ok(outcome) => format!("{:?}", outcome.record.state),
-            };
+        let shown = |input: Input| match step(
+            &Policy::default(),
+            &script.record,
+            &script.observed,
+            Now::at(script.now_ms),
+            &input,
+        ) {
+            Err(_) => "-".to_owned(),
+            Ok(outcome) if outcome.record.state == script.record.state => "=".to_owned(),
+            Ok(outcome) => format!("{:?}", outcome.record.state),
+        };
         let members = script.record.members.clone();
         // In states without members, one that was a member once.
         let rank_0 = members.first().map_or_else(

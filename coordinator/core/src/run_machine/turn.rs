@@ -1,7 +1,7 @@
 //! One step in the making: the record as it will be, and what is to be done and told.
 
 use super::verdicts::Fault;
-use super::{Effect, Event, FailureClass, Observed, Outcome, Policy, Rejection, RunRecord, Trainer};
+use super::{Effect, Event, FailureClass, Now, Observed, Outcome, Policy, Rejection, RunRecord, Trainer};
 use thaw_mutants::planted;
 use thaw_proto::ids::{Generation, Rank};
 use thaw_proto::run::{RunReason, RunState};
@@ -9,7 +9,7 @@ use thaw_proto::run::{RunReason, RunState};
 #[derive(Debug)]
 pub(super) struct Turn {
     pub(super) policy: Policy,
-    pub(super) now_ms: u64,
+    pub(super) now: Now,
     pub(super) record: RunRecord,
     pub(super) changed: bool,
     pub(super) observed: Observed,
@@ -18,16 +18,8 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(policy: Policy, record: &RunRecord, observed: Observed, now_ms: u64) -> Self {
-        Self {
-            policy,
-            now_ms,
-            record: record.clone(),
-            changed: false,
-            observed,
-            effects: Vec::new(),
-            events: Vec::new(),
-        }
+    pub(super) fn new(policy: Policy, record: &RunRecord, observed: Observed, now: Now) -> Self {
+        Self { policy, now, record: record.clone(), changed: false, observed, effects: Vec::new(), events: Vec::new() }
     }
 
     pub(super) fn outcome(self) -> Outcome {
@@ -46,7 +38,7 @@ impl Turn {
 
     pub(super) fn event(&mut self, message: impl Into<String>) {
         self.events.push(Event {
-            at_ms: self.now_ms,
+            at_ms: self.now.unix_ms,
             generation: self.record.generation,
             state: self.record.state,
             reason: self.record.reason,
@@ -66,20 +58,20 @@ impl Turn {
         self.record.state = state;
         self.record.reason = reason;
         self.record.message = message.into();
-        self.observed.deadline_ms = timeout_ms.map(|timeout| self.now_ms + timeout);
+        self.observed.deadline_ms = timeout_ms.map(|timeout| self.now.steady_ms + timeout);
         self.observed.gathering_since_ms = None;
         self.observed.kept = false;
         self.observed.broken = None;
         self.record.suspends_next &= state != RunState::Suspended && !state.has_ended();
         if state.has_ended() {
-            self.record.end_ms = Some(self.now_ms);
+            self.record.end_ms = Some(self.now.unix_ms);
         }
         self.event(self.record.message.clone());
     }
 
     /// Whether the present wait is over; arms it where a new leader has yet to.
     pub(super) fn deadline_passed(&mut self, timeout_ms: u64) -> bool {
-        let now = self.now_ms;
+        let now = self.now.steady_ms;
         now >= *self.observed.deadline_ms.get_or_insert(now + timeout_ms)
     }
 
@@ -124,7 +116,7 @@ impl Turn {
     /// Whether survivors that are lost now are so by what was counted a moment ago.
     fn is_of_last_failure(&self) -> bool {
         let until = self.observed.failed_ms.map(|failed| failed + self.policy.broken_timeout_ms);
-        self.record.carries && until.is_some_and(|until| self.now_ms < until)
+        self.record.carries && until.is_some_and(|until| self.now.steady_ms < until)
     }
 
     /// What is left of the gang without `gone` goes on as the next one where it can (RUN-10); else its members stop, and a new one is chosen
@@ -134,7 +126,7 @@ impl Turn {
             return;
         }
         self.stop_members();
-        let wait = self.observed.restart_ms.saturating_sub(self.now_ms);
+        let wait = self.observed.restart_ms.saturating_sub(self.now.steady_ms);
         let wait = if wait > 0 { format!("; it starts again after {wait} ms") } else { String::new() };
         let message = format!("{message}{wait}");
         self.enter(RunState::Resizing, reason, message, Some(self.policy.stop_timeout_ms));

@@ -88,7 +88,7 @@ impl Turn {
 
     fn blame(&mut self, trainer: &Trainer) {
         let step = self.record.lost_at.max(self.observed.step);
-        self.record.blames.push(Blame { place: trainer.place(), at_ms: self.now_ms, step });
+        self.record.blames.push(Blame { place: trainer.place(), at_ms: self.now.unix_ms, step });
         if self.record.blames.len() > MOST_BLAMES {
             self.record.blames.remove(0);
         }
@@ -101,10 +101,10 @@ impl Turn {
         self.record.failures_without_progress += u32::from(!planted("failures-uncounted"));
         self.record.own_failures += u32::from(fault == Fault::Own);
         self.record.lost_at = self.record.lost_at.max(self.observed.step);
-        self.observed.failed_ms = Some(self.now_ms);
+        self.observed.failed_ms = Some(self.now.steady_ms);
         self.observed.own_counted = fault == Fault::Own;
         let before = self.record.failures_without_progress.saturating_sub(1);
-        self.observed.restart_ms = self.now_ms + self.backoff_ms(self.policy.backoff_ms, before);
+        self.observed.restart_ms = self.now.steady_ms + self.backoff_ms(self.policy.backoff_ms, before);
     }
 
     /// Another end of the same failure shows whose doing it was; whether it changes that.

@@ -169,7 +169,7 @@ fn run_13_waits_are_drawn_from_a_growing_range() {
     let wait = |run: u64, times: u32| {
         let mut record = script.record.clone();
         record.id = RunId(format!("demo-{run:08x}"));
-        Turn::new(Policy::default(), &record, script.observed.clone(), 0).backoff_ms(1000, times)
+        Turn::new(Policy::default(), &record, script.observed.clone(), Now::at(0)).backoff_ms(1000, times)
     };
     assert_eq!(wait(1, 0), 0);
     assert_eq!((wait(1, 3), wait(7, 40)), (wait(1, 3), wait(7, 40)));

@@ -39,7 +39,7 @@ impl Turn {
     pub(super) fn yielded(&mut self, how: &str) {
         self.release_members();
         self.record.attempt = self.record.attempt.next();
-        self.record.queued_ms = self.now_ms;
+        self.record.queued_ms = self.now.unix_ms;
         self.record.whole = 0;
         self.record.ceded = None;
         let message = format!("yielded at step {}: {how}", self.record.position.step);

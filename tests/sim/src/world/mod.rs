@@ -83,7 +83,6 @@ struct Memory {
     /// Ranks that reported a manifest, by its path and hash.
     reported: BTreeMap<(String, String, String), u32>,
     epochs: BTreeMap<String, u64>,
-    last_jump_ms: u64,
     died_ms: BTreeMap<String, u64>,
 }
 
@@ -150,7 +149,6 @@ impl World {
     /// Sets the wall clock to another time.
     pub(crate) fn jump(&self, offset_ms: u64) {
         self.shared.wall_offset_ms.store(offset_ms, Ordering::Relaxed);
-        self.memory().last_jump_ms = self.now_ms();
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {

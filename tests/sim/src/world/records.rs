@@ -61,14 +61,12 @@ impl World {
             if leads.as_ref().is_none_or(|(holder, _)| holder != by) {
                 broken.push(("LEAD-1", format!("{by} writes while {leads:?} leads")));
             }
-            let since_jump = now - memory.last_jump_ms;
             if let Some(seen) = memory.runs.get(record.id.as_str()) {
-                check_step(seen, &record, &memory, now, since_jump, &mut broken);
+                check_step(seen, &record, &memory, now, &mut broken);
                 if let (Some((_, led_since)), RunReason::CoordinatorRestarted) = (&leads, record.reason)
                     && seen.record.state == RunState::Running
                     && record.state == RunState::Resizing
                     && now - led_since < Policy::default().reattach_timeout_ms - 500
-                    && since_jump > now - led_since
                     && seen.record.world_sizes.last().is_some_and(|size| *size == seen.record.world_size())
                     && seen
                         .record
@@ -129,7 +127,8 @@ impl Memory {
         let (mut heads, mut without, mut entered_ms) = (BTreeSet::new(), 0, now);
         if let Some(seen) = self.runs.remove(&id) {
             (heads, without) = (seen.heads, seen.generations_without_progress);
-            if seen.record.state == record.state && seen.by == by {
+            let stays = (seen.record.state, seen.record.generation) == (record.state, record.generation);
+            if stays && seen.by == by {
                 entered_ms = seen.entered_ms;
             }
             without += u32::from(record.generation > seen.record.generation);
@@ -145,8 +144,8 @@ impl Memory {
     }
 }
 
-/// RUN-1 to RUN-7 over one stored change.
-fn check_step(seen: &Seen, after: &RunRecord, memory: &Memory, now: u64, since_jump: u64, broken: &mut Broken) {
+/// RUN-1 to RUN-7, RUN-10 and RUN-15 over one stored change.
+fn check_step(seen: &Seen, after: &RunRecord, memory: &Memory, now: u64, broken: &mut Broken) {
     let before = &seen.record;
     let run = &after.id;
     if after.generation != before.generation && after.generation != before.generation.next() {
@@ -161,19 +160,27 @@ fn check_step(seen: &Seen, after: &RunRecord, memory: &Memory, now: u64, since_j
             broken.push(("RUN-5", format!("{run} has succeeded at {:?} of {last:?}", after.head)));
         }
     }
+    let waited = now - seen.entered_ms;
+    let has_until = match before.state {
+        RunState::Admitted => Policy::default().start_timeout_ms,
+        RunState::Forming => Policy::default().forming_timeout_ms,
+        _ => 0,
+    };
+    if after.reason == RunReason::GangTimeout && before.reason != RunReason::GangTimeout && waited + 1000 < has_until {
+        broken.push(("RUN-15", format!("{run}: {:?} is given up after {waited} of {has_until} ms", before.state)));
+    }
     if after.generation > before.generation {
-        let waited = now - seen.entered_ms;
         let limit = Policy::default().stop_timeout_ms;
         // Where some are kept, the others are those that were lost.
         let kept = |trainer: &Trainer| after.members.iter().any(|other| other.trainer == *trainer);
         let had = || before.members.iter().map(|member| &member.trainer).chain(&before.leaving);
-        if had().next().is_some() && !had().any(kept) && waited + 1000 < limit && since_jump > waited {
+        if had().next().is_some() && !had().any(kept) && waited + 1000 < limit {
             broken.push(("RUN-6", format!("{run}: {} is chosen while members live", after.generation)));
         }
     }
     let leads_for = memory.holder.as_ref().map_or(0, |(_, since)| now - since);
     // Later it knows of each member whether it survives.
-    let knows_all = leads_for > Policy::default().reattach_timeout_ms + 2000 && since_jump > leads_for;
+    let knows_all = leads_for > Policy::default().reattach_timeout_ms + 2000;
     if before.state == RunState::Running
         && (after.state, after.reason) == (RunState::Resizing, RunReason::TrainerLost)
         && knows_all
