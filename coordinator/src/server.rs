@@ -15,7 +15,8 @@ use crate::leader::{self, Fenced, Identity, Leadership, Timing};
 use crate::store::{self, EtcdAccess, Store, StoreUrl};
 use crate::views::Views;
 use crate::{driver, journal, origin};
-use futures::Stream;
+use futures::future::BoxFuture;
+use futures::{FutureExt, Stream};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -113,7 +114,12 @@ pub struct Open {
 
 impl Server {
     /// Binds the socket and opens the store.
-    pub async fn bind(config: ServeConfig) -> Result<Bound, Error> {
+    // Boxed, as `Bound::run`, so that a coordinator is compiled once, with its library, and not with every program that runs one.
+    pub fn bind(config: ServeConfig) -> BoxFuture<'static, Result<Bound, Error>> {
+        Self::open(config).boxed()
+    }
+
+    async fn open(config: ServeConfig) -> Result<Bound, Error> {
         let address = config.listen;
         // SERVER-1.
         if config.tls.is_none() && !address.ip().is_loopback() {
@@ -183,8 +189,8 @@ impl Bound {
     }
 
     /// Serves until `shutdown`, then stops in order.
-    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        self.open.serve(TcpListenerStream::new(self.listener), shutdown).await
+    pub fn run(self, shutdown: CancellationToken) -> BoxFuture<'static, Result<(), Error>> {
+        self.open.serve(TcpListenerStream::new(self.listener), shutdown).boxed()
     }
 }
 
@@ -325,7 +331,11 @@ struct Head {
 
 impl Head {
     /// One term after another, until told to stop or something is wrong that a new term would not mend (SERVER-2).
-    async fn lead_and_follow(&self) -> Result<(), Error> {
+    fn lead_and_follow(&self) -> BoxFuture<'_, Result<(), Error>> {
+        self.terms().boxed()
+    }
+
+    async fn terms(&self) -> Result<(), Error> {
         loop {
             let seen = self.state.other_leader.clone();
             let waiting = move |held: Option<Identity>| {
