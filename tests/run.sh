@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the Rust and the Python tests, prints their closing lines, and ends with `N passed, N failed, N skipped`.
-# Arguments go to cargo test, e.g. `tests/run.sh -p thaw-core`.
+# Arguments go to cargo test, e.g. `tests/run.sh --workspace --lib`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp)

@@ -16,8 +16,7 @@ fail() { printf 'gpu: %s\n' "$2" >&2; exit "$1"; }
 examples=(step_time device_parity gpu_sums)
 build() {
     command -v cargo >/dev/null || fail 1 "no Rust here; make the programs elsewhere with tests/gpu/run.sh --pack FOLDER, and set THAW_BIN"
-    cargo build --quiet -p thaw-coordinator -p thaw-worker --bins
-    cargo build --quiet -p thaw-torch -p thaw-worker --examples
+    cargo build --quiet --workspace --bins --examples
 }
 
 device=cuda

@@ -18,7 +18,7 @@ ROWS = {
 
 
 def measure(settings: Settings) -> Iterator[Result | Skipped]:
-    harness.command(["cargo", "build", "-q", "-p", "thaw-worker", "--example", "all_reduce"], 1200)
+    harness.command(["cargo", "build", "-q", "--workspace", "--example", "all_reduce"], 1200)
     for ranks, row in ROWS.items():
         if settings.wants(row):
             yield measured(settings, ranks, row)

@@ -15,7 +15,7 @@ FORWARDS = 2000
 
 
 def measure(settings: Settings) -> Iterator[Result | Skipped]:
-    harness.command(["cargo", "build", "-q", "-p", "thaw-torch", "--example", "interpreter_overhead"], 1200)
+    harness.command(["cargo", "build", "-q", "--workspace", "--example", "interpreter_overhead"], 1200)
     count = FORWARDS // 10 if settings.quick else FORWARDS
     ours, peer = [], []
     with harness.scratch("interpreter") as folder, Gang(1) as gang:

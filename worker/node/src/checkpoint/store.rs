@@ -3,6 +3,8 @@
 use super::Error;
 use bytes::Bytes;
 use futures::TryStreamExt as _;
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
@@ -198,23 +200,28 @@ impl CheckpointStore {
     }
 
     /// Deletes manifests of `generation` and older ones that `keep` does not name, and blobs that no remaining manifest names
-    /// (`CKPT-4`), once all blobs of those to keep by name are seen to be there. Files younger than `grace` stay: they may belong to a save that has no manifest yet. Every run of 64 hex
+    /// (`CKPT-4`), once all blobs of those to keep by name are seen to be there. Files younger than `grace` stay: they may belong to a save that
+    /// has no manifest yet. Ages are counted back from the newest file, by the storage's clock: this host's may be ahead. Every run of 64 hex
     /// digits in a manifest counts as the name of a blob, so a newer format cannot lose what it refers to.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Damaged`]: a manifest to keep or a blob of it is not there, or not whole; nothing is deleted.
     /// [`Error::Storage`].
     pub fn retain(&self, generation: Generation, keep: &Keep, grace: Duration) -> Result<Swept, Error> {
-        let oldest_kept = SystemTime::now().checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
-        let is_young = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified) > oldest_kept;
         let (mut named, mut doomed) = (BTreeSet::new(), Vec::new());
-        let blobs = self.list(BLOBS)?;
+        let (blobs, manifests, parts) = (self.list(BLOBS)?, self.list(MANIFESTS)?, self.list(PARTS)?);
+        let written = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified);
+        let newest = [&blobs, &manifests, &parts].into_iter().flatten().map(written).max();
+        // A file from the future must not make the others old.
+        let now = newest.map_or_else(SystemTime::now, |newest| newest.min(SystemTime::now()));
+        let oldest_kept = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
+        let is_young = |meta: &object_store::ObjectMeta| written(meta) > oldest_kept;
         for path in &keep.manifests {
             let manifest = self.read(&manifest_path(path)?)?;
             self.check_blobs(&manifest, &blobs)?;
             collect_hashes(&manifest, &mut named);
         }
-        for meta in self.list(MANIFESTS)? {
+        for meta in manifests {
             let name = meta.location.to_string();
             if keep.manifests.contains(&name) {
                 continue;
@@ -230,7 +237,7 @@ impl CheckpointStore {
         // Manifests first: a crash between the two leaves blobs without a manifest, never the reverse.
         let mut swept = Swept { manifests: doomed.len(), ..Swept::default() };
         doomed.iter().try_for_each(|path| self.delete(path))?;
-        for meta in self.list(PARTS)? {
+        for meta in parts {
             if !is_young(&meta) {
                 self.delete(&meta.location)?;
             }
@@ -292,7 +299,8 @@ impl CheckpointStore {
         let touched = std::fs::File::options()
             .append(true)
             .open(self.folder.join(path.as_ref()))
-            .and_then(|file| file.set_modified(SystemTime::now()));
+            // By the storage's clock.
+            .and_then(|file| Ok(futimens(&file, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW)?));
         if let Err(error) = touched {
             tracing::debug!(%error, %path, "cannot renew a blob's time");
         }

@@ -69,6 +69,22 @@ fn named(manifests: &[&str]) -> Keep {
 }
 
 #[test]
+fn a_sweep_goes_by_the_storages_clock() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let of_a_save = store.put_blob(vec!["no manifest yet".into()]).unwrap();
+    let head = store.put_manifest(Generation(1), Step(1), "{}".into()).unwrap();
+    // This host's clock is two hours ahead of it.
+    let earlier = std::time::SystemTime::now() - Duration::from_secs(7200);
+    for file in [folder.path().join(blob_path(&of_a_save).unwrap().as_ref()), folder.path().join(&head.path)] {
+        std::fs::File::options().append(true).open(file).unwrap().set_modified(earlier).unwrap();
+    }
+    let swept = store.retain(Generation(1), &named(&[&head.path]), Duration::from_secs(600)).unwrap();
+    assert_eq!(swept, Swept::default());
+    assert!(store.get_blob(&of_a_save).is_ok());
+}
+
+#[test]
 fn a_sweep_keeps_what_is_named_young_or_newer() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
