@@ -254,7 +254,7 @@ ROWS = (
         lines=("weights", "ledger"),
         more=("--reference-workers", "2"),
     ),
-    Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 31, 29.0, 30.0, lines=("goodput", "weights")),
+    Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 32, 29.0, 30.0, lines=("goodput", "weights")),
     Row(
         "requests",
         "submission, cancellation, and what a run costs etcd",

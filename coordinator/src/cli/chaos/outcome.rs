@@ -127,7 +127,8 @@ fn leader_rows(report: &mut Report, done: &[Done], all: &[&Done], disturbed: &En
 /// What went on while there was no coordinator.
 fn outage_rows(report: &mut Report, all: &[&Done], reference: Option<&Ended>, disturbed: &Ended) {
     if let Some(reference) = reference {
-        let rates = all.iter().filter_map(|one| rate(one, reference, disturbed)).collect();
+        let rate = |one: &&Done| share_of_steps(&reference.steps, &disturbed.steps, one.at, one.at + one.length);
+        let rates = all.iter().filter_map(rate).collect();
         report.row(Row::new("outage.step_rate", rates, Goal::AtLeast(0.99)));
     }
     let during = |one: &&Done| {
@@ -146,13 +147,12 @@ fn outage_rows(report: &mut Report, all: &[&Done], reference: Option<&Ended>, di
     survivors(report, "outage", all);
 }
 
-/// Time that the undisturbed run took for the steps made during an outage, over its time: 1 is undisturbed.
-fn rate(one: &Done, reference: &Ended, disturbed: &Ended) -> Option<f64> {
-    let until = one.at + one.length;
-    let firsts = disturbed.steps.firsts();
-    let made = firsts.iter().filter(|(_, at)| (one.at..=until).contains(*at)).map(|(step, _)| *step);
-    let (first, last) = (made.clone().min()?, made.max()?);
-    let expected = reference.steps.firsts();
+/// Time that the undisturbed run took for the steps first made from one instant to another, over the time they took: 1 is undisturbed.
+fn share_of_steps(reference: &Steps, disturbed: &Steps, from: Instant, until: Instant) -> Option<f64> {
+    let (firsts, expected) = (disturbed.firsts(), reference.firsts());
+    let last_by = |end: Instant| firsts.iter().filter(|(_, at)| **at <= end).map(|(step, _)| *step).max();
+    // From the last step before, so that a pause at the beginning counts.
+    let (first, last) = (last_by(from)?, last_by(until)?);
     let took = *firsts.get(&last)? - *firsts.get(&first)?;
     let undisturbed = *expected.get(&last)? - *expected.get(&first)?;
     (took > Duration::ZERO).then(|| undisturbed.as_secs_f64() / took.as_secs_f64())
@@ -169,18 +169,14 @@ fn load_rows(report: &mut Report, all: &[&Done]) {
     }
 }
 
-/// Time of the undisturbed run over that of the other.
+/// Steps from the first fault to the last against those of the undisturbed run in as long a time: whole intervals, each with what its fault cost.
 pub(super) fn goodput(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &Ended) {
-    let span = |steps: &Steps| {
-        let firsts = steps.firsts();
-        let (first, last) = (firsts.first_key_value()?.1, firsts.last_key_value()?.1);
-        Some((*last - *first).as_secs_f64())
-    };
-    if let (Some(undisturbed), Some(with_faults)) = (span(&reference.steps), span(&disturbed.steps)) {
-        let share = Row::new("goodput", vec![undisturbed / with_faults], Goal::AtLeast(0.95));
-        let between = with_faults / count(done.len().max(1));
-        let share = share.with("faults", done.len()).with("seconds_a_fault", format!("{between:.1}"));
-        report.row(share.with("steps", disturbed.steps.next()));
+    let (Some(first), Some(last)) = (done.first(), done.last()) else { return };
+    if let Some(share) = share_of_steps(&reference.steps, &disturbed.steps, first.at, last.at) {
+        let seconds = (last.at - first.at).as_secs_f64();
+        let row = Row::new("goodput", vec![share], Goal::AtLeast(0.95)).with("faults", done.len());
+        let between = seconds / count(done.len() - 1);
+        report.row(row.with("seconds", format!("{seconds:.0}")).with("seconds_a_fault", format!("{between:.1}")));
     }
 }
 
@@ -229,6 +225,7 @@ fn ledger(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+    use super::super::follow::Applied;
     use super::*;
 
     fn made(weights: &str, lines: &[&str], steps: u64) -> Ended {
@@ -239,6 +236,23 @@ mod tests {
 
     fn line(step: u64, sample: u32) -> String {
         format!("{{\"step\":{step},\"stage\":0,\"shards\":[{{\"shard\":0,\"samples\":[{sample}]}}],\"loss\":1}}")
+    }
+
+    #[test]
+    fn a_share_of_steps_leaves_out_what_was_before_and_after() {
+        let begin = Instant::now();
+        let at = |second: u64| begin + Duration::from_secs(second);
+        let run = |seconds: &[u64]| {
+            let all = seconds.iter().zip(0..).map(|(second, step)| Applied { at: at(*second), step, stage: 0 });
+            Steps { all: all.collect(), ..Steps::default() }
+        };
+        // A step a second. Ten are lost after the second step, and many before the last one.
+        let (reference, disturbed) = (run(&[0, 1, 2, 3, 4]), run(&[0, 1, 12, 13, 99]));
+        let from_to = |from, until| share_of_steps(&reference, &disturbed, at(from), at(until));
+        assert_eq!(from_to(2, 20), Some(2.0 / 12.0), "what the first fault costs counts");
+        assert_eq!(from_to(12, 20), Some(1.0));
+        assert_eq!(from_to(12, 99), Some(2.0 / 87.0));
+        assert_eq!(from_to(14, 20), None, "nothing was made");
     }
 
     /// CHAOS-2.
