@@ -209,18 +209,20 @@ impl CheckpointStore {
     /// [`Error::Storage`].
     pub fn retain(&self, generation: Generation, keep: &Keep, grace: Duration) -> Result<Swept, Error> {
         let (mut named, mut doomed) = (BTreeSet::new(), Vec::new());
-        let (blobs, manifests, parts) = (self.list(BLOBS)?, self.list(MANIFESTS)?, self.list(PARTS)?);
-        let written = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified);
-        let newest = [&blobs, &manifests, &parts].into_iter().flatten().map(written).max();
-        // A file from the future must not make the others old.
-        let now = newest.map_or_else(SystemTime::now, |newest| newest.min(SystemTime::now()));
-        let oldest_kept = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
-        let is_young = |meta: &object_store::ObjectMeta| written(meta) > oldest_kept;
+        let blobs = self.list(BLOBS)?;
         for path in &keep.manifests {
             let manifest = self.read(&manifest_path(path)?)?;
             self.check_blobs(&manifest, &blobs)?;
             collect_hashes(&manifest, &mut named);
         }
+        // After the blobs: a manifest that is written meanwhile keeps its own.
+        let manifests = self.list(MANIFESTS)?;
+        let written = |meta: &object_store::ObjectMeta| SystemTime::from(meta.last_modified);
+        let newest = blobs.iter().chain(&manifests).map(written).max();
+        // A file from the future must not make the others old.
+        let now = newest.map_or_else(SystemTime::now, |newest| newest.min(SystemTime::now()));
+        let oldest_kept = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
+        let is_young = |meta: &object_store::ObjectMeta| written(meta) > oldest_kept;
         for meta in manifests {
             let name = meta.location.to_string();
             if keep.manifests.contains(&name) {
@@ -237,7 +239,7 @@ impl CheckpointStore {
         // Manifests first: a crash between the two leaves blobs without a manifest, never the reverse.
         let mut swept = Swept { manifests: doomed.len(), ..Swept::default() };
         doomed.iter().try_for_each(|path| self.delete(path))?;
-        for meta in parts {
+        for meta in self.list(PARTS)? {
             if !is_young(&meta) {
                 self.delete(&meta.location)?;
             }
