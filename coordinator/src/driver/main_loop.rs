@@ -1,4 +1,4 @@
-//! The loop itself: receive, step, save, speak.
+//! The loop itself: what it owns, receives, and does at a tick.
 
 use super::queue::Tenants;
 use super::requests::Requests;
@@ -6,21 +6,20 @@ use super::roster::Roster;
 use super::save::{self, Save, save};
 use super::stored::{self, RUNS, StoredRun, run_key};
 use super::workers::Workers;
-use super::{Command, Error, NewRun, Reply, UserAction, outbound, rebuild};
+use super::{Command, Error, NewRun, Reply, UserAction, rebuild};
 use crate::folder::{Lines, RunFolder};
 use crate::journal::Journal;
 use crate::leader::Fenced;
 use crate::store::Revision;
 use crate::views::Views;
 use crate::{clock, lines, report};
-use futures::{StreamExt as _, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use thaw_core::culprit::Inquest;
 use thaw_core::gang::FreeSlot;
-use thaw_core::run_machine::{self, Effect, Event, Input, Observed, Outcome, Policy, Rejection};
+use thaw_core::run_machine::{self, Input, Observed, Policy};
 use thaw_core::scheduler::{Decided, Give, Reclaim, Verdict};
 use thaw_mutants::planted;
 use thaw_proto::convert::WireEnum;
@@ -30,13 +29,11 @@ use thaw_proto::run::RunState;
 use thaw_runtime::{surroundings, telemetry};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, Span};
+use tracing::Span;
 use uuid::Uuid;
 
 /// Between ticks of the machines.
 const TICK: Duration = Duration::from_millis(200);
-/// Runs of one tick whose changes are on their way to the store at once (DRIVE-7).
-const SAVES_AT_ONCE: usize = 32;
 
 /// Owns every run while this coordinator leads.
 #[derive(Debug)]
@@ -46,7 +43,7 @@ pub struct MainLoop {
     pub(super) journal: Journal,
     data_dir: PathBuf,
     queue: mpsc::Receiver<Command>,
-    policy: Policy,
+    pub(super) policy: Policy,
     pub(super) tenants: Tenants,
     pub(super) runs: BTreeMap<RunId, Run>,
     pub(super) roster: Roster,
@@ -54,29 +51,18 @@ pub struct MainLoop {
     requests: Requests,
 }
 
-/// A step of a run's machine whose change the store has yet to take.
-struct Step {
-    id: RunId,
-    /// What to store, and the revision of what it replaces; once it is stored, its own. `None`: nothing changed.
-    next: Option<(StoredRun, Revision)>,
-    observed: Observed,
-    effects: Vec<Effect>,
-    events: Vec<Event>,
-    span: Span,
-}
-
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) stored: StoredRun,
-    revision: Revision,
+    pub(super) revision: Revision,
     pub(super) observed: Observed,
     pub(super) folder: RunFolder,
     /// What is heard of a generation that may have to be explained.
     pub(super) inquest: Inquest,
     /// Lives as long as the run; dropped, so exported, at its end.
-    span: Span,
+    pub(super) span: Span,
     /// Of the present generation, below the run's.
-    generation_span: Option<(Generation, Span)>,
+    pub(super) generation_span: Option<(Generation, Span)>,
 }
 
 /// Why the loop ended.
@@ -260,119 +246,8 @@ impl MainLoop {
         })
     }
 
-    /// One step of one run. The outer error ends the loop.
-    pub(super) async fn feed(&mut self, id: &RunId, input: &Input) -> Result<Result<(), Rejection>, Error> {
-        match self.step(id, input) {
-            Ok(Some(step)) => {
-                let step = keep(&self.fenced, step).await?;
-                let span = step.span.clone();
-                self.conclude(step).instrument(span).await;
-                Ok(Ok(()))
-            }
-            Ok(None) => Ok(Ok(())),
-            Err(rejection) => Ok(Err(rejection)),
-        }
-    }
-
-    /// One step each of several runs, none of them there twice (DRIVE-7). What is turned away is said with `why`.
-    async fn feed_all(&mut self, inputs: Vec<(RunId, Input)>, why: &str) -> Result<(), Error> {
-        let mut steps = Vec::new();
-        for (id, input) in inputs {
-            match self.step(&id, &input) {
-                Ok(step) => steps.extend(step),
-                Err(rejection) => tracing::error!(run = %id, %rejection, "{why}"),
-            }
-        }
-        let fenced = self.fenced.clone();
-        let mut kept = stream::iter(steps).map(|step| keep(&fenced, step)).buffered(SAVES_AT_ONCE);
-        while let Some(done) = kept.next().await {
-            let step = done?;
-            let span = step.span.clone();
-            self.conclude(step).instrument(span).await;
-        }
-        Ok(())
-    }
-
-    /// What an input makes of a run. `None`: there is no such run.
-    fn step(&mut self, id: &RunId, input: &Input) -> Result<Option<Step>, Rejection> {
-        let Some(run) = self.runs.get_mut(id) else { return Ok(None) };
-        let now = clock::now();
-        // Given away, and back with the outcome.
-        let observed = std::mem::take(&mut run.observed);
-        let outcome = match run_machine::take_step(&self.policy, &run.stored.record, observed, now, input) {
-            Ok(outcome) => outcome,
-            Err(refused) => {
-                run.observed = refused.observed;
-                return Err(refused.rejection);
-            }
-        };
-        let Outcome { record, changed, observed, effects, events } = outcome;
-        let is_changed = changed || !events.is_empty();
-        let next = is_changed.then(|| (run.stored.after(run.revision, record, &events), run.revision));
-        let span = run.span.clone();
-        if planted("speak-before-save") {
-            for effect in &effects {
-                self.perform(id, effect);
-            }
-        }
-        Ok(Some(Step { id: id.clone(), next, observed, effects, events, span }))
-    }
-
-    /// Shows what the store has taken, then speaks (DRIVE-1).
-    async fn conclude(&mut self, step: Step) {
-        let Step { id, next, observed, effects, events, span: _ } = step;
-        let run = self.runs.get_mut(&id).expect("runs are never removed");
-        if let Some((stored, revision)) = next {
-            self.roster.follow(Some(&run.stored.record), &stored.record);
-            run.stored = stored;
-            run.revision = revision;
-            for event in &events {
-                let message = stored::event_message(event);
-                tracing::info!(run = %id, generation = %event.generation, state = ?event.state, reason = ?event.reason, "{}", event.message);
-                self.journal.append(&id, &run.folder, Lines::Events, lines::event(&message));
-                self.journal.append(&id, &run.folder, Lines::Logs, lines::log_of_event(&message));
-            }
-            // The report first: whoever sees the end finds the report.
-            if run.has_ended() {
-                self.write_report(&id).await;
-            }
-            let run = self.runs.get_mut(&id).expect("runs are never removed");
-            self.views.publish(&id, run.stored.shown(run.revision));
-        }
-        let run = self.runs.get_mut(&id).expect("runs are never removed");
-        run.observed = observed;
-        for effect in &effects {
-            self.perform(&id, effect);
-        }
-        let run = self.runs.get_mut(&id).expect("runs are never removed");
-        if run.has_ended() {
-            run.generation_span = None;
-            run.inquest = Inquest::default();
-            run.span = Span::none();
-            self.journal.close(&id);
-        }
-    }
-
-    fn perform(&mut self, id: &RunId, effect: &Effect) {
-        let Some(run) = self.runs.get_mut(id) else { return };
-        let traceparent = match effect {
-            Effect::StartTrainer { generation, .. } => run.span_of(*generation).in_scope(telemetry::traceparent),
-            Effect::AckCheckpoint { generation, checkpoint, .. } => {
-                let step = checkpoint.position.step;
-                tracing::info!(parent: run.span_of(*generation), run = %id, %generation, %step, "checkpoint committed");
-                None
-            }
-            Effect::Propose(_) | Effect::Commit { .. } | Effect::StopTrainer { .. } | Effect::SuspendTrainer { .. } => {
-                None
-            }
-        };
-        let (worker, message) =
-            outbound::message(effect, &run.stored.record, traceparent.as_deref(), self.fenced.epoch());
-        self.workers.send(&worker, message);
-    }
-
     /// The run's report, unless it is there. A failure is said and leaves the run as it is: the store has the outcome.
-    async fn write_report(&self, id: &RunId) {
+    pub(super) async fn write_report(&self, id: &RunId) {
         let Some(run) = self.runs.get(id) else { return };
         let path = run.folder.path().join(report::PATH);
         let message = stored::message(&run.stored.record, run.revision.0);
@@ -466,13 +341,13 @@ impl MainLoop {
 
 impl Run {
     /// The span of a generation; a new one where it is not the one before.
-    fn span_of(&mut self, generation: Generation) -> &Span {
+    pub(super) fn span_of(&mut self, generation: Generation) -> &Span {
         let held = self.generation_span.take().filter(|(held, _)| *held == generation);
         let make = || (generation, tracing::info_span!(parent: &self.span, "generation", %generation));
         &self.generation_span.insert(held.unwrap_or_else(make)).1
     }
 
-    fn has_ended(&self) -> bool {
+    pub(super) fn has_ended(&self) -> bool {
         self.stored.record.state.has_ended()
     }
 
@@ -502,15 +377,6 @@ fn fresh(slots: Option<&Verdict>) -> Vec<Incarnation> {
     // Numbered from one that was drawn, so that what is stored of a large gang is short.
     let drawn = surroundings::uuid().as_u128();
     (0..granted).map(|at| Incarnation(Uuid::from_u128(drawn ^ at as u128).to_string())).collect()
-}
-
-/// Hands a step on with the revision that its change has in the store.
-async fn keep(fenced: &Fenced, mut step: Step) -> Result<Step, Error> {
-    if let Some((stored, revision)) = &mut step.next {
-        let write = Save { key: run_key(&step.id), value: stored.to_bytes(), expected: Some(*revision), also: None };
-        *revision = save(fenced, write).instrument(step.span.clone()).await?;
-    }
-    Ok(step)
 }
 
 /// What runs are asked for slots that another is to have.

@@ -30,6 +30,7 @@ mod requests;
 mod roster;
 mod save;
 mod sessions;
+mod steps;
 mod stored;
 mod workers;
 

@@ -30,6 +30,7 @@ mod save;
 mod session;
 mod shard_tree;
 mod snapshot;
+mod state;
 mod statistics;
 mod trace;
 
@@ -44,7 +45,8 @@ use outbox::{Identity, Outbox};
 use reduce::Links;
 use replica::{Replica, Settings};
 use save::{Begun, Hosted};
-use session::{Ending, Session, State};
+use session::{Ending, Session};
+use state::State;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};

@@ -4,6 +4,7 @@ use super::script::{Script, kinds};
 use super::*;
 use crate::culprit::{Finding, Heard, STUCK_MS};
 use std::time::Duration;
+use thaw_proto::ids::StageIndex;
 use thaw_proto::worker::{CollectiveKind, CollectiveOperation, OperationEnd};
 
 fn judgement(generation: Generation) -> Input {

@@ -2,10 +2,11 @@
 
 use super::*;
 use crate::gang::FreeSlot;
-use crate::scheduler;
+use crate::scheduler::{self, Waiting};
 use crate::test_support::{evaluation, plan_of, spec};
 use serde_json::json;
-use thaw_proto::ids::Slot;
+use thaw_proto::ids::{Slot, StageIndex};
+use thaw_proto::run::Position;
 
 /// A run, and a clock.
 pub(super) struct Script {

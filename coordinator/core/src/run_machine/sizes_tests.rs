@@ -3,9 +3,10 @@
 use super::script::{checkpoint, kinds, place, stage_result};
 use super::*;
 use crate::gang::FreeSlot;
-use crate::scheduler;
+use crate::scheduler::{self, Claim, Waiting};
 use crate::test_support::{plan_of, spec};
 use serde_json::json;
+use thaw_proto::status::ErrorClass;
 
 /// A run over one to four workers, each with a slot, whose trainers survive the loss of a peer.
 struct Gang {

@@ -128,9 +128,13 @@ fn cited_invariants_exist() {
     let sources = [
         include_str!("gangs.rs"),
         include_str!("keeping.rs"),
+        include_str!("now.rs"),
+        include_str!("record.rs"),
+        include_str!("rejection.rs"),
         include_str!("reports.rs"),
         include_str!("requests.rs"),
         include_str!("sizes.rs"),
+        include_str!("slots.rs"),
         include_str!("sizes_tests.rs"),
         include_str!("yielding.rs"),
         include_str!("turn.rs"),
@@ -138,7 +142,9 @@ fn cited_invariants_exist() {
         include_str!("verdicts_tests.rs"),
         include_str!("tests.rs"),
         include_str!("table.rs"),
-        include_str!("simulation.rs"),
+        include_str!("simulation/mod.rs"),
+        include_str!("simulation/laws.rs"),
+        include_str!("simulation/lives.rs"),
     ];
     for source in sources {
         for (at, _) in source.match_indices("RUN-") {

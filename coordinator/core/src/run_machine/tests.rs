@@ -3,7 +3,8 @@
 use super::script::{Script, checkpoint, kinds, seen, stage_result};
 use super::*;
 use crate::scheduler;
-use thaw_proto::ids::Attempt;
+use thaw_proto::ids::{Attempt, StageIndex};
+use thaw_proto::status::ErrorClass;
 
 #[test]
 fn a_run_from_submission_to_success() {

@@ -4,7 +4,7 @@ use super::contents::Copies;
 use crate::trainer::job::Job;
 use crate::trainer::outbox::{Event, Outbox};
 use crate::trainer::replica::Replica;
-use crate::trainer::session::State;
+use crate::trainer::state::State;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use thaw_core::survivors::Snapshot;

@@ -3,20 +3,20 @@
 //! Checked after every step: RUN-1 to RUN-6, RUN-11 and RUN-12. Checked at the end, once faults have stopped: RUN-7 and RUN-8, that the run ends and no trainer
 //! is left.
 
+mod laws;
+mod lives;
+
 use super::script::{checkpoint, result, stage_result};
 use super::*;
 use crate::gang::FreeSlot;
-use crate::scheduler;
+use crate::scheduler::{self, Waiting};
 use crate::test_support::{plan_of, spec};
+use laws::check;
 use serde_json::json;
 use std::collections::{BTreeSet, VecDeque};
 use thaw_proto::ids::Slot;
 
-const SEEDS: u64 = 400;
-const ACTIONS: u32 = 400;
 const LAST_STEP: u64 = 60;
-/// Of a run that is scaled again and again.
-const LONG_STEP: u64 = 1000;
 const SAVE_STEPS: u64 = 10;
 /// Where the first stage ends.
 const STAGE_STEP: u64 = 30;
@@ -502,146 +502,4 @@ fn addressee(effect: &Effect) -> &Trainer {
         | Effect::AckCheckpoint { trainer, .. } => trainer,
         Effect::Propose(proposal) => &proposal.trainer,
     }
-}
-
-/// RUN-1 to RUN-6, RUN-11 and RUN-12 over one accepted step.
-fn check(before: &RunRecord, after: &RunRecord, input: &Input, effects: &[Effect], last_step: u64) {
-    assert!(after.generation == before.generation || after.generation == before.generation.next(), "RUN-1");
-    assert!(after.attempt >= before.attempt && after.world_sizes.len() >= before.world_sizes.len());
-    if before.head != after.head {
-        let Input::CheckpointWritten { trainer, generation, .. } = input else {
-            panic!("RUN-2: {input:?} moved the head")
-        };
-        assert_eq!(
-            (*generation, &before.members[0].trainer, before.members[0].rank),
-            (before.generation, trainer, Rank(0)),
-            "RUN-2"
-        );
-        assert!(after.position >= before.position, "RUN-3");
-    }
-    if after.own_failures > before.own_failures {
-        let own = matches!(
-            input,
-            Input::TrainerExited { ending: Ending::Code(101), .. } | Input::Tick { .. } | Input::TrainerReady { .. }
-        );
-        assert!(own && after.own_failures == before.own_failures + 1, "RUN-7: {input:?} is counted");
-    }
-    assert_eq!(after.reason == RunReason::StepFailed, after.own_failures >= 3, "RUN-7");
-    assert!(after.blames.len() <= before.blames.len() + 1, "RUN-14");
-    assert!(!before.state.has_ended() || before == after, "RUN-4");
-    assert!(*input != Input::Cancel || after.state.has_ended(), "RUN-4");
-    assert_eq!(after.result.is_some(), after.state == RunState::Succeeded, "RUN-5");
-    assert!(after.state != RunState::Succeeded || after.position.step == Step(last_step), "RUN-5");
-    if after.generation > before.generation {
-        let kept = |member: &Member| {
-            let still = after.trainers().any(|other| *other == member.trainer);
-            still
-                || effects
-                    .iter()
-                    .any(|effect| matches!(effect, Effect::StopTrainer { trainer, .. } if *trainer == member.trainer))
-        };
-        let gone = |member: &Member| match input {
-            Input::TrainerExited { trainer, .. } => *trainer == member.trainer,
-            Input::WorkersLost { workers } => workers.contains(&member.trainer.worker),
-            Input::TrainersSeen { worker, trainers } => {
-                *worker == member.trainer.worker && !trainers.contains(&member.trainer)
-            }
-            // Who did not come back to a new leader.
-            Input::Tick { .. } => before.carries || matches!(before.state, RunState::Resizing | RunState::Running),
-            _ => false,
-        };
-        assert!(before.members.iter().all(|member| kept(member) || gone(member)), "RUN-6: {input:?}");
-        let (least, most) = (after.spec.workers.min as usize, after.wanted_size() as usize);
-        assert!((least..=most).contains(&after.members.len()), "RUN-11: {} members", after.members.len());
-    }
-    if after.world_sizes.len() > before.world_sizes.len() {
-        let size = *after.world_sizes.last().unwrap();
-        assert!((after.spec.workers.min..=after.spec.workers.max).contains(&size), "RUN-11: {size} are committed");
-        assert!(after.leaving.is_empty(), "RUN-11: who leaves is let go");
-    }
-    if before.state == RunState::Preempting && after.state == RunState::Pending {
-        assert!(after.trainers().count() == 0 && after.head == before.head, "RUN-12");
-    }
-    let forms = matches!(after.state, RunState::Admitted | RunState::Forming);
-    assert!(forms || after.leaving.is_empty(), "RUN-11: {:?} is about to leave", after.leaving);
-    assert!(!after.state.has_ended() || after.trainers().count() == 0, "an ended run holds slots");
-    let mut places: Vec<FreeSlot> = after.held_slots().collect();
-    places.sort();
-    places.dedup();
-    assert_eq!(places.len(), after.trainers().count(), "a slot is held twice");
-    assert_eq!(after.end_ms.is_some(), after.state.has_ended());
-}
-
-#[test]
-fn random_lives_keep_the_invariants_and_end() {
-    let (mut ends, mut carried) = ([0_u32; 3], 0);
-    for seed in 0..SEEDS {
-        let mut world = World::new(seed);
-        for _ in 0..ACTIONS {
-            world.random_action();
-        }
-        world.end(seed);
-        carried += world.carried;
-        match world.record.state {
-            RunState::Succeeded => ends[0] += 1,
-            RunState::Failed => {
-                assert!(matches!(world.record.reason, RunReason::NoProgress | RunReason::StepFailed));
-                ends[1] += 1;
-            }
-            RunState::Cancelled => ends[2] += 1,
-            other => panic!("{other:?} has not ended"),
-        }
-    }
-    assert!(carried > 100, "survivors went on {carried} times only");
-    assert!(ends.iter().all(|count| *count > 0) && ends[0] > ends[1], "succeeded, failed, cancelled: {ends:?}");
-}
-
-#[test]
-fn nothing_that_a_run_waits_for_follows_the_wall_clock() {
-    let life = |seed, setter| {
-        let mut world = World { setter, ..World::new(seed) };
-        for _ in 0..ACTIONS {
-            world.random_action();
-        }
-        world.end(seed);
-        world.log
-    };
-    for seed in 0..SEEDS / 4 {
-        let (quiet, set) = (life(seed, None), life(seed, Some(Dice(seed))));
-        let differs = quiet.iter().zip(&set).find(|(one, other)| one != other);
-        assert!(quiet.len() == set.len() && differs.is_none(), "RUN-15: seed {seed}: {differs:?}");
-    }
-}
-
-/// RUN-11, RUN-12: a gang that is asked for another size again and again, loses trainers and leaders in the middle, and yields now and then.
-#[test]
-fn gangs_of_changing_sizes_keep_the_invariants_and_end() {
-    let (mut shrunk, mut grown, mut carried, mut yielded) = (0, 0, 0, 0);
-    for seed in 0..60 {
-        let mut world = World { keeps: true, last_step: LONG_STEP, ..World::new(seed) };
-        for _ in 0..200 {
-            world.calm_round();
-            let worker = world.dice.below(3) as usize;
-            match world.dice.below(100) {
-                0..=14 => {
-                    let workers = 1 + world.dice.below(3) as u32;
-                    world.send(&Input::Scale { workers });
-                }
-                15..=18 => world.kill(worker),
-                19 => world.restart(),
-                20 => world.disconnect(worker),
-                21..=22 => world.send(&Input::Cede { workers: 1, to: "other-00000002".into() }),
-                23..=25 => {
-                    world.send(&Input::Yield { to: "other-00000002".into() });
-                    yielded += u32::from(world.record.state == RunState::Preempting);
-                }
-                _ => {}
-            }
-        }
-        world.end(seed);
-        assert_ne!(world.record.state, RunState::Cancelled);
-        (shrunk, grown, carried) = (shrunk + world.shrunk, grown + world.grown, carried + world.carried);
-    }
-    let counts = [shrunk, grown, carried, yielded];
-    assert!(counts.iter().all(|count| *count > 50), "shrunk, grown, carried, yielded: {counts:?}");
 }
