@@ -9,6 +9,7 @@ pub mod backoff;
 pub mod dial;
 pub mod limits;
 pub mod shutdown;
+pub mod standstill;
 pub mod surroundings;
 pub mod tasks;
 pub mod telemetry;

@@ -2,6 +2,7 @@
 //!
 //! Law: a task has a name, a span, a token and a policy for its error; a panic is an error; no task outlives [`Tasks::join`].
 
+use crate::standstill::{self, Process};
 use crate::{BoxError, chain};
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -53,6 +54,8 @@ pub struct Tasks {
 struct Inner {
     token: CancellationToken,
     tracker: TaskTracker,
+    /// Whose tasks they are, where that is simulated.
+    process: Option<Process>,
     failed: AtomicU64,
     state: Mutex<State>,
 }
@@ -72,6 +75,7 @@ impl Tasks {
             inner: Arc::new(Inner {
                 token,
                 tracker: TaskTracker::new(),
+                process: standstill::present(),
                 failed: AtomicU64::new(0),
                 state: Mutex::default(),
             }),
@@ -102,7 +106,7 @@ impl Tasks {
         let span = tracing::info_span!("task", name);
         let run = task(self.inner.token.child_token()).instrument(span.clone());
         // Two tasks: the outer one survives a panic or an abort of the inner one, and applies the policy.
-        let work = tokio::spawn(run);
+        let work = tokio::spawn(standstill::within(self.inner.process.clone(), run));
         let id = {
             let mut state = self.state();
             let id = state.next;

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use thaw_runtime::standstill;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -53,7 +54,7 @@ impl Attention {
     pub(super) fn watch(&self) -> JoinSet<()> {
         let clock = self.clone();
         let mut watching = JoinSet::new();
-        watching.spawn(async move {
+        let looking = async move {
             let mut looks = interval(LOOK);
             looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
@@ -66,7 +67,8 @@ impl Attention {
                     );
                 }
             }
-        });
+        };
+        watching.spawn(standstill::within(standstill::present(), looking));
         watching
     }
 

@@ -11,7 +11,7 @@ use crate::world::{GLOBAL_BATCH, SHARDS, Workload, World};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use thaw_coordinator::driver::Tenants;
 use thaw_coordinator::server::{ServeConfig, Server};
@@ -20,10 +20,13 @@ use thaw_core::scheduler::Share;
 use thaw_node::agent;
 use thaw_proto::convert::WireEnum;
 use thaw_proto::pb;
+use thaw_runtime::standstill::{self, Process};
 use thaw_runtime::surroundings;
 use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
 
+/// The host of whom runs are of.
+const USER: &str = "user";
 /// Every host runs for so long before the next does.
 const TICK: Duration = Duration::from_millis(20);
 /// In calm, every run has ended by then: start and suspension have the longest limits, 10 and 5 minutes.
@@ -89,7 +92,37 @@ struct Cluster {
     model: Arc<Model>,
     links: Arc<Links>,
     calm: Arc<AtomicBool>,
+    processes: Processes,
     folder: PathBuf,
+}
+
+/// The present life of each host that is no user.
+#[derive(Debug, Clone, Default)]
+struct Processes(Arc<Mutex<BTreeMap<String, Process>>>);
+
+impl Processes {
+    fn start(&self, host: &str) -> Process {
+        let process = Process::default();
+        self.hosts().insert(host.to_owned(), process.clone());
+        process
+    }
+
+    fn of(&self, host: &str, act: impl FnOnce(&Process)) {
+        if let Some(process) = self.hosts().get(host) {
+            act(process);
+        }
+    }
+
+    /// Every host but this one.
+    fn others(&self, host: &str) -> Vec<String> {
+        let hosts = self.hosts();
+        let all = hosts.keys().map(String::as_str).chain([USER]);
+        all.filter(|other| *other != host).map(str::to_owned).collect()
+    }
+
+    fn hosts(&self) -> MutexGuard<'_, BTreeMap<String, Process>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Cluster {
@@ -101,7 +134,8 @@ impl Cluster {
         let (clock, second_ms) = (world.clone(), plan.store_second_ms);
         let model = Arc::new(Model::new(move || clock.now() * second_ms / 1000));
         model.set_witness(world.clone());
-        Self { seed, plan, world, model, links: Arc::default(), calm: Arc::default(), folder }
+        let (links, calm, processes) = Default::default();
+        Self { seed, plan, world, model, links, calm, processes, folder }
     }
 
     fn run(self) -> Duration {
@@ -155,7 +189,7 @@ impl Cluster {
         let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
         let share = |quota: &u32| Share { quota: Some(*quota), ..Share::default() };
         let tenants: Tenants = plan.quotas.iter().map(|(tenant, quota)| ((*tenant).to_owned(), share(quota))).collect();
-        let lives = std::cell::Cell::new(0);
+        let (lives, processes) = (std::cell::Cell::new(0), self.processes.clone());
         sim.host(name.clone(), move || {
             lives.set(lives.get() + 1);
             let life = format!("{name}#{}", lives.get());
@@ -174,14 +208,14 @@ impl Cluster {
             };
             let open = Server::over(config, store).with_planner(Arc::new(OneStage));
             let world = world.clone();
-            async move {
+            standstill::within(Some(processes.start(&name)), async move {
                 world.say(format!("{life} starts"));
                 match open.serve(net::listen().await?, CancellationToken::new()).await {
                     Ok(()) => world.say(format!("{life} ends")),
                     Err(error) => world.violated("SERVER-2", format!("{life} ends: {}", thaw_runtime::chain(&error))),
                 }
                 Ok(())
-            }
+            })
         });
     }
 
@@ -189,7 +223,7 @@ impl Cluster {
         let name = format!("a{index}");
         let (world, hazards, coordinators) = (self.world.clone(), self.plan.hazards, self.plan.coordinators);
         let dice = Arc::new(Mutex::new(Dice::new(self.seed, &name)));
-        let lives = std::cell::Cell::new(0);
+        let (lives, processes) = (std::cell::Cell::new(0), self.processes.clone());
         sim.host(name.clone(), move || {
             lives.set(lives.get() + 1);
             let (host, life) = (name.clone(), format!("{name}#{}", lives.get()));
@@ -205,14 +239,14 @@ impl Cluster {
             };
             let toys = Toys { world: world.clone(), host, life: life.clone(), dice: Arc::clone(&dice), hazards };
             let world = world.clone();
-            async move {
+            standstill::within(Some(processes.start(&name)), async move {
                 world.say(format!("{life} starts"));
                 let around = agent::Surroundings { dial: net::dial(), launch: Arc::new(toys) };
                 if let Err(error) = agent::run_among(config, around, CancellationToken::new()).await {
                     world.violated("AGENT-2", format!("{life} ends: {}", thaw_runtime::chain(&error)));
                 }
                 Ok(())
-            }
+            })
         });
     }
 
@@ -226,7 +260,7 @@ impl Cluster {
             calm: Arc::clone(&self.calm),
             acknowledged: BTreeMap::new(),
         };
-        sim.client("user", async move {
+        sim.client(USER, async move {
             user.act().await;
             std::future::pending().await
         });
@@ -294,6 +328,12 @@ impl Storm<'_> {
             Fault::Partition(one, other) => sim.partition(one.as_str(), other.as_str()),
             Fault::OneWay(from, to) => sim.partition_oneway(from.as_str(), to.as_str()),
             Fault::Hold(one, other) => sim.hold(one.as_str(), other.as_str()),
+            Fault::Stop(host) => {
+                self.cluster.processes.of(host, Process::stop);
+                for other in self.cluster.processes.others(host) {
+                    sim.hold(host.as_str(), other);
+                }
+            }
             Fault::CutStore(host) => {
                 self.cluster.links.cut.lock().unwrap_or_else(PoisonError::into_inner).insert(host.clone());
             }
@@ -307,6 +347,13 @@ impl Storm<'_> {
         match fault {
             Fault::Partition(one, other) | Fault::OneWay(one, other) => sim.repair(one.as_str(), other.as_str()),
             Fault::Hold(one, other) => sim.release(one.as_str(), other.as_str()),
+            Fault::Stop(host) => {
+                // Unless it was killed meanwhile; then this is another.
+                self.cluster.processes.of(host, Process::go_on);
+                for other in self.cluster.processes.others(host) {
+                    sim.release(host.as_str(), other);
+                }
+            }
             Fault::CutStore(host) => {
                 self.cluster.links.cut.lock().unwrap_or_else(PoisonError::into_inner).remove(host);
             }

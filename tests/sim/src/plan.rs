@@ -17,8 +17,10 @@ pub(crate) enum Fault {
     /// Nothing of it passes, both ways or one.
     Partition(String, String),
     OneWay(String, String),
-    /// What is sent arrives when it is over: a host that stands still, or a full queue.
+    /// What is sent arrives when it is over: a full queue.
     Hold(String, String),
+    /// A machine stands still, and goes on as if nothing had been.
+    Stop(String),
     /// A coordinator does not reach the store.
     CutStore(String),
     /// Every lease ends at once.
@@ -101,6 +103,7 @@ impl Plan {
         let count = if calm_seed { 0 } else { dice.within(1..12) };
         plan.faults = (0..count).map(|_| plan.draw_fault(&mut dice)).collect();
         plan.set_clocks(&mut Dice::new(seed, "clocks"));
+        plan.stop_hosts(&mut Dice::new(seed, "stops"));
         plan.faults.sort_by_key(|planned| planned.at);
         plan
     }
@@ -115,6 +118,18 @@ impl Plan {
             let at = beside.at + dice.millis(20..4_000);
             let fault = Fault::Jump(dice.below(3_600_000));
             self.faults.push(Planned { at, lasts: Duration::ZERO, fault });
+        }
+    }
+
+    fn stop_hosts(&mut self, dice: &mut Dice) {
+        if self.faults.is_empty() || !dice.permille(300) {
+            return;
+        }
+        let storm = u64::try_from(self.storm.as_millis()).unwrap_or(u64::MAX);
+        for _ in 0..dice.within(1..4) {
+            let at = Duration::from_millis(dice.below(storm));
+            let fault = Fault::Stop(self.host(dice));
+            self.faults.push(Planned { at, lasts: dice.millis(100..8_000), fault });
         }
     }
 

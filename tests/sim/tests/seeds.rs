@@ -29,6 +29,7 @@ fn faults_bite_and_runs_end_every_way() {
         "fault Partition",
         "fault OneWay",
         "fault Hold",
+        "fault Stop",
         "fault CutStore",
         "fault EndLeases",
         "dies with a torn blob",

@@ -10,6 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 use thaw_node::agent::launch::{Launch, Life, Running};
+use thaw_runtime::standstill;
 use tokio::io::duplex;
 use tokio::task::{JoinError, JoinHandle};
 
@@ -55,7 +56,8 @@ impl Launch for Toys {
             hazards: self.hazards,
             _log: log,
         };
-        let task = tokio::spawn(newborn.live(hears, says));
+        // The machine stands still, not the agent alone.
+        let task = tokio::spawn(standstill::within(standstill::present(), newborn.live(hears, says)));
         let child = Box::new(ToyLife { task, ended: None });
         Ok(Running { child, stdin: Box::new(stdin), stdout: Box::new(stdout), stderr: Box::new(stderr), ring: None })
     }
