@@ -68,7 +68,8 @@ class Row:
         count = tenth(self.count)
         # Without faults nothing is trained for them, so that no pace is needed.
         steps = count and count * (self.steps or round(self.seconds * pace(fixtures)))
-        command = [THAW, "chaos", folder / "spec.json", "--workers", TRAINERS, "--count", count, "--every", self.every]
+        every = tenth(self.every) if self.lasts else self.every
+        command = [THAW, "chaos", folder / "spec.json", "--workers", TRAINERS, "--count", count, "--every", every]
         if self.lasts:
             option, seconds, share = self.lasts
             steps = round(tenth(seconds) * share * pace(fixtures))
@@ -228,9 +229,11 @@ ROWS = (
         "all coordinators and etcd stopped for 300 s",
         "outage",
         1,
-        1.0,
-        lasts=("--outage", 300, 1.5),
+        # As long before and after it as its rate of steps is held against.
+        100.0,
+        lasts=("--outage", 300, 1.8),
         lines=("outage", "ledger", "weights"),
+        more=("--reference-workers", "2"),
         spec=staged,
     ),
     Row(
@@ -254,7 +257,16 @@ ROWS = (
         lines=("weights", "ledger"),
         more=("--reference-workers", "2"),
     ),
-    Row("goodput", "committed steps under one fault every 29 s", ALL_FAULTS, 32, 29.0, 30.0, lines=("goodput", "weights")),
+    Row(
+        "goodput",
+        "committed steps under one fault every 29 s",
+        ALL_FAULTS,
+        32,
+        29.0,
+        30.0,
+        lines=("goodput", "weights"),
+        more=("--reference-workers", "2"),
+    ),
     Row(
         "requests",
         "submission, cancellation, and what a run costs etcd",

@@ -293,11 +293,10 @@ pub(crate) struct ChaosOptions {
     /// forgets its history: all of them must see each event once.
     #[arg(long, default_value_t = 0)]
     pub(crate) watchers: usize,
-    /// Leave the undisturbed run out: weights and goodput are not compared.
+    /// Leave the undisturbed run out: weights are not compared.
     #[arg(long)]
     pub(crate) no_reference: bool,
-    /// Workers of the undisturbed run. Its weights and samples do not depend on them; fewer are faster where cores are few. Goodput and step rates
-    /// against it are then not compared.
+    /// Workers of the undisturbed run. Its weights and samples do not depend on them; fewer are faster where cores are few.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with = "no_reference")]
     pub(crate) reference_workers: Option<u32>,
     /// Before the runs, also time requests of clients, and what etcd holds and writes.

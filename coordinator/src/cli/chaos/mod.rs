@@ -130,11 +130,8 @@ async fn experiment(
     };
     let done = disturb(cluster, &followed.sight, options).await?;
     let disturbed = ended(cluster, followed).await?;
-    let timed = reference.as_ref().filter(|_| options.reference_workers.is_none());
-    outcome::faults(report, &done, timed, &disturbed);
-    if let Some(timed) = timed {
-        outcome::goodput(report, &done, timed, &disturbed);
-    }
+    outcome::faults(report, &done, &disturbed);
+    outcome::goodput(report, &done, &disturbed.steps);
     if let Some(reference) = &reference {
         outcome::weights(report, &done, reference, &disturbed);
     }

@@ -6,6 +6,7 @@ use super::faults::{Done, Fault};
 use super::follow::Steps;
 use super::rows::{Goal, Row};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use thaw_coordinator::verify;
@@ -41,7 +42,7 @@ pub(super) struct Ended {
 }
 
 /// Rows of each kind of fault: what it cost, and what the gang noticed of those that it must not notice.
-pub(super) fn faults(report: &mut Report, done: &[Done], reference: Option<&Ended>, disturbed: &Ended) {
+pub(super) fn faults(report: &mut Report, done: &[Done], disturbed: &Ended) {
     let mut kinds: BTreeMap<Fault, Vec<&Done>> = BTreeMap::new();
     for one in done {
         kinds.entry(one.fault).or_default().push(one);
@@ -63,9 +64,9 @@ pub(super) fn faults(report: &mut Report, done: &[Done], reference: Option<&Ende
             Fault::KillTrainer | Fault::StopTrainer | Fault::KillAgent | Fault::StopAgent | Fault::Partition => {
                 loss_rows(report, fault, &all);
             }
-            Fault::KillLeader => leader_rows(report, done, &all, disturbed),
+            Fault::KillLeader => leader_rows(report, done, &all, &disturbed.steps),
             Fault::HandOver => {}
-            Fault::Outage => outage_rows(report, &all, reference, disturbed),
+            Fault::Outage => outage_rows(report, done, &all, disturbed),
             Fault::Load => load_rows(report, &all),
         }
     }
@@ -101,36 +102,31 @@ fn survivors(report: &mut Report, name: &str, all: &[&Done]) {
     report.row(Row::new(format!("{name}.survivors"), shares, Goal::AtLeast(1.0)).with("unit", "share"));
 }
 
-/// Steps made while nobody led, for those made in as long a time just before, over all changes: one alone is too short for a rate. And what a
-/// client that calls all the time noticed.
-fn leader_rows(report: &mut Report, done: &[Done], all: &[&Done], disturbed: &Ended) {
-    let made = |from: Instant, to: Instant| {
-        count(disturbed.steps.all.iter().filter(|applied| (from..to).contains(&applied.at)).count())
-    };
-    let (mut before, mut meanwhile) = ((0.0, 0.0), (0.0, 0.0));
-    for one in all {
-        let Some(length) = one.recovered else { continue };
-        let free = done.iter().map(|other| other.over).filter(|over| *over < one.at).max();
-        let from = free.into_iter().chain(one.at.checked_sub(length)).max().unwrap_or(one.at);
-        before = (before.0 + made(from, one.at), before.1 + (one.at - from).as_secs_f64());
-        meanwhile = (meanwhile.0 + made(one.at, one.at + length), meanwhile.1 + length.as_secs_f64());
-    }
-    let rate = |(steps, seconds): (f64, f64)| steps / seconds;
-    let shares = (before.0 > 0.0 && meanwhile.1 > 0.0).then(|| rate(meanwhile) / rate(before));
-    let row = Row::new("kill_leader.step_rate", shares.into_iter().collect(), Goal::AtLeast(0.99));
-    report.row(row.with("faults", all.len()).with("steps", meanwhile.0).with("seconds", format!("{:.1}", meanwhile.1)));
+/// The rate of steps while nobody led against that of as long a time just before, over all changes: one alone is too short for a rate. And
+/// what a client that calls all the time noticed.
+fn leader_rows(report: &mut Report, done: &[Done], all: &[&Done], steps: &Steps) {
+    let led: Vec<(&Done, Duration)> = all.iter().filter_map(|one| Some((*one, one.recovered?))).collect();
+    let meanwhile: Vec<Span> = led.iter().map(|(one, length)| one.at..one.at + *length).collect();
+    let before: Vec<Span> = led.iter().map(|(one, length)| calm_before(done, one, *length)).collect();
+    let share = share_of_rate(steps, &meanwhile, &before);
+    let row = Row::new("kill_leader.step_rate", share.into_iter().collect(), Goal::AtLeast(0.99));
+    report.row(row.with("faults", all.len()).with("seconds", format!("{:.1}", seconds(&meanwhile))));
     let retries: Vec<f64> = all.iter().filter_map(|one| one.retries).map(f64::from).collect();
     let unanswered = all.len() - retries.len();
     report.row(Row::new("kill_leader.retries", retries, Goal::AtMost(1.0)).with("unanswered", unanswered));
 }
 
-/// What went on while there was no coordinator.
-fn outage_rows(report: &mut Report, all: &[&Done], reference: Option<&Ended>, disturbed: &Ended) {
-    if let Some(reference) = reference {
-        let rate = |one: &&Done| share_of_steps(&reference.steps, &disturbed.steps, one.at, one.at + one.length);
-        let rates = all.iter().filter_map(rate).collect();
-        report.row(Row::new("outage.step_rate", rates, Goal::AtLeast(0.99)));
-    }
+/// What went on while there was no coordinator. The rate of steps is held against that before and after, so that what changes slowly is no
+/// difference.
+fn outage_rows(report: &mut Report, done: &[Done], all: &[&Done], disturbed: &Ended) {
+    let rate = |one: &&Done| {
+        let calm = [calm_before(done, one, one.length / 3), calm_after(done, one, one.length / 3)];
+        let share = share_of_rate(&disturbed.steps, &[one.at..one.at + one.length], &calm)?;
+        Some((share, seconds(&calm)))
+    };
+    let (shares, calm): (Vec<f64>, Vec<f64>) = all.iter().filter_map(rate).unzip();
+    let row = Row::new("outage.step_rate", shares, Goal::AtLeast(0.99));
+    report.row(row.with("seconds_around", format!("{:.0}", calm.iter().sum::<f64>())));
     let during = |one: &&Done| {
         let until = one.at + one.length;
         let steps = disturbed.steps.all.iter().filter(|applied| (one.at..=until).contains(&applied.at));
@@ -147,15 +143,37 @@ fn outage_rows(report: &mut Report, all: &[&Done], reference: Option<&Ended>, di
     survivors(report, "outage", all);
 }
 
-/// Time that the undisturbed run took for the steps first made from one instant to another, over the time they took: 1 is undisturbed.
-fn share_of_steps(reference: &Steps, disturbed: &Steps, from: Instant, until: Instant) -> Option<f64> {
-    let (firsts, expected) = (disturbed.firsts(), reference.firsts());
-    let last_by = |end: Instant| firsts.iter().filter(|(_, at)| **at <= end).map(|(step, _)| *step).max();
-    // From the last step before, so that a pause at the beginning counts.
-    let (first, last) = (last_by(from)?, last_by(until)?);
-    let took = *firsts.get(&last)? - *firsts.get(&first)?;
-    let undisturbed = *expected.get(&last)? - *expected.get(&first)?;
-    (took > Duration::ZERO).then(|| undisturbed.as_secs_f64() / took.as_secs_f64())
+type Span = Range<Instant>;
+
+fn seconds(spans: &[Span]) -> f64 {
+    spans.iter().map(|span| span.end.saturating_duration_since(span.start).as_secs_f64()).sum()
+}
+
+/// So long before a fault, or since what the one before it cost.
+fn calm_before(done: &[Done], one: &Done, length: Duration) -> Span {
+    let free = done.iter().map(|other| other.over).filter(|over| *over < one.at).max();
+    let from = one.at.checked_sub(length).into_iter().chain(free).max();
+    from.unwrap_or(one.at)..one.at
+}
+
+/// So long after what a fault cost, or until the next one.
+fn calm_after(done: &[Done], one: &Done, length: Duration) -> Span {
+    let next = done.iter().map(|other| other.at).filter(|at| *at > one.at).min();
+    one.over..next.into_iter().chain([one.over + length]).min().unwrap_or(one.over)
+}
+
+/// The rate of steps, each when it was first made, in some spans of a run over that in others: one machine's speed within minutes, where two
+/// runs that follow each other would differ by what it changes in an hour. Nothing before the first step and after the last counts.
+fn share_of_rate(steps: &Steps, during: &[Span], calm: &[Span]) -> Option<f64> {
+    let firsts = steps.firsts();
+    let (begin, end) = (*firsts.values().min()?, *firsts.values().max()?);
+    let rate = |spans: &[Span]| {
+        let spans: Vec<Span> = spans.iter().map(|span| span.start.max(begin)..span.end.min(end)).collect();
+        let made = firsts.values().filter(|at| spans.iter().any(|span| span.contains(at))).count();
+        count(made) / seconds(&spans)
+    };
+    let share = rate(during) / rate(calm);
+    share.is_finite().then_some(share)
 }
 
 /// Gangs that were broken up although nobody was lost.
@@ -169,14 +187,17 @@ fn load_rows(report: &mut Report, all: &[&Done]) {
     }
 }
 
-/// Steps from the first fault to the last against those of the undisturbed run in as long a time: whole intervals, each with what its fault cost.
-pub(super) fn goodput(report: &mut Report, done: &[Done], reference: &Ended, disturbed: &Ended) {
-    let (Some(first), Some(last)) = (done.first(), done.last()) else { return };
-    if let Some(share) = share_of_steps(&reference.steps, &disturbed.steps, first.at, last.at) {
-        let seconds = (last.at - first.at).as_secs_f64();
+/// The rate of steps from the first fault to the last, whole intervals, each with what its fault cost, against that of the last third of each:
+/// by then the gang is whole, and has been since a checkpoint.
+pub(super) fn goodput(report: &mut Report, done: &[Done], steps: &Steps) {
+    let [first, .., last] = done else { return };
+    let between = (last.at - first.at) / u32::try_from(done.len() - 1).unwrap_or(u32::MAX);
+    let calm: Vec<Span> = done.iter().skip(1).map(|one| calm_before(done, one, between / 3)).collect();
+    if let Some(share) = share_of_rate(steps, &[first.at..last.at], &calm) {
         let row = Row::new("goodput", vec![share], Goal::AtLeast(0.95)).with("faults", done.len());
-        let between = seconds / count(done.len() - 1);
-        report.row(row.with("seconds", format!("{seconds:.0}")).with("seconds_a_fault", format!("{between:.1}")));
+        let row = row.with("seconds", format!("{:.0}", (last.at - first.at).as_secs_f64()));
+        let row = row.with("seconds_a_fault", format!("{:.1}", between.as_secs_f64()));
+        report.row(row.with("seconds_calm", format!("{:.0}", seconds(&calm))));
     }
 }
 
@@ -239,20 +260,24 @@ mod tests {
     }
 
     #[test]
-    fn a_share_of_steps_leaves_out_what_was_before_and_after() {
+    fn a_share_of_rate_is_of_steps_first_made_while_the_run_lasts() {
         let begin = Instant::now();
         let at = |second: u64| begin + Duration::from_secs(second);
-        let run = |seconds: &[u64]| {
-            let all = seconds.iter().zip(0..).map(|(second, step)| Applied { at: at(*second), step, stage: 0 });
+        let run = |made: &[(u64, u64)]| {
+            let all = made.iter().map(|(second, step)| Applied { at: at(*second), step: *step, stage: 0 });
             Steps { all: all.collect(), ..Steps::default() }
         };
-        // A step a second. Ten are lost after the second step, and many before the last one.
-        let (reference, disturbed) = (run(&[0, 1, 2, 3, 4]), run(&[0, 1, 12, 13, 99]));
-        let from_to = |from, until| share_of_steps(&reference, &disturbed, at(from), at(until));
-        assert_eq!(from_to(2, 20), Some(2.0 / 12.0), "what the first fault costs counts");
-        assert_eq!(from_to(12, 20), Some(1.0));
-        assert_eq!(from_to(12, 99), Some(2.0 / 87.0));
-        assert_eq!(from_to(14, 20), None, "nothing was made");
+        // A step a second for ten seconds; then one every other second, some made again; then as before.
+        let slow = (10..20).filter(|second| second % 2 == 0).map(|second| (second, second / 2 + 5));
+        let again = (10..20).filter(|second| second % 2 == 1).map(|second| (second, 4));
+        let made: Vec<(u64, u64)> =
+            (0..10).map(|second| (second, second)).chain(slow).chain(again).chain((20..31).map(|s| (s, s))).collect();
+        let share = |during: Span, calm: &[Span]| share_of_rate(&run(&made), &[during], calm);
+        assert_eq!(share(at(10)..at(20), &[at(0)..at(10), at(20)..at(30)]), Some(0.5));
+        assert_eq!(share(at(0)..at(20), &[at(20)..at(30)]), Some(0.75));
+        assert_eq!(share(at(10)..at(20), &[at(20)..at(90)]), Some(0.5), "it ends at 30 s");
+        assert_eq!(share(at(10)..at(20), &[at(90)..at(99)]), None, "nothing was made");
+        assert_eq!(share_of_rate(&Steps::default(), &[at(0)..at(1)], &[at(1)..at(2)]), None);
     }
 
     /// CHAOS-2.
