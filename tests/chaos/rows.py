@@ -233,7 +233,6 @@ ROWS = (
         100.0,
         lasts=("--outage", 300, 1.8),
         lines=("outage", "ledger", "weights"),
-        more=("--reference-workers", "2"),
         spec=staged,
     ),
     Row(
@@ -263,9 +262,9 @@ ROWS = (
         ALL_FAULTS,
         32,
         29.0,
-        30.0,
-        lines=("goodput", "weights"),
-        more=("--reference-workers", "2"),
+        26.0,
+        lines=("goodput", "ledger"),
+        more=("--no-reference",),
     ),
     Row(
         "requests",
