@@ -25,7 +25,7 @@ use thaw_runtime::surroundings;
 use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
 
-/// The host of whom runs are of.
+/// The host of the user, whose runs they are.
 const USER: &str = "user";
 /// Every host runs for so long before the next does.
 const TICK: Duration = Duration::from_millis(20);

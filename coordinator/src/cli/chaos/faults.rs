@@ -207,7 +207,7 @@ pub(super) async fn inflict(
     Ok(done)
 }
 
-fn begun(fault: Fault) -> Done {
+pub(super) fn begun(fault: Fault) -> Done {
     let at = Instant::now();
     Done {
         fault,

@@ -246,6 +246,7 @@ fn ledger(report: &mut Report, reference: Option<&Ended>, disturbed: &Ended) {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+    use super::super::faults::begun;
     use super::super::follow::Applied;
     use super::*;
 
@@ -278,6 +279,35 @@ mod tests {
         assert_eq!(share(at(10)..at(20), &[at(20)..at(90)]), Some(0.5), "it ends at 30 s");
         assert_eq!(share(at(10)..at(20), &[at(90)..at(99)]), None, "nothing was made");
         assert_eq!(share_of_rate(&Steps::default(), &[at(0)..at(1)], &[at(1)..at(2)]), None);
+    }
+
+    #[test]
+    fn goodput_is_what_faults_leave_of_the_rate_before_them() {
+        let begin = Instant::now();
+        let at = |second: u64| begin + Duration::from_secs(second);
+        let fault = |second: u64, cost: u64| {
+            let mut done = begun(Fault::KillTrainer);
+            (done.at, done.over) = (at(second), at(second + cost));
+            done
+        };
+        // A step a second, but none for three after each fault.
+        let made = (0..100).filter(|second| second % 30 >= 3);
+        let all = made.map(|second| Applied { at: at(second), step: second, stage: 0 }).collect();
+        let (done, mut report) = ([fault(30, 3), fault(60, 3), fault(90, 0)], Report::default());
+        goodput(&mut report, &done, &Steps { all, ..Steps::default() });
+        let lines: Vec<String> = report.rows.iter().map(Row::line).collect();
+        assert!(lines.len() == 1 && lines[0].contains("goodput p50=0.9000 "), "{lines:?}");
+        let late = [fault(30, 28), fault(60, 3)];
+        assert_eq!(
+            calm_before(&late, &late[1], Duration::from_secs(10)),
+            at(58)..at(60),
+            "what a fault costs is not calm"
+        );
+        assert_eq!(
+            calm_after(&late, &late[0], Duration::from_secs(10)),
+            at(58)..at(60),
+            "nor is what the next one costs"
+        );
     }
 
     /// CHAOS-2.

@@ -52,9 +52,8 @@ pub(super) fn check(before: &RunRecord, after: &RunRecord, input: &Input, effect
         let (least, most) = (after.spec.workers.min as usize, after.wanted_size() as usize);
         assert!((least..=most).contains(&after.members.len()), "RUN-11: {} members", after.members.len());
     }
-    if after.world_sizes.len() > before.world_sizes.len() {
-        let size = *after.world_sizes.last().unwrap();
-        assert!((after.spec.workers.min..=after.spec.workers.max).contains(&size), "RUN-11: {size} are committed");
+    if let Some(size) = after.world_sizes.get(before.world_sizes.len()) {
+        assert!((after.spec.workers.min..=after.spec.workers.max).contains(size), "RUN-11: {size} are committed");
         assert!(after.leaving.is_empty(), "RUN-11: who leaves is let go");
     }
     if before.state == RunState::Preempting && after.state == RunState::Pending {
