@@ -28,16 +28,20 @@ fn submit(cluster: &Cluster, file: &str, workers: &str, more: &str) -> String {
 }
 
 /// AGENT-8, RUN-14: rank 0 opens its trace for writing, which is a pipe that nobody reads: the training thread sits in that call, its process
-/// answers. It happens to two trainers in one slot. The third, elsewhere, finds a file.
+/// answers. It happens to two trainers in the only free slot, which is then given to nobody. The third, elsewhere, finds a file.
 #[test]
 fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
     let cluster = Cluster::start(2);
-    // Holds both slots until the pipe lies there.
     let long = "until: {max_steps: 1000000}\neval_steps: 1000000";
-    let other = submit(&cluster, "other.yaml", "{min: 2, max: 2}", long);
-    process::eventually("the first run trains", DEADLINE, || {
-        (cluster.verb(&["get", &other])["state"] == "RUN_STATE_RUNNING").then_some(())
-    });
+    let hold = |file| {
+        let id = submit(&cluster, file, "{min: 1, max: 1}", long);
+        process::eventually("a run that holds a slot", DEADLINE, || {
+            (cluster.verb(&["get", &id])["state"] == "RUN_STATE_RUNNING").then_some(())
+        });
+        id
+    };
+    // One slot until the pipe lies there, the other until its turn.
+    let (first, last) = (hold("first.yaml"), hold("last.yaml"));
     let workers = format!("{{min: 1, max: 1, stall_timeout_seconds: {LIMIT}}}");
     let short = "until: {max_steps: 20}\nstrategy: full_fine_tuning\nverification: {trace: true}";
     let id = submit(&cluster, "spec.yaml", &workers, short);
@@ -45,17 +49,17 @@ fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
     let trace = run.join("trace/steps.jsonl");
     fs::create_dir_all(trace.parent().unwrap()).unwrap();
     nix::unistd::mkfifo(&trace, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
-    let _ = cluster.verb(&["cancel", &other]);
+    let _ = cluster.verb(&["cancel", &first]);
 
-    let said = process::eventually("two trainers that are stuck", DEADLINE, || {
-        let hung = hung(&run);
-        (hung.len() >= 2).then_some(hung)
+    process::eventually("a run that waits since the slot rests", DEADLINE, || {
+        let waits = cluster.verb(&["get", &id])["message"].as_str()?.contains("1 slot(s) are quarantined");
+        waits.then_some(())
     });
-    fs::remove_file(&trace).unwrap();
+    let said = hung(&run);
     let sentence = format!(
         "training has not moved for {LIMIT} s, and waits for nobody, at step 0 of stage 0; its process answers"
     );
-    assert!(said.iter().all(|message| message.contains(&sentence)), "{said:?}");
+    assert!(said.len() == 2 && said.iter().all(|message| message.contains(&sentence)), "{said:?}");
     let workers = cluster.verb(&["workers"]);
     let resting: Vec<&Value> = workers["workers"]
         .as_array()
@@ -65,6 +69,8 @@ fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
         .flatten()
         .collect();
     assert!(resting.len() == 1 && resting[0]["faults"] == 2, "{workers:#}");
+    fs::remove_file(&trace).unwrap();
+    let _ = cluster.verb(&["cancel", &last]);
     let ended = cluster.verb(&["watch", &id]);
     assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
     let lines = fs::read_to_string(&trace).unwrap().lines().count();
