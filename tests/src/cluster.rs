@@ -3,6 +3,7 @@
 use crate::process::{self, Process};
 use crate::sandbox::{DEADLINE, Sandbox};
 use serde_json::Value;
+use std::time::Duration;
 
 /// `thaw up` in a sandbox of its own.
 pub struct Cluster {
@@ -44,5 +45,12 @@ impl Cluster {
     pub fn submit(&self, file: &str, text: &str) -> String {
         let spec = self.sandbox.file(file, text).display().to_string();
         self.verb(&["submit", &spec])["name"].as_str().unwrap().to_owned()
+    }
+
+    /// SIGTERM, on which it ends well.
+    pub fn stop(self) {
+        self.up.terminate();
+        let ended = self.up.wait(Duration::from_secs(30));
+        assert!(ended.status.success(), "{}", ended.stderr);
     }
 }

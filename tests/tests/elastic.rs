@@ -4,7 +4,6 @@
 
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::time::Duration;
 use thaw_tests::cluster::Cluster;
 use thaw_tests::process;
 use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
@@ -36,8 +35,7 @@ fn ended(cluster: Cluster, run: &str) -> Value {
     let ended = cluster.verb(&["watch", run]);
     assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
     until_trainers(&cluster, 0);
-    cluster.up.terminate();
-    assert!(cluster.up.wait(Duration::from_secs(30)).status.success());
+    cluster.stop();
     ended
 }
 

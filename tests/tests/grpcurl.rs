@@ -5,9 +5,10 @@
 use serde_json::Value;
 use std::fs;
 use std::process::Command;
+use thaw_tests::cluster::Cluster;
 use thaw_tests::fixtures;
-use thaw_tests::process::{self, Process};
-use thaw_tests::sandbox::{DEADLINE, Sandbox};
+use thaw_tests::process::Process;
+use thaw_tests::sandbox::DEADLINE;
 
 /// The lines of README.md that begin with `grpcurl`, continued lines joined.
 fn lines() -> Vec<String> {
@@ -15,25 +16,21 @@ fn lines() -> Vec<String> {
     readme.lines().filter(|line| line.starts_with("grpcurl ")).map(str::to_owned).collect()
 }
 
-struct Cluster {
-    sandbox: Sandbox,
-    up: Process,
-    address: String,
-}
+/// A cluster of one worker, with the files that the lines speak of.
+struct Shown(Cluster);
 
-impl Cluster {
+impl Shown {
     fn start() -> Self {
-        let sandbox = Sandbox::new();
-        let up = Process::start(sandbox.thaw().args(["up", "--workers", "1", "--listen", "127.0.0.1:0"]));
-        let address = process::eventually("the coordinator's address", DEADLINE, || {
-            let stderr = up.stderr();
-            let (_, rest) = stderr.split_once("coordinator at http://")?;
-            Some(rest.split_whitespace().next()?.to_owned())
-        });
-        let texts = fs::read_to_string(fixtures::folder().join("texts.csv")).unwrap();
+        let cluster = Cluster::start(1);
+        let (sandbox, fixtures) = (&cluster.sandbox, fixtures::folder());
+        let texts = fs::read_to_string(fixtures.join("texts.csv")).unwrap();
         let _ = sandbox.file("packages.csv", &texts.replacen("text,label", "description,section", 1));
-        std::os::unix::fs::symlink(fixtures::folder().join("text.pt2"), sandbox.path().join("minilm.pt2")).unwrap();
-        Self { sandbox, up, address }
+        std::os::unix::fs::symlink(fixtures.join("text.pt2"), sandbox.path().join("minilm.pt2")).unwrap();
+        Self(cluster)
+    }
+
+    fn address(&self) -> &str {
+        self.0.server.trim_start_matches("http://")
     }
 
     /// Runs one line through a shell and gives what it printed.
@@ -41,10 +38,10 @@ impl Cluster {
         let grpcurl = thaw_tests::tool("grpcurl").unwrap();
         let line = line
             .replacen("grpcurl", &grpcurl.display().to_string(), 1)
-            .replace("127.0.0.1:7070", &self.address)
+            .replace("127.0.0.1:7070", self.address())
             .replace("\"RUN\"", &format!("{run:?}"));
         let ended =
-            Process::start(Command::new("bash").args(["-c", &line]).current_dir(self.sandbox.path())).wait(DEADLINE);
+            Process::start(Command::new("bash").args(["-c", &line]).current_dir(self.0.sandbox.path())).wait(DEADLINE);
         assert!(ended.status.success(), "{line}\n{}", ended.stderr);
         ended.stdout
     }
@@ -61,7 +58,7 @@ fn every_line_of_the_readme_works() {
         return;
     }
     let lines = lines();
-    let cluster = Cluster::start();
+    let cluster = Shown::start();
     let listed = cluster.run(find(&lines, &[" list"]), "");
     for service in ["thaw.v1.RunService", "thaw.v1.ClusterService", "thaw.v1.WorkerService", "grpc.health.v1.Health"] {
         assert!(listed.contains(service), "{service} is not listed:\n{listed}");
@@ -96,19 +93,19 @@ fn every_line_of_the_readme_works() {
             let _ = cluster.run(line, &name);
         }
     }
-    cluster.up.terminate();
+    cluster.0.stop();
 }
 
 #[test]
 fn a_bad_spec_names_its_fields() {
     let Some(grpcurl) = thaw_tests::tool("grpcurl") else { return };
-    let cluster = Cluster::start();
+    let cluster = Shown::start();
     let request = r#"{"spec": {"name": "Bad Name", "global_batch_size": 0}}"#;
     let ended = Process::start(Command::new(grpcurl).args([
         "-plaintext",
         "-d",
         request,
-        &cluster.address,
+        cluster.address(),
         "thaw.v1.RunService/CreateRun",
     ]))
     .wait(DEADLINE);

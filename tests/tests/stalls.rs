@@ -75,8 +75,7 @@ fn a_trainer_whose_training_thread_is_stuck_is_killed_and_its_slot_rests() {
     assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED", "{ended}");
     let lines = fs::read_to_string(&trace).unwrap().lines().count();
     assert_eq!(lines, 20, "the last trainer has written the whole trace");
-    cluster.up.terminate();
-    assert!(cluster.up.wait(Duration::from_secs(30)).status.success());
+    cluster.stop();
 }
 
 /// AGENT-8: also while all processors are busy with something else for longer than the limit.

@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
+use thaw_tests::cluster::Cluster;
 use thaw_tests::process::{self, Process};
 use thaw_tests::sandbox::{DEADLINE, Sandbox, text_spec};
 
@@ -191,53 +192,38 @@ fn a_death_in_a_checkpoint_write_changes_nothing() {
     survives("checkpoint-write@18");
 }
 
-/// `thaw VERB RUN -o json` against a coordinator.
-fn verb(sandbox: &Sandbox, server: &str, arguments: &[&str]) -> Value {
-    let ended = Process::start(sandbox.thaw().args(["--server", server]).args(arguments).arg("-ojson")).wait(DEADLINE);
-    assert!(ended.status.success(), "thaw {arguments:?}: {}", ended.stderr);
-    serde_json::from_str(&ended.stdout).unwrap()
-}
-
 #[test]
 fn a_suspended_run_resumes_to_the_same_end_and_a_cancelled_one_gives_its_workers_back() {
     let text = text_spec("strategy: full_fine_tuning\nuntil: {max_steps: 1500}\neval_steps: 500");
     let straight = Sandbox::new();
     let expected = weights(&straight.train_summary(&straight.spec(&text), 2, &[]));
 
-    let sandbox = Sandbox::new();
-    let spec = sandbox.spec(&text).display().to_string();
-    let up = Process::start(sandbox.thaw().args(["up", "--workers", "2", "--listen", "127.0.0.1:0"]));
-    let server = process::eventually("the coordinator's address", DEADLINE, || {
-        let stderr = up.stderr();
-        Some(stderr.split_once("coordinator at ")?.1.split_whitespace().next()?.to_owned())
-    });
-    let submitted = verb(&sandbox, &server, &["submit", &spec]);
-    let name = submitted["name"].as_str().unwrap();
+    let cluster = Cluster::start(2);
+    let name = cluster.submit("spec.yaml", &text);
     let state = |wanted: &str| {
         process::eventually(wanted, DEADLINE, || {
-            let run = verb(&sandbox, &server, &["get", name]);
+            let run = cluster.verb(&["get", &name]);
             (run["state"] == wanted).then_some(run)
         })
     };
     let _ = state("RUN_STATE_RUNNING");
-    let _ = verb(&sandbox, &server, &["suspend", name]);
+    let _ = cluster.verb(&["suspend", &name]);
     let suspended = state("RUN_STATE_SUSPENDED");
     assert!(suspended["head"]["manifest"].is_string(), "a suspended run has no checkpoint: {suspended}");
-    let _ = verb(&sandbox, &server, &["resume", name]);
-    let ended = verb(&sandbox, &server, &["watch", name]);
+    let _ = cluster.verb(&["resume", &name]);
+    let ended = cluster.verb(&["watch", &name]);
     assert_eq!(ended["state"], "RUN_STATE_SUCCEEDED");
     assert_eq!(ended["attempt"], 2);
     assert_eq!(ended["result"]["weights_blake3"], expected.as_str());
 
-    let second = verb(&sandbox, &server, &["submit", &spec]);
-    let cancelled = verb(&sandbox, &server, &["cancel", second["name"].as_str().unwrap()]);
+    let second = cluster.submit("spec.yaml", &text);
+    let cancelled = cluster.verb(&["cancel", &second]);
     assert_eq!(cancelled["state"], "RUN_STATE_CANCELLED");
     process::eventually("all workers free", DEADLINE, || {
-        let workers = verb(&sandbox, &server, &["workers"]);
+        let workers = cluster.verb(&["workers"]);
         workers["workers"].as_array()?.iter().all(|worker| worker["free_slots"] == 1).then_some(())
     });
-    up.terminate();
-    assert!(up.wait(Duration::from_secs(30)).status.success());
+    cluster.stop();
 }
 
 /// TRAIN-4: a stage that only does harm leaves nothing behind, in any group.
