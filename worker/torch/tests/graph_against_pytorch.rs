@@ -6,9 +6,8 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use common::{join, python_reference, read_safetensors, relative_difference, same_bits, text};
+use common::{alone, join, python_reference, read_safetensors, relative_difference, same_bits, text};
 use thaw_graph::Archive;
 use thaw_torch::model::Options;
 use thaw_torch::tch::{Device, Tensor};
@@ -49,15 +48,12 @@ fn all(_: &str) -> bool {
     true
 }
 
-/// The generator belongs to the process.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
 fn compare(model_name: &str, precision: Precision, scenarios: &[Scenario]) {
     compare_in(model_name, precision, MemoryFormat::Contiguous, scenarios);
 }
 
 fn compare_in(model_name: &str, precision: Precision, memory_format: MemoryFormat, scenarios: &[Scenario]) {
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     runtime::set_num_threads(1).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let dtype = match precision {

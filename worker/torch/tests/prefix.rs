@@ -6,16 +6,12 @@
 mod common;
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use common::{join, python_reference, read_safetensors, relative_difference, same_bits, text};
+use common::{alone, join, python_reference, read_safetensors, relative_difference, same_bits, text};
 use thaw_graph::{Archive, Boundary, InputNeed};
 use thaw_torch::model::{BatchNorm, Entry, Options};
 use thaw_torch::tch::{Device, Tensor};
 use thaw_torch::{Precision, SegmentedModel, runtime};
-
-/// The number of threads belongs to the process.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn load(folder: &Path) -> SegmentedModel {
     let archive = Archive::open(&join(folder, "model.pt2")).unwrap();
@@ -40,7 +36,7 @@ fn gradients(model: &mut SegmentedModel, entry: Entry<'_>, labels: &Tensor) -> V
 }
 
 fn check(name: &str, needs: &[InputNeed]) {
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     runtime::set_num_threads(1).unwrap();
     let folder = tempfile::tempdir().unwrap();
     if !python_reference(&["model", name, text(folder.path()), "fp32", "channels_last"]) {

@@ -5,11 +5,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thaw_graph::ir::{Arg, Argument, DType, Dim, Graph, GraphInput, Node, NodeId, TensorMeta, Value, ValueId, Weight};
 use thaw_graph::segment::{Segment, SegmentedGraph};
 use thaw_torch::model::{SourceError, WeightBytes};
 use thaw_torch::tch::{Kind, Tensor};
+
+/// Held by every test of a program that has more than one and sets or reads what belongs to the process: the generator, the number of
+/// threads, the count of memory.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Runs the reference script; `false` where there is no virtual environment (a failure in CI).
 pub(crate) fn python_reference(arguments: &[&str]) -> bool {
