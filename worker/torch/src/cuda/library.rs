@@ -3,10 +3,12 @@
 
 use super::Error;
 
-/// Opens a library by its name, as the dynamic linker finds it beside this program's libtorch or in the system.
-pub(crate) fn open(file: &str, remedy: &str) -> Result<libloading::Library, Error> {
+/// Opens a library by its name, as the dynamic linker finds it beside this program's libtorch or in the system. It stays for good, also where
+/// it is refused later: the threads that it may have started run in it.
+pub(crate) fn open(file: &str, remedy: &str) -> Result<&'static libloading::Library, Error> {
     // SAFETY: NVIDIA's and PyTorch's libraries may be loaded at any time; what their initialisers do is register themselves.
-    unsafe { libloading::Library::new(file) }.map_err(|error| missing(file, remedy, &error))
+    let library = unsafe { libloading::Library::new(file) }.map_err(|error| missing(file, remedy, &error))?;
+    Ok(Box::leak(Box::new(library)))
 }
 
 fn missing(file: &str, remedy: &str, error: &libloading::Error) -> Error {
@@ -27,15 +29,13 @@ macro_rules! library {
         #[derive(Debug)]
         pub(crate) struct $name {
             $($field: unsafe extern "C" fn($($argument),*) -> $result,)*
-            /// Keeps the functions where they are.
-            _library: libloading::Library,
         }
 
         impl $name {
             pub(crate) fn open(file: &str, remedy: &str) -> Result<Self, $crate::cuda::Error> {
                 let library = $crate::cuda::open_library(file, remedy)?;
                 $(
-                    // SAFETY: the type is that of the library's header; the library is kept beside the function.
+                    // SAFETY: the type is that of the library's header; the library stays for good.
                     let found = unsafe {
                         library.get::<unsafe extern "C" fn($($argument),*) -> $result>(stringify!($symbol).as_bytes())
                     };
@@ -44,7 +44,7 @@ macro_rules! library {
                         Err(error) => return Err($crate::cuda::missing_symbol(file, stringify!($symbol), &error)),
                     };
                 )*
-                Ok(Self { $($field,)* _library: library })
+                Ok(Self { $($field,)* })
             }
         }
     };

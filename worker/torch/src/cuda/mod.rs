@@ -124,12 +124,10 @@ pub fn devices() -> Result<usize, Error> {
 
 /// Loads libtorch's CUDA part. Lies beside `libtorch_cpu.so` in a CUDA build of PyTorch.
 fn load() -> Result<(), Error> {
-    static LOADED: OnceLock<Result<libloading::Library, Error>> = OnceLock::new();
-    // Its initialisers register operators, which is what it is loaded for; it stays for good.
-    let loaded = LOADED.get_or_init(|| {
-        library::open("libtorch_cuda.so", "LIBTORCH must be a CUDA build of PyTorch 2.11 for --device cuda")
-    });
-    loaded.as_ref().map(drop).map_err(Clone::clone)
+    static LOADED: OnceLock<Result<(), Error>> = OnceLock::new();
+    // Its initialisers register operators, which is what it is loaded for.
+    let open = || library::open("libtorch_cuda.so", "LIBTORCH must be a CUDA build of PyTorch 2.11 for --device cuda");
+    LOADED.get_or_init(|| open().map(|_| ())).clone()
 }
 
 /// Makes a GPU this thread's own, for libtorch too. Call it before anything else of libtorch (CUDA-2).
@@ -319,6 +317,20 @@ mod tests {
             panic!("there is no such library")
         };
         assert!(what.starts_with("libthaw-is-not-here.so.7 cannot be loaded; make it so ("), "{what}");
+    }
+
+    /// A thread that a library has started must not find it gone.
+    #[test]
+    fn a_library_stays_when_it_is_refused() {
+        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+        let all = maps();
+        let any = all.split_whitespace().find(|word| word.ends_with("/libm.so.6")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("libno-driver.so");
+        std::fs::copy(any, &copy).unwrap();
+        let copy = copy.to_str().unwrap();
+        assert!(Driver::open(copy, "make it so").is_err());
+        assert!(maps().contains(copy), "its code is there no more");
     }
 
     /// Of a CUDA build also where there is no GPU; of a CPU build it is missed by its name.
