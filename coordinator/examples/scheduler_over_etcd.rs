@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 async fn measure() -> anyhow::Result<ExitCode> {
-    let Some(etcd) = common::EtcdProcess::start() else { bail!("etcd is not on the path") };
+    let Some(etcd) = common::EtcdProcess::start_on_disk() else { bail!("etcd is not on the path") };
     let now_ms = Rc::new(Cell::new(BEGIN_MS));
     let clock = Rc::clone(&now_ms);
     let since_epoch = move || Duration::from_millis(clock.get());

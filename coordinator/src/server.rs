@@ -181,13 +181,6 @@ impl Bound {
         self
     }
 
-    /// Leads with other times, for tests.
-    #[must_use]
-    pub fn with_timing(mut self, timing: Timing) -> Self {
-        self.open.timing = timing;
-        self
-    }
-
     /// Serves until `shutdown`, then stops in order.
     pub fn run(self, shutdown: CancellationToken) -> BoxFuture<'static, Result<(), Error>> {
         self.open.serve(TcpListenerStream::new(self.listener), shutdown).boxed()

@@ -7,7 +7,9 @@ pub(crate) mod cluster;
 pub(crate) mod one_stage;
 pub(crate) mod proxy;
 
+use nix::sys::statvfs::statvfs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,9 +26,17 @@ impl EtcdProcess {
         Self::start_with("http://127.0.0.1:0", &[])
     }
 
-    /// With other options, for clients at `any`.
+    /// With other options, for clients at `any_client`.
     pub(crate) fn start_with(any_client: &str, options: &[&str]) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(memory_folder(), any_client, options)
+    }
+
+    /// As deployed, for measurements.
+    pub(crate) fn start_on_disk() -> Option<Self> {
+        Self::start_in(tempfile::tempdir().unwrap(), "http://127.0.0.1:0", &[])
+    }
+
+    fn start_in(folder: tempfile::TempDir, any_client: &str, options: &[&str]) -> Option<Self> {
         let any = "http://127.0.0.1:0";
         let spawned = Command::new("etcd")
             .arg("--data-dir")
@@ -69,6 +79,15 @@ impl Drop for EtcdProcess {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+}
+
+/// On a memory file system that has room for several logs of 64 MiB. A disk busy for longer than a leader's lease would
+/// change who leads, which no test here is about.
+fn memory_folder() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let free = statvfs(memory).map_or(0, |found| found.blocks_available().saturating_mul(found.fragment_size()));
+    let in_memory = (free >= 2 << 30).then(|| tempfile::tempdir_in(memory).ok()).flatten();
+    in_memory.unwrap_or_else(|| tempfile::tempdir().unwrap())
 }
 
 /// Forgets the history of an etcd up to now.
